@@ -1,0 +1,12 @@
+"""leanops: operators and drop-in optimizers for training with less memory."""
+
+from __future__ import annotations
+
+from leanops import _native
+from leanops.zo import zo_axpy_, zo_axpy_into_, zo_linear, zo_noise
+
+__version__ = _native.version()
+
+__all__ = ["__version__", "zo_axpy_", "zo_axpy_into_", "zo_linear", "zo_noise"]
+
+_native.load()

@@ -1,0 +1,195 @@
+"""One operator, described once.
+
+An :class:`OpSpec` holds everything the package knows about an operator; :func:`register` makes a torch operator of
+it. The generic test suites, the benchmarks and the tuner take OpSpecs as they come, so a new operator gets all of
+them by being described.
+
+How a call travels, from the outside in::
+
+    Autograd          the spec's backward (register_autograd), or a fallthrough
+    ADInplaceOrView   mutating operators only: run, then bump the version counter of what was written
+    BackendSelect     the spec's check, and for mutating operators the check of the memory that would be written:
+                      bad input is refused here, before any backend has run
+    CPU / CUDA / ...  a native library or a Triton launcher where one is loaded, else the reference
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from leanops import _checks
+
+NAMESPACE = "leanops"
+_library = torch.library.Library(NAMESPACE, "DEF")
+_specs: dict[str, OpSpec] = {}
+_T = TypeVar("_T")
+
+Kernel = Callable[..., Any]  # takes the arguments of the schema, in order
+Loader = Callable[[], Kernel]  # imports what the kernel needs
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The fewest bytes and operations that the work needs, whoever does it."""
+
+    read: int  # bytes of memory
+    written: int  # bytes of memory
+    flops: int = 0  # counted multiplications and additions of matrix products
+    flops_dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A named maker of inputs. ``make(device, dtype, generator)`` returns the operator's positional arguments."""
+
+    name: str
+    make: Callable[[torch.device, torch.dtype, torch.Generator], tuple[Any, ...]]
+    bench: bool = False  # a real model's shape, for benchmarks; the others are small, for tests
+
+
+@dataclass(frozen=True)
+class BadInput:
+    """Arguments that must be refused, and a regular expression for the message."""
+
+    name: str
+    make: Callable[[torch.device], tuple[Any, ...]]
+    message: str
+    error: type[Exception] = ValueError
+
+
+class Draw(Protocol):
+    """Where a fuzz case takes its choices from; the tests implement it over hypothesis."""
+
+    device: torch.device
+
+    def integer(self, low: int, high: int) -> int: ...
+    def choice(self, options: Sequence[_T]) -> _T: ...
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Random values in a layout of the drawer's choice: any strides, a storage offset, never overlapping."""
+        ...
+
+
+@dataclass(frozen=True)
+class Autograd:
+    """Arguments of :func:`torch.library.register_autograd`, plus which arguments are differentiable."""
+
+    setup_context: Callable[..., None]
+    backward: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One operator. ``schema`` is everything after the name: ``(Tensor x) -> Tensor``.
+
+    A mutating operator's name ends in ``_``, its written arguments are ``Tensor(a!)`` or ``Tensor(a!)[]`` and it
+    returns ``()``. ``check`` raises for bad input and must not read tensor data on a device. ``backends`` maps a
+    name (``"triton"``, ``"nvrtc"``) to a loader that returns a function with the schema's signature.
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    check: Callable[..., None]
+    cases: tuple[Case, ...]
+    fuzz: Callable[[Draw, torch.dtype], tuple[Any, ...]]
+    bad_inputs: tuple[BadInput, ...]
+    cost: Callable[..., Cost]
+    dtypes: tuple[torch.dtype, ...]
+    exact: bool  # every backend gives the reference's bits; else it agrees to `tolerance` x eps x sqrt(K)
+    depth: Callable[..., int] = lambda *args: 1  # K of the tolerance policy: the length of the longest sum
+    tolerance: float = 4.0
+    composite: Callable[..., Any] | None = None  # written in other operators; registered instead of the reference
+    autograd: Autograd | None = None
+    backends: Mapping[str, Loader] = field(default_factory=dict)
+    tuning: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    @property
+    def mutates(self) -> bool:
+        return "(a!)" in self.schema
+
+    @property
+    def op(self) -> torch._ops.OpOverload:
+        """The torch operator, ``torch.ops.leanops.<name>.default``."""
+        return getattr(getattr(torch.ops, NAMESPACE), self.name).default
+
+    def mutated(self, args: Sequence[Any]) -> list[Tensor]:
+        """The tensors among ``args`` that a call writes."""
+        written: list[Tensor] = []
+        for argument, value in zip(self.op._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written.extend([value] if isinstance(value, Tensor) else value)
+        return written
+
+
+def specs() -> Iterator[OpSpec]:
+    """Every registered operator, in the order of registration."""
+    return iter(_specs.values())
+
+
+def spec(name: str) -> OpSpec:
+    return _specs[name]
+
+
+def _after(key: torch._C.DispatchKey) -> torch._C.DispatchKeySet:
+    return torch._C._dispatch_keyset_full_after(key)
+
+
+def register(spec: OpSpec) -> OpSpec:
+    """Define the operator and register its reference, fake, checks, version bump and autograd."""
+    if spec.name in _specs:
+        raise ValueError(f"register: operator {spec.name} is registered already")
+    if spec.mutates != spec.name.endswith("_"):
+        raise ValueError(f"register: {spec.name}: an operator's name ends in '_' exactly when it mutates")
+    name = spec.name
+    _library.define(name + spec.schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    _specs[name] = spec
+    op = spec.op
+
+    _library.impl(name, spec.composite or spec.reference, "CompositeExplicitAutograd")
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        spec.check(*args, **kwargs)
+        return spec.fake(*args, **kwargs)
+
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+    below_check = _after(torch._C.DispatchKey.BackendSelect)
+
+    def checked(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        spec.check(*args, **kwargs)
+        if spec.mutates:
+            _checks.written_memory(op, args)
+        return op.redispatch(keyset & below_check, *args, **kwargs)
+
+    _library.impl(name, checked, "BackendSelect", with_keyset=True)
+
+    if spec.mutates:
+        below_view = _after(torch._C.DispatchKey.ADInplaceOrView)
+
+        def bumped(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
+            op.redispatch(keyset & below_view, *args)
+            # C++ kernels do not bump the version counter; autograd relies on it to notice a changed saved tensor
+            torch.autograd.graph.increment_version([t for t in spec.mutated(args) if not t.is_inference()])
+
+        _library.impl(name, bumped, "ADInplaceOrView", with_keyset=True)
+    if spec.autograd is None:
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    else:
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{name}",
+            spec.autograd.backward,
+            setup_context=spec.autograd.setup_context,
+            lib=_library,
+        )
+    return spec
+
+
+def implement(name: str, dispatch_key: str, kernel: Kernel) -> None:
+    """Register a Python kernel (a Triton launcher, say) for one dispatch key, over the reference."""
+    _library.impl(name, kernel, dispatch_key, allow_override=True)

@@ -1,0 +1,11 @@
+"""Zeroth-order perturbation: MeZO, FedKSeed and what builds on seeded noise."""
+
+from __future__ import annotations
+
+from leanops.zo import specs as _specs  # registers the operators
+from leanops.zo.ops import zo_axpy_, zo_axpy_into_, zo_linear, zo_noise
+from leanops.zo.reference import VERSION
+
+__all__ = ["VERSION", "zo_axpy_", "zo_axpy_into_", "zo_linear", "zo_noise"]
+
+del _specs

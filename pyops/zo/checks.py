@@ -1,0 +1,177 @@
+"""What the zeroth-order operators refuse. Each function takes the operator's arguments; see ``_registry``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from leanops._checks import in_range, one_of, require, same_layout
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_ID = 2**32
+_INDEX = 2**63
+
+
+def _float_tensor(op: str, name: str, t: Tensor) -> None:
+    if t.dtype not in FLOATS:
+        raise ValueError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
+    if t.layout != torch.strided:
+        raise ValueError(f"{op}: {name} must be a dense tensor, got layout {t.layout}")
+
+
+def _vector(op: str, name: str, t: Tensor, dtype: torch.dtype, device: torch.device | None) -> None:
+    if t.dtype != dtype:
+        raise ValueError(f"{op}: {name} must be {dtype}, got {t.dtype}")
+    if t.dim() != 1:
+        raise ValueError(f"{op}: {name} must be one-dimensional, got shape {list(t.shape)}")
+    if t.device.type != "cpu" and device is not None and t.device != device:
+        raise ValueError(f"{op}: {name} must be on the CPU or on {device}, got {t.device}")
+
+
+def _one_seed(op: str, seed: Tensor, device: torch.device) -> None:
+    _vector(op, "seed", seed, torch.int64, device)
+    require(seed.numel() == 1, f"{op}: seed must be one number, got {seed.numel()}")
+
+
+def _place(op: str, tensor_id: int, offset: int, numel: int) -> None:
+    in_range(op, "tensor_id", tensor_id, 0, _ID)
+    in_range(op, "offset", offset, 0, _INDEX - numel)
+
+
+def noise_(out: Tensor, seed: Tensor, tensor_id: int, offset: int, distribution: str) -> None:
+    _float_tensor("zo_noise_", "out", out)
+    _one_seed("zo_noise_", seed, out.device)
+    _place("zo_noise_", tensor_id, offset, out.numel())
+    one_of("zo_noise_", "distribution", distribution, ("gaussian", "rademacher"))
+
+
+def noise(
+    shape: Sequence[int],
+    seed: int,
+    tensor_id: int = 0,
+    offset: int = 0,
+    distribution: str = "gaussian",
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> None:
+    for size in shape:
+        if isinstance(size, int) and size < 0:
+            raise ValueError(f"zo_noise: shape must have no negative size, got {list(shape)}")
+    if dtype is not None:
+        require(dtype in FLOATS, f"zo_noise: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+    in_range("zo_noise", "tensor_id", tensor_id, 0, _ID)
+    in_range("zo_noise", "offset", offset, 0, _INDEX)
+    one_of("zo_noise", "distribution", distribution, ("gaussian", "rademacher"))
+
+
+def _axpy(
+    op: str,
+    written: Sequence[Tensor],
+    written_name: str,
+    seeds: Tensor,
+    coeffs: Tensor,
+    decays: Tensor,
+    tensor_ids: Sequence[int],
+    offsets: Sequence[int],
+    distribution: str,
+    rounding: str,
+    sequential: bool,
+) -> None:
+    device = written[0].device if written else None
+    for i, t in enumerate(written):
+        if t.dtype not in FLOATS or t.layout != torch.strided:
+            _float_tensor(op, f"{written_name}[{i}]", t)
+        if t.device != device:
+            raise ValueError(f"{op}: {written_name}[{i}] must be on {device} as {written_name}[0], got {t.device}")
+    _vector(op, "seeds", seeds, torch.int64, device)
+    _vector(op, "coeffs", coeffs, torch.float64, device)
+    _vector(op, "decay", decays, torch.float64, device)
+    k = seeds.numel()
+    require(
+        k == coeffs.numel(), f"{op}: seeds and coeffs must have the same length, got {k} and {coeffs.numel()}"
+    )
+    require(k > 0, f"{op}: seeds must not be empty")
+    d = decays.numel()
+    if sequential:
+        require(d in (1, k), f"{op}: decay must be one number or as many as seeds ({k}), got {d}")
+    else:
+        require(d == 1, f"{op}: decay must be one number where sequential is not set, got {d}")
+    for name, values in (("tensor_ids", tensor_ids), ("offsets", offsets)):
+        if len(values) != len(written):
+            raise ValueError(f"{op}: {name} must have one entry a tensor ({len(written)}), got {len(values)}")
+    for i, (t, tensor_id, offset) in enumerate(zip(written, tensor_ids, offsets, strict=True)):
+        if not 0 <= tensor_id < _ID:
+            in_range(op, f"tensor_ids[{i}]", tensor_id, 0, _ID)
+        if offset:
+            in_range(op, f"offsets[{i}]", offset, 0, _INDEX - t.numel())
+    one_of(op, "distribution", distribution, ("gaussian", "rademacher"))
+    one_of(op, "rounding", rounding, ("nearest", "stochastic"))
+
+
+def axpy_(
+    tensors: Sequence[Tensor],
+    seeds: Tensor,
+    coeffs: Tensor,
+    decays: Tensor,
+    tensor_ids: Sequence[int],
+    offsets: Sequence[int],
+    distribution: str,
+    rounding: str,
+    sequential: bool,
+) -> None:
+    rest = (seeds, coeffs, decays, tensor_ids, offsets, distribution, rounding, sequential)
+    _axpy("zo_axpy_", tensors, "tensors", *rest)
+
+
+def axpy_into_(
+    out: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    seeds: Tensor,
+    coeffs: Tensor,
+    decays: Tensor,
+    tensor_ids: Sequence[int],
+    offsets: Sequence[int],
+    distribution: str,
+    rounding: str,
+    sequential: bool,
+) -> None:
+    op = "zo_axpy_into_"
+    require(
+        len(out) == len(tensors), f"{op}: out and tensors must have the same length, got {len(out)} and {len(tensors)}"
+    )
+    rest = (seeds, coeffs, decays, tensor_ids, offsets, distribution, rounding, sequential)
+    _axpy(op, out, "out", *rest)
+    for i, (o, t) in enumerate(zip(out, tensors, strict=True)):
+        same_layout(op, f"out[{i}]", o, f"tensors[{i}]", t)
+
+
+def linear(
+    x: Tensor,
+    x_minus: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor,
+    scale: float,
+    tensor_id: int,
+    offset: int,
+    distribution: str,
+) -> None:
+    op = "zo_linear"
+    _float_tensor(op, "x", x)
+    require(weight.dim() == 2, f"{op}: weight must be [n, m], got shape {list(weight.shape)}")
+    n, m = weight.shape
+    require(x.dim() >= 1 and x.shape[-1] == m, f"{op}: x must be [..., {m}] to fit weight, got shape {list(x.shape)}")
+    for name, t in (("weight", weight), ("bias", bias), ("x_minus", x_minus)):
+        if t is None:
+            continue
+        require(t.dtype == x.dtype, f"{op}: {name} must have the dtype of x, {x.dtype}, got {t.dtype}")
+        require(t.device == x.device, f"{op}: {name} must be on the device of x, {x.device}, got {t.device}")
+    if bias is not None:
+        require(bias.shape == (n,), f"{op}: bias must have shape [{n}], got {list(bias.shape)}")
+    if x_minus is not None:
+        same_layout(op, "x_minus", x_minus, "x", x)
+    _one_seed(op, seed, x.device)
+    _place(op, tensor_id, offset, n * m)
+    one_of(op, "distribution", distribution, ("gaussian", "rademacher"))

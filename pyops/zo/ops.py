@@ -1,0 +1,199 @@
+"""Zeroth-order operators: noise that follows from a seed, and its application to weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.leanops
+
+
+def seed_tensor(seeds: int | Sequence[int] | Tensor) -> Tensor:
+    """Seeds as the operators take them: int64 [K], the bits of numbers in [-2^63, 2^64)."""
+    if isinstance(seeds, Tensor):
+        return seeds.reshape(-1)
+    if isinstance(seeds, int):
+        seeds = (seeds,)
+    try:
+        return torch.tensor([s - (1 << 64) if s >= 1 << 63 else s for s in seeds], dtype=torch.int64)
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"zo: seeds must be integers in [-2^63, 2^64), got {list(seeds)}") from error
+
+
+def _scalars(values: float | Sequence[float] | Tensor) -> Tensor:
+    if isinstance(values, Tensor):
+        return values.reshape(-1).to(torch.float64)
+    return torch.tensor([values] if isinstance(values, (int, float)) else list(values), dtype=torch.float64)
+
+
+def zo_noise(
+    shape: Sequence[int] | int,
+    seed: int,
+    *,
+    tensor_id: int = 0,
+    offset: int = 0,
+    distribution: str = "gaussian",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    r"""Noise :math:`z_i = z(\text{seed}, \text{tensor\_id}, \text{offset} + i)`, the same bits on every device.
+
+    ``z`` follows definition ``zo/1``: Philox4x32-10 with the seed as key, and either standard normal values (Box-Muller
+    in fixed fp32 polynomials, within 5e-6 of the exact transform) or random signs. It depends on nothing else: not on
+    the shape of the call, the thread count, the grid or the sharding, so
+    ``zo_noise(n, s)[a:b]`` equals ``zo_noise(b - a, s, offset=a)``.
+
+    Args:
+        shape: shape of the result; indices run in row-major order.
+        seed: integer in [-2^63, 2^64); negative numbers stand for their two's complement.
+        tensor_id: which tensor of a model this is, in [0, 2^32).
+        offset: index of the first element in the whole logical tensor, >= 0.
+        distribution: ``"gaussian"`` or ``"rademacher"`` (+1 and -1 with equal chance).
+        dtype: float32, bfloat16, float16 (``z`` rounded to nearest even) or float64 (the float32 value).
+        device: where the result lives; the default device if None.
+
+    Raises:
+        ValueError: an argument outside of its range, or another dtype.
+
+    Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11.
+    """
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    if isinstance(seed, int) and seed >= 1 << 63:
+        seed -= 1 << 64
+    return _ops.zo_noise(sizes, seed, tensor_id, offset, distribution, dtype, torch.device(device) if device else None)
+
+
+def zo_axpy_(
+    tensors: Tensor | Sequence[Tensor],
+    seeds: int | Sequence[int] | Tensor,
+    coeffs: float | Sequence[float] | Tensor,
+    *,
+    tensor_ids: Sequence[int] | None = None,
+    offsets: Sequence[int] | None = None,
+    decay: float | Sequence[float] | Tensor = 0.0,
+    distribution: str = "gaussian",
+    rounding: str = "nearest",
+    sequential: bool = False,
+) -> None:
+    r"""Add seeded noise to many tensors in place, in one pass.
+
+    .. math:: p \leftarrow \text{round}\Big((1 - \text{decay})\, p + \sum_k c_k\, z(s_k, \text{tensor\_id}, \text{offset} + i)\Big)
+
+    Accumulated in fp32 (fp64 for fp64 tensors) with one fma a term, in the order of ``k``, and rounded once. Perturbing,
+    restoring, the update of MeZO, an update from many directions and the replay of thousands of seeds are all this
+    call; the weights are read and written once, however many seeds there are.
+
+    Args:
+        tensors: tensors of float32, bfloat16, float16 or float64, of any shape and strides, not overlapping.
+        seeds, coeffs: ``K`` seeds and ``K`` coefficients: numbers, sequences, or tensors (int64, float64) on the CPU or
+            on the tensors' device. Coefficients are rounded to fp32 (kept for fp64 tensors).
+        tensor_ids: one id a tensor, by default its position in the list.
+        offsets: index of each tensor's first element in its whole logical tensor (for shards), by default 0.
+        decay: weight decay of the call; with ``sequential``, one number or ``K``.
+        distribution: ``"gaussian"`` or ``"rademacher"``.
+        rounding: ``"nearest"`` (ties to even), or ``"stochastic"`` for bf16 and fp16: 16 random bits, from the first seed
+            of the call (of each term with ``sequential``), are added below the last bit that stays.
+            fp32 and fp64 tensors are not affected.
+        sequential: round after every term, so that the result is bit-equal to ``K`` calls of one seed each.
+
+    Raises:
+        ValueError: lengths that differ, an unknown name, an id or offset out of range, overlapping memory.
+        RuntimeError: a tensor that requires grad while grad is enabled.
+        Nothing is written when an error is raised.
+
+    Sources: MeZO (2305.17333), FedKSeed (2312.06353).
+    """
+    written = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    _ops.zo_axpy_(
+        written,
+        seed_tensor(seeds),
+        _scalars(coeffs),
+        _scalars(decay),
+        list(range(len(written))) if tensor_ids is None else list(tensor_ids),
+        [0] * len(written) if offsets is None else list(offsets),
+        distribution,
+        rounding,
+        sequential,
+    )
+
+
+def zo_axpy_into_(
+    out: Tensor | Sequence[Tensor],
+    tensors: Tensor | Sequence[Tensor],
+    seeds: int | Sequence[int] | Tensor,
+    coeffs: float | Sequence[float] | Tensor,
+    *,
+    tensor_ids: Sequence[int] | None = None,
+    offsets: Sequence[int] | None = None,
+    decay: float | Sequence[float] | Tensor = 0.0,
+    distribution: str = "gaussian",
+    rounding: str = "nearest",
+    sequential: bool = False,
+) -> None:
+    r"""As :func:`zo_axpy_`, from ``tensors`` into ``out``; ``tensors`` are only read.
+
+    .. math:: o \leftarrow \text{round}\Big((1 - \text{decay})\, p + \sum_k c_k\, z(s_k, \text{tensor\_id}, \text{offset} + i)\Big)
+
+    This is how weights are perturbed without being written: ``out`` is scratch.
+
+    Args:
+        out: one tensor for each of ``tensors``, of the same shape, dtype and device, overlapping none of them.
+        tensors: the tensors to read.
+
+    The other arguments and the errors are those of :func:`zo_axpy_`.
+    """
+    written = [out] if isinstance(out, Tensor) else list(out)
+    read = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    _ops.zo_axpy_into_(
+        written,
+        read,
+        seed_tensor(seeds),
+        _scalars(coeffs),
+        _scalars(decay),
+        list(range(len(read))) if tensor_ids is None else list(tensor_ids),
+        [0] * len(read) if offsets is None else list(offsets),
+        distribution,
+        rounding,
+        sequential,
+    )
+
+
+def zo_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    seed: int | Tensor,
+    scale: float,
+    tensor_id: int = 0,
+    offset: int = 0,
+    distribution: str = "rademacher",
+    x_minus: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""A linear layer at two perturbed weights at once.
+
+    .. math:: y_\pm = x_\pm\, (W \pm c\, z)^\top + b
+
+    ``W`` is read and never written, and ``z`` is made where it is used, never more than a panel of it. The result is
+    that of a materialised ``W ± c z`` to the rounding of the matrix product.
+
+    Args:
+        x: ``[..., m]``, the input of both branches, or of the plus branch alone when ``x_minus`` is given.
+        weight: ``[n, m]``, of x's dtype. bias: ``[n]`` or None.
+        seed, tensor_id, offset, distribution: as in :func:`zo_noise`; element ``W[r, j]`` has index
+            ``offset + r m + j``, so the noise is that of :func:`zo_axpy_` on the same weight.
+        scale: ``c``.
+        x_minus: input of the minus branch where it differs, of x's shape (every layer after the first).
+
+    Returns:
+        ``(y_plus, y_minus)``, each ``[..., n]``.
+
+    Differentiable in x, x_minus, weight and bias; saved for backward: those inputs and the seed.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, an unknown distribution, an id out of range.
+    """
+    seeds = seed_tensor(seed)
+    return _ops.zo_linear(x, x_minus, weight, bias, seeds, float(scale), tensor_id, offset, distribution)

@@ -1,0 +1,253 @@
+"""The zeroth-order operators in pure PyTorch: the specification that every kernel is compared with.
+
+``zo/1`` defines the noise ``z`` as a function of (seed, tensor_id, index) alone: Philox4x32-10 counters, 24-bit
+uniforms, and a Box-Muller transform of fixed fp32 polynomials with every fma written out. Read from
+:func:`philox` down; the operators at the end only apply it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+VERSION = "zo/1"
+
+_MASK = 0xFFFFFFFF
+_CHUNK = 1 << 18  # elements worked on at a time, so that the temporaries stay small (a multiple of 128)
+
+# stream numbers: the last counter word
+GAUSSIAN, RADEMACHER, ROUNDING = 0, 1, 2
+
+# minimax polynomials, rounded to fp32: -2 ln(1 + f) / f on [-1/4, 1/2]; -sin(pi y) / y and cos(pi y) in y^2, |y| <= 1/2
+_LOG = [float.fromhex(c) for c in (
+    "-0x1.00001p+1", "0x1.fffd2cp-1", "-0x1.5520fp-1", "0x1.007cb6p-1",
+    "-0x1.a789b4p-2", "0x1.5b9f46p-2", "-0x1.5ca78ap-3",
+)]  # fmt: skip
+_SIN = [float.fromhex(c) for c in (
+    "-0x1.921fb4p+1", "0x1.4abbb6p+2", "-0x1.466777p+1", "0x1.323324p-1", "-0x1.3c4d66p-4",
+)]  # fmt: skip
+_COS = [float.fromhex(c) for c in (
+    "0x1.fffffep-1", "-0x1.3bd3a6p+2", "0x1.03bd06p+2", "-0x1.54f61ap+0", "0x1.c1f066p-3",
+)]  # fmt: skip
+_MINUS_2_LN2 = float.fromhex("-0x1.62e43p+0")
+
+
+def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> list[Tensor]:
+    """Philox4x32-10 (Salmon et al., SC'11). Words are held in int64 tensors, values in [0, 2^32)."""
+    c0, c1, c2, c3 = (torch.as_tensor(c) for c in counter)
+    k0, k1 = key
+    for _ in range(10):
+        # the int64 products wrap modulo 2^64, which leaves all 64 bits right
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return [c0, c1, c2, c3]
+
+
+def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
+    """round(a * b + c) for fp32, rounded once.
+
+    The product of two fp32 numbers is exact in fp64. The fp64 sum is rounded to odd (an inexact sum gets a last bit
+    of 1), after which rounding to fp32 gives the correctly rounded result (Boldo and Melquiond, 2008).
+    """
+    product = a.double() * b
+    addend = torch.as_tensor(c, dtype=torch.float64, device=a.device).expand_as(product)
+    total = product + addend
+    tail = total - product
+    error = (product - (total - tail)) + (addend - tail)  # TwoSum: total + error is exact
+    bits = total.view(torch.int64)
+    inexact = (error != 0) & (bits & 1 == 0) & torch.isfinite(total)
+    toward = torch.where((error > 0) == (total > 0), 1, -1)
+    return torch.where(inexact, bits + toward, bits).view(torch.float64).float()
+
+
+def _horner(coefficients: list[float], x: Tensor) -> Tensor:
+    p = torch.full_like(x, coefficients[-1])
+    for c in reversed(coefficients[:-1]):
+        p = fma(p, x, c)
+    return p
+
+
+def _words(index: Tensor, per_block: int, stream: int, seed: int, tensor_id: int) -> Tensor:
+    """The four Philox words of every element's block, [n, 4], for a contiguous run of indices."""
+    first, last = int(index[0]) // per_block, int(index[-1]) // per_block
+    block = torch.arange(first, last + 1, device=index.device)
+    words = torch.stack(
+        torch.broadcast_tensors(
+            *philox((block & _MASK, block >> 32, tensor_id, stream), (seed & _MASK, (seed >> 32) & _MASK))
+        ),
+        dim=1,
+    )
+    return words[index // per_block - first]
+
+
+def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two standard normal fp32 values from two 32-bit words: rho cos(2 pi u2), rho sin(2 pi u2)."""
+    k = (a >> 8) + 1  # u1 = k 2^-24
+    i = (k.float().view(torch.int32) - 0x4B400000).long()
+    e = (i >> 23).float()
+    f = ((i & 0x7FFFFF) + 0x3F400000).int().view(torch.float32) - 1.0
+    t = fma(e, _MINUS_2_LN2, f * _horner(_LOG, f))
+    rho = torch.sqrt(t)
+    y = (((b >> 8) & 0x7FFFFF) | 0x3F800000).int().view(torch.float32) - 1.5
+    s = y * y
+    rho = torch.where(b & 0x80000000 != 0, -rho, rho)
+    return rho * (_horner(_SIN, s) * y), rho * _horner(_COS, s)
+
+
+def noise(index: Tensor, seed: int, tensor_id: int, distribution: str) -> Tensor:
+    """z, fp32, at a contiguous run of indices (int64)."""
+    if index.numel() == 0:
+        return torch.empty(0, device=index.device)
+    if distribution == "rademacher":
+        words = _words(index, 128, RADEMACHER, seed, tensor_id)
+        word = words.gather(1, (index % 128 // 32)[:, None])[:, 0]
+        return (1 - 2 * ((word >> (index % 32)) & 1)).float()
+    x = _words(index, 4, GAUSSIAN, seed, tensor_id)
+    half = (index % 4 // 2)[:, None] * 2  # which pair of words: 0 or 2
+    even, odd = box_muller(x.gather(1, half)[:, 0], x.gather(1, half + 1)[:, 0])
+    return torch.where(index % 2 == 0, even, odd)
+
+
+def rounding_bits(index: Tensor, seed: int, tensor_id: int) -> Tensor:
+    """The 16 random bits that stochastic rounding adds, int64 in [0, 2^16)."""
+    words = _words(index, 8, ROUNDING, seed, tensor_id)
+    word = words.gather(1, (index % 8 // 2)[:, None])[:, 0]
+    return (word >> (16 * (index % 2))) & 0xFFFF
+
+
+def round_to(acc: Tensor, dtype: torch.dtype, rounding: str, index: Tensor, seed: int, tensor_id: int) -> Tensor:
+    """Round fp32 (fp64 for fp64) once to ``dtype``: ties to even, or stochastically for bf16 and fp16."""
+    if rounding == "nearest" or dtype not in (torch.bfloat16, torch.float16):
+        return acc.to(dtype)
+    r = rounding_bits(index, seed, tensor_id)
+    bits = acc.view(torch.int32).long() & _MASK
+    if dtype == torch.bfloat16:
+        up = ((bits + r) & 0xFFFF0000).to(torch.uint32).view(torch.float32).to(dtype)
+        return torch.where(acc.isfinite(), up, acc.to(dtype))
+    normal = ((bits + (r >> 3)) & 0xFFFFE000).to(torch.uint32).view(torch.float32)
+    magnitude = torch.where(normal.abs() < 65536.0, normal, normal.sign() * torch.inf).to(dtype)
+    # below 2^-14 the spacing of fp16 is constant, 2^-24: round |acc| / 2^-24, whose bits are the fp16 code
+    small = acc.abs() < 2.0**-14
+    code = (torch.where(small, acc.abs(), 0.0) * 2.0**40).long() + r >> 16
+    subnormal = torch.where(bits & 0x80000000 != 0, code | 0x8000, code).to(torch.uint16).view(dtype)
+    return torch.where(acc.isfinite(), torch.where(small, subnormal, magnitude), acc.to(dtype))
+
+
+def _axpy(
+    p: Tensor,
+    index: Tensor,
+    seeds: list[int],
+    coeffs: list[float],
+    decays: list[float],
+    tensor_id: int,
+    distribution: str,
+    rounding: str,
+    sequential: bool,
+) -> Tensor:
+    dtype = p.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def scalar(value: float) -> float:
+        return float(torch.tensor(value, dtype=wide))
+
+    acc = p.to(wide)
+    if not sequential:
+        acc = acc * scalar(1.0 - decays[0])
+    for k, (seed, c) in enumerate(zip(seeds, coeffs, strict=True)):
+        if sequential:
+            acc = acc.to(wide) * scalar(1.0 - decays[k % len(decays)])
+        z = noise(index, seed, tensor_id, distribution)
+        acc = fma(z, scalar(c), acc) if wide == torch.float32 else acc + z.double() * c
+        if sequential:
+            acc = round_to(acc, dtype, rounding, index, seed, tensor_id)
+    return acc if sequential and seeds else round_to(acc, dtype, rounding, index, seeds[0] if seeds else 0, tensor_id)
+
+
+def zo_noise_(out: Tensor, seed: Tensor, tensor_id: int, offset: int, distribution: str) -> None:
+    n = out.numel()
+    flat = torch.empty(n, dtype=out.dtype, device=out.device)
+    for start in range(0, n, _CHUNK):
+        stop = min(start + _CHUNK, n)
+        index = torch.arange(offset + start, offset + stop, device=out.device)
+        flat[start:stop] = noise(index, int(seed), tensor_id, distribution)
+    out.copy_(flat.view(out.shape))
+
+
+def zo_noise(
+    shape: Sequence[int],
+    seed: int,
+    tensor_id: int = 0,
+    offset: int = 0,
+    distribution: str = "gaussian",
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    out = torch.empty(shape, dtype=dtype, device=device)
+    zo_noise_(out, torch.tensor(seed), tensor_id, offset, distribution)
+    return out
+
+
+def zo_axpy_into_(
+    out: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    seeds: Tensor,
+    coeffs: Tensor,
+    decays: Tensor,
+    tensor_ids: Sequence[int],
+    offsets: Sequence[int],
+    distribution: str,
+    rounding: str,
+    sequential: bool,
+) -> None:
+    s, c, d = seeds.tolist(), coeffs.tolist(), decays.tolist()
+    for o, p, tensor_id, offset in zip(out, tensors, tensor_ids, offsets, strict=True):
+        flat = p.reshape(-1).clone()
+        for start in range(0, flat.numel(), _CHUNK):
+            part = flat[start : start + _CHUNK]
+            index = torch.arange(offset + start, offset + start + part.numel(), device=p.device)
+            part.copy_(_axpy(part, index, s, c, d, tensor_id, distribution, rounding, sequential))
+        o.copy_(flat.view(o.shape))
+
+
+def zo_axpy_(
+    tensors: Sequence[Tensor],
+    seeds: Tensor,
+    coeffs: Tensor,
+    decays: Tensor,
+    tensor_ids: Sequence[int],
+    offsets: Sequence[int],
+    distribution: str,
+    rounding: str,
+    sequential: bool,
+) -> None:
+    zo_axpy_into_(tensors, tensors, seeds, coeffs, decays, tensor_ids, offsets, distribution, rounding, sequential)
+
+
+def zo_linear(
+    x: Tensor,
+    x_minus: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor,
+    scale: float,
+    tensor_id: int,
+    offset: int,
+    distribution: str,
+) -> tuple[Tensor, Tensor]:
+    z = torch.empty(weight.shape, dtype=torch.float64, device=weight.device)
+    zo_noise_(z, seed, tensor_id, offset, distribution)
+    # W ± scale z is formed in fp64 (fp32 for the half types on devices is not enough), the product runs in x's dtype or wider
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    b = None if bias is None else bias.to(wide)
+    minus = x if x_minus is None else x_minus
+    y_plus = torch.nn.functional.linear(x.to(wide), (weight.double() + scale * z).to(wide), b)
+    y_minus = torch.nn.functional.linear(minus.to(wide), (weight.double() - scale * z).to(wide), b)
+    return y_plus.to(x.dtype), y_minus.to(x.dtype)
