@@ -1,0 +1,82 @@
+// Machine primitives of the CUDA cores. No torch and no std header, so nvcc and NVRTC take the same text.
+// Every arithmetic helper rounds exactly as written: no compiler flag can contract or flush it.
+#ifndef LEANOPS_COMMON_DEVICE_CUH
+#define LEANOPS_COMMON_DEVICE_CUH
+
+namespace leanops {
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+struct bf16 {
+  u16 bits;
+};
+struct fp16 {
+  u16 bits;
+};
+struct __align__(16) vec16 {  // one 16-byte memory access
+  u32 w[4];
+};
+
+#define LEANOPS_DEVICE __device__ __forceinline__
+
+LEANOPS_DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
+LEANOPS_DEVICE u32 as_bits(float x) { return __float_as_uint(x); }
+
+LEANOPS_DEVICE u64 wide_mul(u32 a, u32 b) {  // one instruction, which a 64-bit product by these constants is not
+  u64 product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+}
+LEANOPS_DEVICE u32 high(u64 x) { return (u32)(x >> 32); }
+
+// An address that came as a number, known to be in global memory.
+template <class T>
+LEANOPS_DEVICE T* global(u64 address) {
+  return (T*)__cvta_global_to_generic(address);
+}
+
+// One 16-byte store. Plain assignment is sometimes split into words.
+LEANOPS_DEVICE void store(vec16* at, const vec16& x) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(x.w[0]), "r"(x.w[1]), "r"(x.w[2]), "r"(x.w[3]) : "memory");
+}
+
+LEANOPS_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+LEANOPS_DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
+LEANOPS_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
+LEANOPS_DEVICE double mul(double a, double b) { return __dmul_rn(a, b); }
+LEANOPS_DEVICE double add(double a, double b) { return __dadd_rn(a, b); }
+
+// Correctly rounded sqrt of t = ±0 or 2^-97 <= t < 2^127: the fast path of sqrt.rn.f32 without its range branch, which costs
+// six instructions. The clamp keeps the reciprocal root of zero finite, so that sqrt(±0) = ±0.
+LEANOPS_DEVICE float sqrt_bounded(float t) {
+  float r;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(fmaxf(t, 0x1p-97f)));
+  const float s = __fmul_rn(t, r);
+  const float h = __fmul_rn(r, 0.5f);
+  return __fmaf_rn(__fmaf_rn(-s, s, t), h, s);
+}
+
+// Two floats to two 16-bit floats in one register, ties to even; lo in the low half.
+LEANOPS_DEVICE u32 pack_bf16(float lo, float hi) {
+  u32 packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
+  return packed;
+}
+LEANOPS_DEVICE u32 pack_fp16(float lo, float hi) {
+  u32 packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
+  return packed;
+}
+LEANOPS_DEVICE float fp16_to_float(u32 half) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((u16)half));
+  return x;
+}
+
+}  // namespace leanops
+
+#endif

@@ -1,0 +1,33 @@
+// Philox4x32-10 (Salmon et al., SC'11): 4 random words of a (key, counter) pair.
+#ifndef LEANOPS_COMMON_PHILOX_CUH
+#define LEANOPS_COMMON_PHILOX_CUH
+
+#include "device.cuh"
+
+namespace leanops {
+
+struct Words {
+  u32 x[4];
+};
+
+// Counter = (block low, block high, tensor_id, stream); key = (seed low, seed high).
+LEANOPS_DEVICE Words philox(u64 seed, u64 block, u32 tensor_id, u32 stream) {
+  u32 c0 = (u32)block, c1 = (u32)(block >> 32), c2 = tensor_id, c3 = stream;
+  u32 k0 = (u32)seed, k1 = (u32)(seed >> 32);
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+    const u64 p0 = wide_mul(0xD2511F53u, c0);
+    const u64 p1 = wide_mul(0xCD9E8D57u, c2);
+    c0 = high(p1) ^ c1 ^ k0;
+    c1 = (u32)p1;
+    c2 = high(p0) ^ c3 ^ k1;
+    c3 = (u32)p0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return Words{{c0, c1, c2, c3}};
+}
+
+}  // namespace leanops
+
+#endif
