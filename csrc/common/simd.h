@@ -1,0 +1,31 @@
+// One vocabulary of vector operations, three implementations, chosen by -DLEANOPS_ISA=baseline|avx2|avx512.
+// All of it lives in namespace leanops::<isa> with internal linkage, so the linker can never merge two
+// versions.
+//
+//   F  W floats        I  W 32-bit integers        P  W/2 64-bit lanes: Philox words, upper halves ignored
+//
+// A batch is W/2 Philox blocks held as four P; it makes 2W Gaussian numbers from W Box-Muller pairs.
+// "pairs" order keeps elements 0, 2, 4, .. in one vector and 1, 3, 5, .. in a second; "natural" order keeps
+// the first W elements in one vector and the next W in the second.
+#pragma once
+
+#define LEANOPS_CAT_(a, b) a##b
+#define LEANOPS_CAT(a, b) LEANOPS_CAT_(a, b)
+#define LEANOPS_LEVEL_baseline 0
+#define LEANOPS_LEVEL_avx2 1
+#define LEANOPS_LEVEL_avx512 2
+#define LEANOPS_LEVEL LEANOPS_CAT(LEANOPS_LEVEL_, LEANOPS_ISA)
+
+#ifndef LEANOPS_ISA
+#error "compile with -DLEANOPS_ISA=baseline, avx2 or avx512"
+#endif
+
+#define LEANOPS_INLINE static inline __attribute__((always_inline))
+
+#if LEANOPS_LEVEL == 2
+#include "simd_avx512.h"
+#elif LEANOPS_LEVEL == 1
+#include "simd_avx2.h"
+#else
+#include "simd_baseline.h"
+#endif

@@ -1,0 +1,99 @@
+// How a group of 2W elements of each dtype is read, rounded and written. See simd.h for pairs and natural
+// order.
+//   finish:  rounds fp32 accumulators so that store is exact (nearest fp16 is rounded by store itself)
+//   settle:  turns what finish left into the very value that store would write
+#pragma once
+
+#include "../common/simd.h"
+#include "zo.h"
+
+namespace leanops {
+namespace LEANOPS_ISA {
+
+struct Float32 {
+  using Scalar = float;
+  static constexpr bool kPairs = false;
+  LEANOPS_INLINE void load(const float* p, F& a, F& b) {
+    a = LEANOPS_ISA::load(p);
+    b = LEANOPS_ISA::load(p + W);
+  }
+  template <zo::Rounding R>
+  LEANOPS_INLINE void finish(F&, F&, const uint16_t*) {}
+  LEANOPS_INLINE void settle(F&, F&) {}
+  LEANOPS_INLINE void store(float* p, F a, F b) {
+    LEANOPS_ISA::store(p, a);
+    LEANOPS_ISA::store(p + W, b);
+  }
+};
+
+struct BFloat16 {
+  using Scalar = uint16_t;
+  static constexpr bool kPairs = true;
+  LEANOPS_INLINE void load(const uint16_t* p, F& a, F& b) {
+    const I raw = load_i(p);
+    a = from_bits(sll<16>(raw));
+    b = from_bits(and_(raw, set_i(0xffff0000u)));
+  }
+  // Truncation, by store or settle, completes both kinds. Infinity survives either: r and 0x7fff stay below
+  // its ulp.
+  template <zo::Rounding R>
+  LEANOPS_INLINE void finish(F& a, F& b, const uint16_t* r) {
+    I x, y;
+    if constexpr (R == zo::Rounding::kStochastic) {
+      const I raw = load_i(r);
+      x = add(bits(a), and_(raw, set_i(0xffffu)));
+      y = add(bits(b), srl<16>(raw));
+    } else {
+      x = round_bf16(bits(a));
+      y = round_bf16(bits(b));
+    }
+    if (__builtin_expect(any_nan(a, b), 0)) {
+      a = if_nan(a, from_bits(set_i(kBf16Nan)), from_bits(x));
+      b = if_nan(b, from_bits(set_i(kBf16Nan)), from_bits(y));
+    } else {
+      a = from_bits(x);
+      b = from_bits(y);
+    }
+  }
+  LEANOPS_INLINE void settle(F& a, F& b) {
+    a = from_bits(and_(bits(a), set_i(0xffff0000u)));
+    b = from_bits(and_(bits(b), set_i(0xffff0000u)));
+  }
+  LEANOPS_INLINE void store(uint16_t* p, F a, F b) { store_pairs(p, bits(a), bits(b)); }
+};
+
+struct Float16 {
+  using Scalar = uint16_t;
+  static constexpr bool kPairs = false;
+  LEANOPS_INLINE void load(const uint16_t* p, F& a, F& b) {
+    a = load_half(p);
+    b = load_half(p + W);
+  }
+  LEANOPS_INLINE F stochastic(F x, I r) {
+    const I magnitude = and_(bits(x), set_i(0x7fffffffu));
+    const I sign = and_(bits(x), set_i(0x80000000u));
+    const I normal = and_(add(bits(x), srl<3>(r)), set_i(~0x1fffu));
+    const I q = srl<16>(add(truncate(mul(from_bits(magnitude), set_f(0x1p40f))), r));
+    const I tiny = bits(half_bits(or_(srl<16>(sign), q)));  // counts of 2^-24; 2^10 of them are 2^-14
+    const I rounded = less(magnitude, set_i(0x38800000u), tiny, normal);
+    return if_nan(x, x, from_bits(rounded));
+  }
+  template <zo::Rounding R>
+  LEANOPS_INLINE void finish(F& a, F& b, const uint16_t* r) {
+    if constexpr (R == zo::Rounding::kStochastic) {
+      a = stochastic(a, load_u16(r));
+      b = stochastic(b, load_u16(r + W));
+    }
+  }
+  LEANOPS_INLINE void settle(F& a, F& b) {
+    a = round_half(a);
+    b = round_half(b);
+  }
+  LEANOPS_INLINE void store(uint16_t* p, F a, F b) {
+    store_half(p, a);
+    store_half(p + W, b);
+  }
+};
+
+}  // namespace LEANOPS_ISA
+}  // namespace leanops

@@ -1,0 +1,68 @@
+// Zeroth-order operators on raw pointers, definition zo/1: no torch, no Python.
+//
+// z(seed, tensor_id, i) is a function of three numbers; i = offset + position in the row-major tensor.
+//   axpy, plain:       p <- round((1 - d) p + sum_k c_k z_k)           accumulated in order of k, rounded
+//   once axpy, sequential:  for each k: p <- round((1 - d_k) p + c_k z_k)   the bits of K calls, in one pass
+//   over p
+// fp32, bf16 and fp16 accumulate in fp32 with one fma a term; fp64 in double, product and sum rounded
+// separately.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/isa.h"
+
+namespace leanops {
+namespace zo {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+enum class Distribution : int { kGaussian = 0, kRademacher = 1 };
+enum class Rounding : int { kNearest = 0, kStochastic = 1 };
+
+// Philox streams, the fourth counter word.
+constexpr uint32_t kStreamGaussian = 0, kStreamRademacher = 1, kStreamRounding = 2;
+
+constexpr int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+struct Terms {
+  const uint64_t* seeds;  // [count]
+  const double* coeffs;   // [count]
+  const double* decays;   // [1], or [count] where sequential
+  int64_t count;
+  int64_t decay_count;
+  Distribution distribution;
+  Rounding rounding;
+  bool sequential;
+};
+
+// Both work on n consecutive elements whose first has the index `index`; any alignment, any index, any n >=
+// 0.
+struct Kernels {
+  void (*noise)(void* out, DType dtype, int64_t n, uint64_t seed, uint32_t tensor_id, uint64_t index,
+                Distribution distribution);
+  // out may be in, and may not overlap it otherwise.
+  void (*axpy)(void* out, const void* in, DType dtype, int64_t n, const Terms& terms, uint32_t tensor_id,
+               uint64_t index);
+  // plus holds a; afterwards plus = a + scale * b and minus = a - scale * b, each rounded once to the dtype.
+  void (*spread)(void* plus, void* minus, const void* b, DType dtype, int64_t n, double scale);
+};
+
+extern const Kernels kKernels_baseline;
+#if defined(__x86_64__)
+extern const Kernels kKernels_avx2;
+extern const Kernels kKernels_avx512;
+#endif
+
+static inline const Kernels& kernels(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx512) return kKernels_avx512;
+  if (isa == Isa::kAvx2) return kKernels_avx2;
+#endif
+  static_cast<void>(isa);
+  return kKernels_baseline;
+}
+
+}  // namespace zo
+}  // namespace leanops
