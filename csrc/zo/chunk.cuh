@@ -3,12 +3,11 @@
 #define LEANOPS_ZO_CHUNK_CUH
 
 #include "../common/number.cuh"
+#include "call.cuh"
 #include "noise.cuh"
 
 namespace leanops {
 namespace zo {
-
-enum Distribution { GAUSSIAN = 0, RADEMACHER = 1 };
 
 // acc <- acc (+) c z: fused in float; in double the product is rounded separately, as the reference does.
 LEANOPS_DEVICE float accumulate(float acc, float c, float z) { return fma(c, z, acc); }

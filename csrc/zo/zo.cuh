@@ -8,41 +8,11 @@
 #ifndef LEANOPS_ZO_ZO_CUH
 #define LEANOPS_ZO_ZO_CUH
 
+#include "call.cuh"
 #include "chunk.cuh"
-#include "noise.cuh"
 
 namespace leanops {
 namespace zo {
-
-enum Mode {
-  NOISE = 0,   // out <- z
-  SINGLE = 1,  // out <- round(keep in + c z)
-  MANY = 2,    // the same over any number of terms, or the terms in sequence
-  PAIR = 3,    // out <- round(in + c z), out2 <- round(in - c z)
-};
-
-const int WARPS = 4;           // warps of a thread block
-const int UNIT_LONG = 4096;    // NOISE, SINGLE, PAIR: 32 Rademacher blocks, one a lane
-const int UNIT_SHORT = 1024;   // MANY: 8 blocks of 4 terms, one a lane
-const int INLINE_SLOTS = 16;   // tensors, terms that travel as kernel parameters; more go through device memory
-const int INLINE_TERMS = 8;
-
-struct Slot {  // one tensor
-  u64 out, in, out2;
-  i64 offset, numel;
-  i64 first;  // units of the tensors before this one
-  u64 tensor_id;
-};
-
-struct Call {
-  u64 slots, seeds, coeffs, decays;  // device addresses; 0: inline below
-  i64 units;
-  int tensors, terms, decay_count, sequential;
-  i64 inline_seeds[INLINE_TERMS];
-  double inline_coeffs[INLINE_TERMS];
-  double inline_decays[INLINE_TERMS];
-  Slot inline_slots[INLINE_SLOTS];
-};
 
 // Last tensor at or after `low` whose first unit is not beyond `unit`.
 LEANOPS_DEVICE int find_slot(const Slot* slots, int low, int count, i64 unit) {
@@ -158,33 +128,33 @@ __global__ void __launch_bounds__(32 * WARPS) run(const __grid_constant__ Call c
   }
 }
 
-// Copies words that came as kernel parameters to device memory: no host buffer to keep alive, so it can be captured in a graph.
-const int UPLOAD_WORDS = 448;
-struct Upload {
-  u64 target;
-  int count;
-  u64 words[UPLOAD_WORDS];
-};
-template <int UNUSED>
-__global__ void upload(const __grid_constant__ Upload from) {
-  for (int i = threadIdx.x; i < from.count; i += blockDim.x) global<u64>(from.target)[i] = from.words[i];
+template <int THREADS>
+__global__ void __launch_bounds__(THREADS) upload(const __grid_constant__ Upload from) {
+  for (int i = threadIdx.x; i < from.count; i += THREADS) global<u64>(from.target)[i] = from.words[i];
 }
 
-// zo_linear's last step: y_plus = a + bias + c b, y_minus = a + bias - c b over [rows, n]; b comes from a panel of columns.
+// zo_linear's last step over columns first .. first + width - 1 of [rows, n]: y_plus = a + bias + c b, y_minus = a + bias - c b,
+// where b is [rows, width]. y_plus may be a.
 template <class T>
-__global__ void __launch_bounds__(256)
-    combine(T* y_plus, T* y_minus, const T* a, const T* b, const T* bias, float scale, i64 rows, i64 n, i64 first, i64 width) {
+__global__ void __launch_bounds__(256) combine(u64 y_plus, u64 y_minus, u64 a, u64 b, u64 bias, double scale, i64 rows, i64 n,
+                                               i64 first, i64 width) {
   typedef typename Element<T>::Work A;
   const A c = (A)scale;
   for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < rows * width; i += (i64)gridDim.x * blockDim.x) {
-    const i64 row = i / width, column = first + i % width;
-    const i64 at = row * n + column;
-    A base = widen(a[at]);
-    if (bias) base = add(base, widen(bias[column]));
-    const A turn = mul(c, widen(b[i]));
-    y_plus[at] = narrow<T>(add(base, turn));
-    y_minus[at] = narrow<T>(add(base, -turn));
+    const i64 column = first + i % width, at = i / width * n + column;
+    A base = widen(global<const T>(a)[at]);
+    if (bias) base = add(base, widen(global<const T>(bias)[column]));
+    const A turn = mul(c, widen(global<const T>(b)[i]));
+    global<T>(y_plus)[at] = narrow<T>(add(base, turn));
+    global<T>(y_minus)[at] = narrow<T>(add(base, -turn));
   }
+}
+
+// y <- y + bias over [rows, n].
+template <class T>
+__global__ void __launch_bounds__(256) add_bias(u64 y, u64 bias, i64 rows, i64 n) {
+  for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < rows * n; i += (i64)gridDim.x * blockDim.x)
+    global<T>(y)[i] = narrow<T>(add(widen(global<const T>(y)[i]), widen(global<const T>(bias)[i % n])));
 }
 
 }  // namespace zo

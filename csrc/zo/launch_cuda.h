@@ -1,0 +1,83 @@
+// Host side of zo.cuh without torch: which kernel, which grid, and how tables reach the device.
+#ifndef LEANOPS_ZO_LAUNCH_CUDA_H
+#define LEANOPS_ZO_LAUNCH_CUDA_H
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "zo.cuh"
+
+namespace leanops {
+namespace zo {
+
+// Units are aligned to logical indices, so a tensor's first and last may be partial.
+inline i64 units_of(i64 offset, i64 numel, i64 unit) {
+  return numel == 0 ? 0 : (offset + numel - 1) / unit - offset / unit + 1;
+}
+
+// Fills in Slot::first and drops empty tensors; returns the number of units.
+inline i64 plan(std::vector<Slot>& slots, Mode mode) {
+  const i64 unit = mode == MANY ? UNIT_SHORT : UNIT_LONG;
+  slots.erase(std::remove_if(slots.begin(), slots.end(), [](const Slot& s) { return s.numel == 0; }), slots.end());
+  i64 units = 0;
+  for (Slot& slot : slots) {
+    slot.first = units;
+    units += units_of(slot.offset, slot.numel, unit);
+  }
+  return units;
+}
+
+// Enough blocks to fill the device several times over; each block then strides through the units.
+inline int blocks_for(i64 work, i64 per_block, int processors) {
+  return (int)std::min<i64>((work + per_block - 1) / per_block, (i64)processors * 32);
+}
+
+inline cudaError_t upload_words(u64 target, const u64* words, i64 count, cudaStream_t stream) {
+  for (i64 done = 0; done < count; done += UPLOAD_WORDS) {
+    Upload part;
+    part.target = target + (u64)done * sizeof(u64);
+    part.count = std::min<i64>(UPLOAD_WORDS, count - done);
+    std::copy(words + done, words + done + part.count, part.words);
+    upload<128><<<1, 128, 0, stream>>>(part);
+    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+template <class T, int DIST, Mode MODE, bool STOCHASTIC>
+cudaError_t launch(const Call& call, int processors, cudaStream_t stream) {
+  run<T, DIST, MODE, STOCHASTIC><<<blocks_for(call.units, WARPS, processors), 32 * WARPS, 0, stream>>>(call);
+  return cudaGetLastError();
+}
+
+template <class T, int DIST>
+cudaError_t launch(const Call& call, Mode mode, bool stochastic, int processors, cudaStream_t stream) {
+  const bool random = sizeof(T) == 2 && stochastic;  // wider types ignore stochastic rounding
+  constexpr bool S = sizeof(T) == 2;
+  switch (mode) {
+    case NOISE:
+      return launch<T, DIST, NOISE, false>(call, processors, stream);
+    case SINGLE:
+      return random ? launch<T, DIST, SINGLE, S>(call, processors, stream)
+                    : launch<T, DIST, SINGLE, false>(call, processors, stream);
+    case MANY:
+      return random ? launch<T, DIST, MANY, S>(call, processors, stream)
+                    : launch<T, DIST, MANY, false>(call, processors, stream);
+    default:
+      return launch<T, DIST, PAIR, false>(call, processors, stream);
+  }
+}
+
+template <class T>
+cudaError_t launch(const Call& call, Distribution distribution, Mode mode, bool stochastic, int processors,
+                   cudaStream_t stream) {
+  return distribution == RADEMACHER ? launch<T, RADEMACHER>(call, mode, stochastic, processors, stream)
+                                    : launch<T, GAUSSIAN>(call, mode, stochastic, processors, stream);
+}
+
+}  // namespace zo
+}  // namespace leanops
+
+#endif
