@@ -25,8 +25,12 @@ struct __align__(16) vec16 {  // one 16-byte memory access
 
 LEANOPS_DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
 LEANOPS_DEVICE u32 as_bits(float x) { return __float_as_uint(x); }
+LEANOPS_DEVICE double as_double(u64 bits) { return __longlong_as_double((i64)bits); }
+LEANOPS_DEVICE u64 as_bits(double x) { return (u64)__double_as_longlong(x); }
+LEANOPS_DEVICE u32 high_halves(u32 lo, u32 hi) { return __byte_perm(lo, hi, 0x7632); }
 
-LEANOPS_DEVICE u64 wide_mul(u32 a, u32 b) {  // one instruction, which a 64-bit product by these constants is not
+LEANOPS_DEVICE u64 wide_mul(u32 a,
+                            u32 b) {  // one instruction, which a 64-bit product by these constants is not
   u64 product;
   asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
   return product;
@@ -41,7 +45,9 @@ LEANOPS_DEVICE T* global(u64 address) {
 
 // One 16-byte store. Plain assignment is sometimes split into words.
 LEANOPS_DEVICE void store(vec16* at, const vec16& x) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(x.w[0]), "r"(x.w[1]), "r"(x.w[2]), "r"(x.w[3]) : "memory");
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(x.w[0]), "r"(x.w[1]), "r"(x.w[2]),
+               "r"(x.w[3])
+               : "memory");
 }
 
 LEANOPS_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
@@ -50,8 +56,9 @@ LEANOPS_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 LEANOPS_DEVICE double mul(double a, double b) { return __dmul_rn(a, b); }
 LEANOPS_DEVICE double add(double a, double b) { return __dadd_rn(a, b); }
 
-// Correctly rounded sqrt of t = ±0 or 2^-97 <= t < 2^127: the fast path of sqrt.rn.f32 without its range branch, which costs
-// six instructions. The clamp keeps the reciprocal root of zero finite, so that sqrt(±0) = ±0.
+// Correctly rounded sqrt of t = ±0 or 2^-97 <= t < 2^127: the fast path of sqrt.rn.f32 without its range
+// branch, which costs six instructions. The clamp keeps the reciprocal root of zero finite, so that sqrt(±0)
+// = ±0.
 LEANOPS_DEVICE float sqrt_bounded(float t) {
   float r;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(fmaxf(t, 0x1p-97f)));

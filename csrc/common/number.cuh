@@ -1,4 +1,5 @@
-// Element types and their rounding. A chunk is what a thread moves by 16-byte accesses: 8 elements of 16 bits, 4 wider ones.
+// Element types and their rounding. A chunk is what a thread moves by 16-byte accesses: 8 elements of 16
+// bits, 4 wider ones.
 #ifndef LEANOPS_COMMON_NUMBER_CUH
 #define LEANOPS_COMMON_NUMBER_CUH
 
@@ -54,7 +55,8 @@ LEANOPS_DEVICE fp16 narrow<fp16>(float x) {
   return fp16{(u16)pack_fp16(x, 0.0f)};
 }
 
-// Stochastic rounding by 16 random bits r: up with the probability of the discarded fraction; non-finite values stay.
+// Stochastic rounding by 16 random bits r: up with the probability of the discarded fraction; non-finite
+// values stay.
 LEANOPS_DEVICE u32 stochastic_bf16(float x, u32 r) {  // the result in the high half
   const u32 bits = as_bits(x), magnitude = bits & 0x7fffffffu;
   if (magnitude < 0x7f800000u) return bits + r;
@@ -64,7 +66,8 @@ LEANOPS_DEVICE u32 stochastic_fp16(float x, u32 r) {  // the result in the low h
   const u32 bits = as_bits(x), magnitude = bits & 0x7fffffffu;
   if (magnitude >= 0x7f800000u) return pack_fp16(x, 0.0f) & 0xffffu;
   if (magnitude >= 0x38800000u) return pack_fp16(as_float((bits + (r >> 3)) & 0xffffe000u), 0.0f) & 0xffffu;
-  return (bits >> 16 & 0x8000u) | (((u32)mul(as_float(magnitude), 0x1p40f) + r) >> 16);  // subnormal fp16: fixed point
+  return (bits >> 16 & 0x8000u) |
+         (((u32)mul(as_float(magnitude), 0x1p40f) + r) >> 16);  // subnormal fp16: fixed point
 }
 
 // Chunk <-> registers. `random`: 8 halves for stochastic rounding, read by the 16-bit types alone.
@@ -75,7 +78,7 @@ LEANOPS_DEVICE void unpack(const vec16* words, const float*, float* x) {
 LEANOPS_DEVICE void unpack(const vec16* words, const double*, double* x) {
 #pragma unroll
   for (int e = 0; e < 4; ++e)
-    x[e] = __longlong_as_double((i64)((u64)words[e / 2].w[e % 2 * 2 + 1] << 32 | words[e / 2].w[e % 2 * 2]));
+    x[e] = as_double((u64)words[e / 2].w[e % 2 * 2 + 1] << 32 | words[e / 2].w[e % 2 * 2]);
 }
 LEANOPS_DEVICE void unpack(const vec16* words, const bf16*, float* x) {
 #pragma unroll
@@ -95,7 +98,7 @@ template <bool STOCHASTIC>
 LEANOPS_DEVICE void pack(const double* x, const u32*, vec16* words, const double*) {
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    const u64 bits = (u64)__double_as_longlong(x[e]);
+    const u64 bits = as_bits(x[e]);
     words[e / 2].w[e % 2 * 2] = (u32)bits;
     words[e / 2].w[e % 2 * 2 + 1] = (u32)(bits >> 32);
   }
@@ -104,8 +107,8 @@ template <bool STOCHASTIC>
 LEANOPS_DEVICE void pack(const float* x, const u32* random, vec16* words, const bf16*) {
 #pragma unroll
   for (int e = 0; e < 8; e += 2)
-    words->w[e / 2] = STOCHASTIC ? __byte_perm(stochastic_bf16(x[e], random[e / 2] & 0xffffu),
-                                               stochastic_bf16(x[e + 1], random[e / 2] >> 16), 0x7632)
+    words->w[e / 2] = STOCHASTIC ? high_halves(stochastic_bf16(x[e], random[e / 2] & 0xffffu),
+                                               stochastic_bf16(x[e + 1], random[e / 2] >> 16))
                                  : pack_bf16(x[e], x[e + 1]);
 }
 template <bool STOCHASTIC>

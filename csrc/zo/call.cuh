@@ -1,4 +1,5 @@
-// What a launch of zo.cuh is told: which tensors, which terms. Plain data, the same bytes for nvcc, NVRTC and NumPy.
+// What a launch of zo.cuh is told: which tensors, which terms. Plain data, the same bytes for nvcc, NVRTC and
+// NumPy.
 #ifndef LEANOPS_ZO_CALL_CUH
 #define LEANOPS_ZO_CALL_CUH
 
@@ -21,10 +22,10 @@ const int UNIT_SHORT = 1024;  // MANY: 8 blocks of 4 terms, one a lane
 const int INLINE_SLOTS = 16;  // tensors that travel as kernel parameters; more go through device memory
 const int INLINE_TERMS = 8;   // terms, likewise
 
-struct Slot {           // one tensor, contiguous
-  u64 out, in, out2;    // addresses; what a mode lacks equals `out`
-  i64 offset, numel;    // logical index of the first element, elements
-  i64 first;            // units of the tensors before this one
+struct Slot {         // one tensor, contiguous
+  u64 out, in, out2;  // addresses; what a mode lacks equals `out`
+  i64 offset, numel;  // logical index of the first element, elements
+  i64 first;          // units of the tensors before this one
   u64 tensor_id;
 };
 
@@ -38,7 +39,8 @@ struct Call {
   Slot inline_slots[INLINE_SLOTS];
 };
 
-// Words that travel as kernel parameters to device memory: there is no host buffer to keep alive, so a graph can capture it.
+// Words that travel as kernel parameters to device memory: there is no host buffer to keep alive, so a graph
+// can capture it.
 const int UPLOAD_WORDS = 448;
 struct Upload {
   u64 target;

@@ -16,7 +16,9 @@ LEANOPS_DEVICE double accumulate(double acc, double c, float z) { return add(acc
 LEANOPS_DEVICE float accumulate_sign(float acc, float c, u32 sign) {
   return add(acc, as_float((sign & 0x80000000u) ^ as_bits(c)));
 }
-LEANOPS_DEVICE double accumulate_sign(double acc, double c, u32 sign) { return add(acc, (int)sign < 0 ? -c : c); }
+LEANOPS_DEVICE double accumulate_sign(double acc, double c, u32 sign) {
+  return add(acc, (int)sign < 0 ? -c : c);
+}
 
 // The lane's V sign bits of chunk j within the 128 bytes of a warp's 1,024 signs; element e at bit e.
 template <int V>
@@ -24,9 +26,11 @@ LEANOPS_DEVICE u32 sign_bits(const u8* signs, int j, int lane) {
   return V == 8 ? (u32)signs[j * 32 + lane] : (u32)signs[j * 16 + lane / 2] >> (lane % 2 * 4);
 }
 
-// acc[j] <- acc[j] (+) c z for the lane's chunks, which lie 32 chunks apart from number `chunk` of the logical tensor on.
+// acc[j] <- acc[j] (+) c z for the lane's chunks, which lie 32 chunks apart from number `chunk` of the
+// logical tensor on.
 template <class T, int DIST, int C, class A>
-LEANOPS_DEVICE void add_noise(A (*acc)[Element<T>::CHUNK], A c, const u8* signs, u64 seed, u64 chunk, u32 id, int lane) {
+LEANOPS_DEVICE void add_noise(A (*acc)[Element<T>::CHUNK], A c, const u8* signs, u64 seed, u64 chunk, u32 id,
+                              int lane) {
   const int V = Element<T>::CHUNK;
 #pragma unroll
   for (int j = 0; j < C; ++j) {
@@ -48,7 +52,8 @@ LEANOPS_DEVICE void add_noise(A (*acc)[Element<T>::CHUNK], A c, const u8* signs,
 
 // acc[j] <- z
 template <class T, int DIST, int C, class A>
-LEANOPS_DEVICE void set_noise(A (*acc)[Element<T>::CHUNK], const u8* signs, u64 seed, u64 chunk, u32 id, int lane) {
+LEANOPS_DEVICE void set_noise(A (*acc)[Element<T>::CHUNK], const u8* signs, u64 seed, u64 chunk, u32 id,
+                              int lane) {
   const int V = Element<T>::CHUNK;
 #pragma unroll
   for (int j = 0; j < C; ++j) {
@@ -99,7 +104,7 @@ LEANOPS_DEVICE void round_in_place(A (*acc)[Element<T>::CHUNK], u64 seed, u64 ch
 // The part of a tensor that a lane handles at once: chunks lie 32 chunks apart.
 template <class T>
 struct Lane {
-  i64 first;    // index of the lane's first element; may lie before the tensor
+  i64 first;  // index of the lane's first element; may lie before the tensor
   i64 numel;
   bool vector;  // every chunk lies within the tensor and on a 16-byte boundary
 
@@ -125,7 +130,8 @@ struct Lane {
   }
 
   template <int C, bool STOCHASTIC, class A>
-  LEANOPS_DEVICE void store(u64 tensor, const A (*acc)[Element<T>::CHUNK], u64 seed, u64 chunk, u32 id) const {
+  LEANOPS_DEVICE void store(u64 tensor, const A (*acc)[Element<T>::CHUNK], u64 seed, u64 chunk,
+                            u32 id) const {
     const int V = Element<T>::CHUNK, N = sizeof(T) * V / 16;
     T* at = global<T>(tensor) + first;
     vec16 words[C][N];
@@ -165,7 +171,7 @@ struct Lane {
     } else if constexpr (sizeof(T) == 4) {
       return as_float(v.w[e % per]);
     } else {
-      return __longlong_as_double((i64)((u64)v.w[e % per * 2 + 1] << 32 | v.w[e % per * 2]));
+      return as_double((u64)v.w[e % per * 2 + 1] << 32 | v.w[e % per * 2]);
     }
   }
 };

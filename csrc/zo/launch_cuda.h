@@ -12,6 +12,16 @@
 namespace leanops {
 namespace zo {
 
+template <class T, int DIST, int MODE, bool STOCHASTIC>
+__global__ void __launch_bounds__(32 * WARPS, RESIDENT<T, MODE, STOCHASTIC>)
+    zo_kernel(const __grid_constant__ Call call) {
+  work<T, DIST, MODE, STOCHASTIC>(call);
+}
+
+__global__ void __launch_bounds__(128) upload_kernel(const __grid_constant__ Upload from) {
+  copy_words(from);
+}
+
 // Units are aligned to logical indices, so a tensor's first and last may be partial.
 inline i64 units_of(i64 offset, i64 numel, i64 unit) {
   return numel == 0 ? 0 : (offset + numel - 1) / unit - offset / unit + 1;
@@ -20,7 +30,8 @@ inline i64 units_of(i64 offset, i64 numel, i64 unit) {
 // Fills in Slot::first and drops empty tensors; returns the number of units.
 inline i64 plan(std::vector<Slot>& slots, Mode mode) {
   const i64 unit = mode == MANY ? UNIT_SHORT : UNIT_LONG;
-  slots.erase(std::remove_if(slots.begin(), slots.end(), [](const Slot& s) { return s.numel == 0; }), slots.end());
+  slots.erase(std::remove_if(slots.begin(), slots.end(), [](const Slot& s) { return s.numel == 0; }),
+              slots.end());
   i64 units = 0;
   for (Slot& slot : slots) {
     slot.first = units;
@@ -40,7 +51,7 @@ inline cudaError_t upload_words(u64 target, const u64* words, i64 count, cudaStr
     part.target = target + (u64)done * sizeof(u64);
     part.count = std::min<i64>(UPLOAD_WORDS, count - done);
     std::copy(words + done, words + done + part.count, part.words);
-    upload<128><<<1, 128, 0, stream>>>(part);
+    upload_kernel<<<1, 128, 0, stream>>>(part);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -48,7 +59,8 @@ inline cudaError_t upload_words(u64 target, const u64* words, i64 count, cudaStr
 
 template <class T, int DIST, Mode MODE, bool STOCHASTIC>
 cudaError_t launch(const Call& call, int processors, cudaStream_t stream) {
-  run<T, DIST, MODE, STOCHASTIC><<<blocks_for(call.units, WARPS, processors), 32 * WARPS, 0, stream>>>(call);
+  zo_kernel<T, DIST, MODE, STOCHASTIC>
+      <<<blocks_for(call.units, WARPS, processors), 32 * WARPS, 0, stream>>>(call);
   return cudaGetLastError();
 }
 

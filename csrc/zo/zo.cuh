@@ -1,10 +1,12 @@
 // zo/1 on CUDA: noise, multi-tensor axpy and the panels of zo_linear. One kernel template serves all of them.
 //
-// Work is cut on *logical* indices: a unit is 1,024 or 4,096 consecutive elements of one tensor, starting at a multiple of its size,
-// and belongs to one warp. A lane's chunk (16 bytes of 16- or 32-bit elements) then never crosses a Philox block, whatever the
-// shard's offset; only the first and last unit of a tensor, and tensors whose addresses do not suit 16-byte access, go element-wise.
+// Work is cut on *logical* indices: a unit is 1,024 or 4,096 consecutive elements of one tensor, starting at
+// a multiple of its size, and belongs to one warp. A lane's chunk (16 bytes of 16- or 32-bit elements) then
+// never crosses a Philox block, whatever the shard's offset; only the first and last unit of a tensor, and
+// tensors whose addresses do not suit 16-byte access, go element-wise.
 //
-// Rademacher: the 32 lanes compute 32 Philox blocks, 4,096 signs, into shared memory, and each lane fetches the byte it needs.
+// Rademacher: the 32 lanes compute 32 Philox blocks, 4,096 signs, into shared memory, and each lane fetches
+// the byte it needs.
 #ifndef LEANOPS_ZO_ZO_CUH
 #define LEANOPS_ZO_ZO_CUH
 
@@ -13,6 +15,10 @@
 
 namespace leanops {
 namespace zo {
+
+// Blocks that share a multiprocessor: leaves a thread 128 or 102 registers, which no kernel exceeds.
+template <class T, int MODE, bool STOCHASTIC>
+constexpr int RESIDENT = sizeof(T) == 8 || (MODE == MANY && STOCHASTIC) ? 4 : 5;
 
 // Last tensor at or after `low` whose first unit is not beyond `unit`.
 LEANOPS_DEVICE int find_slot(const Slot* slots, int low, int count, i64 unit) {
@@ -29,12 +35,15 @@ LEANOPS_DEVICE int find_slot(const Slot* slots, int low, int count, i64 unit) {
 }
 
 template <class T, int DIST, int MODE, bool STOCHASTIC>
-__global__ void __launch_bounds__(32 * WARPS) run(const __grid_constant__ Call call) {
+LEANOPS_DEVICE void work(const Call& call) {
   typedef typename Element<T>::Work A;
   const int V = Element<T>::CHUNK;
   const int UNIT = MODE == MANY ? UNIT_SHORT : UNIT_LONG;
-  const int C = (DIST == RADEMACHER ? 32 : sizeof(T) == 8 ? 8 : 16) / V;  // chunks a lane holds at once
-  const int SPAN = C * 32 * V;                                          // elements a warp holds at once
+  const int C = (DIST == RADEMACHER ? 32
+                 : sizeof(T) == 8   ? 8
+                                    : 16) /
+                (MODE == PAIR ? 2 : 1) / V;  // chunks a lane holds
+  const int SPAN = C * 32 * V;               // elements a warp holds
   __shared__ vec16 signs[WARPS][DIST == RADEMACHER ? 32 : 1];
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -56,8 +65,9 @@ __global__ void __launch_bounds__(32 * WARPS) run(const __grid_constant__ Call c
       next = t + 1 < call.tensors ? slots[t + 1].first : call.units;
     }
     const u32 id = (u32)slot.tensor_id;
-    const i64 logical = (slot.offset / UNIT + unit - slot.first) * UNIT;  // logical index of the unit's first element
-    const i64 local = logical - slot.offset;                              // the same within this tensor; may be negative
+    const i64 logical =
+        (slot.offset / UNIT + unit - slot.first) * UNIT;  // logical index of the unit's first element
+    const i64 local = logical - slot.offset;              // the same within this tensor; may be negative
     const u64 shift = (u64)local * sizeof(T);
     const bool vector = local >= 0 && local + UNIT <= slot.numel &&
                         (((slot.out + shift) | (slot.in + shift) | (slot.out2 + shift)) & 15) == 0;
@@ -70,7 +80,8 @@ __global__ void __launch_bounds__(32 * WARPS) run(const __grid_constant__ Call c
 
 #pragma unroll 1
     for (int span = 0; span < UNIT; span += SPAN) {
-      if (!vector && (local + span >= slot.numel || local + span + SPAN <= 0)) continue;  // nothing of this tensor
+      if (!vector && (local + span >= slot.numel || local + span + SPAN <= 0))
+        continue;                                          // nothing of this tensor
       const u64 chunk = (u64)(logical + span) / V + lane;  // number of the lane's first chunk
       const Lane<T> view = {local + span + lane * V, slot.numel, vector};
       A acc[C][V];
@@ -128,19 +139,19 @@ __global__ void __launch_bounds__(32 * WARPS) run(const __grid_constant__ Call c
   }
 }
 
-template <int THREADS>
-__global__ void __launch_bounds__(THREADS) upload(const __grid_constant__ Upload from) {
-  for (int i = threadIdx.x; i < from.count; i += THREADS) global<u64>(from.target)[i] = from.words[i];
+LEANOPS_DEVICE void copy_words(const Upload& from) {
+  for (int i = threadIdx.x; i < from.count; i += blockDim.x) global<u64>(from.target)[i] = from.words[i];
 }
 
-// zo_linear's last step over columns first .. first + width - 1 of [rows, n]: y_plus = a + bias + c b, y_minus = a + bias - c b,
-// where b is [rows, width]. y_plus may be a.
+// zo_linear's last step over columns first .. first + width - 1 of [rows, n]: y_plus = a + bias + c b,
+// y_minus = a + bias - c b, where b is [rows, width]. y_plus may be a.
 template <class T>
-__global__ void __launch_bounds__(256) combine(u64 y_plus, u64 y_minus, u64 a, u64 b, u64 bias, double scale, i64 rows, i64 n,
-                                               i64 first, i64 width) {
+LEANOPS_DEVICE void combine(u64 y_plus, u64 y_minus, u64 a, u64 b, u64 bias, double scale, i64 rows, i64 n,
+                            i64 first, i64 width) {
   typedef typename Element<T>::Work A;
   const A c = (A)scale;
-  for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < rows * width; i += (i64)gridDim.x * blockDim.x) {
+  for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < rows * width;
+       i += (i64)gridDim.x * blockDim.x) {
     const i64 column = first + i % width, at = i / width * n + column;
     A base = widen(global<const T>(a)[at]);
     if (bias) base = add(base, widen(global<const T>(bias)[column]));
@@ -152,7 +163,7 @@ __global__ void __launch_bounds__(256) combine(u64 y_plus, u64 y_minus, u64 a, u
 
 // y <- y + bias over [rows, n].
 template <class T>
-__global__ void __launch_bounds__(256) add_bias(u64 y, u64 bias, i64 rows, i64 n) {
+LEANOPS_DEVICE void add_bias(u64 y, u64 bias, i64 rows, i64 n) {
   for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < rows * n; i += (i64)gridDim.x * blockDim.x)
     global<T>(y)[i] = narrow<T>(add(widen(global<const T>(y)[i]), widen(global<const T>(bias)[i % n])));
 }

@@ -39,6 +39,17 @@ struct Device {
 
 Distribution distribution_of(const std::string& name) { return name == "rademacher" ? RADEMACHER : GAUSSIAN; }
 
+template <class T>
+__global__ void __launch_bounds__(256) combine_kernel(u64 y_plus, u64 y_minus, u64 a, u64 b, u64 bias,
+                                                      double scale, i64 rows, i64 n, i64 first, i64 width) {
+  combine<T>(y_plus, y_minus, a, b, bias, scale, rows, n, first, width);
+}
+
+template <class T>
+__global__ void __launch_bounds__(256) add_bias_kernel(u64 y, u64 bias, i64 rows, i64 n) {
+  add_bias<T>(y, bias, rows, n);
+}
+
 u64 address(const Tensor& t) { return (u64)t.data_ptr(); }
 
 template <class F>
@@ -55,9 +66,11 @@ void for_dtype(ScalarType dtype, F&& f) {
   }
 }
 
-// Numbers for a kernel: read in place on the device; from the CPU inline if they fit, else uploaded. Keeps what it points to alive.
+// Numbers for a kernel: read in place on the device; from the CPU inline if they fit, else uploaded. Keeps
+// what it points to alive.
 template <class N>
-u64 place(const Tensor& values, N* inline_values, const Tensor& like, const Device& device, std::vector<Tensor>& alive) {
+u64 place(const Tensor& values, N* inline_values, const Tensor& like, const Device& device,
+          std::vector<Tensor>& alive) {
   alive.push_back(torch::stable::contiguous(values));
   const Tensor& source = alive.back();
   if (source.is_cuda()) return address(source);
@@ -96,17 +109,19 @@ void noise_(Tensor out, Tensor seed, int64_t tensor_id, int64_t offset, std::str
   call.terms = 1;
   call.seeds = place(seed, call.inline_seeds, out, device, alive);
   const Tensor dense = out.is_contiguous() ? out : torch::stable::new_empty(out, out.sizes());
-  std::vector<Slot> slots = {{address(dense), address(dense), address(dense), offset, out.numel(), 0, (u64)tensor_id}};
+  std::vector<Slot> slots = {
+      {address(dense), address(dense), address(dense), offset, out.numel(), 0, (u64)tensor_id}};
   set_slots(call, slots, NOISE, out, device, alive);
   for_dtype(out.scalar_type(), [&](auto type) {
-    STD_CUDA_CHECK(launch<decltype(type)>(call, distribution_of(distribution), NOISE, false, device.processors, device.stream));
+    STD_CUDA_CHECK(launch<decltype(type)>(call, distribution_of(distribution), NOISE, false,
+                                          device.processors, device.stream));
   });
   if (!out.is_contiguous()) torch::stable::copy_(out, dense);
 }
 
-void axpy_into_(std::vector<Tensor> out, std::vector<Tensor> tensors, Tensor seeds, Tensor coeffs, Tensor decays,
-                std::vector<int64_t> tensor_ids, std::vector<int64_t> offsets, std::string distribution,
-                std::string rounding, bool sequential) {
+void axpy_into_(std::vector<Tensor> out, std::vector<Tensor> tensors, Tensor seeds, Tensor coeffs,
+                Tensor decays, std::vector<int64_t> tensor_ids, std::vector<int64_t> offsets,
+                std::string distribution, std::string rounding, bool sequential) {
   if (out.empty()) return;
   const Device device(out[0]);
   std::vector<Tensor> alive;
@@ -120,7 +135,8 @@ void axpy_into_(std::vector<Tensor> out, std::vector<Tensor> tensors, Tensor see
   const Mode mode = terms.terms == 1 ? SINGLE : MANY;
 
   std::vector<std::pair<size_t, Tensor>> strided;  // results to copy back
-  for (const ScalarType dtype : {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half}) {
+  for (const ScalarType dtype :
+       {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half}) {
     std::vector<Slot> slots;
     for (size_t i = 0; i < out.size(); ++i) {
       if (out[i].numel() == 0 || out[i].scalar_type() != dtype) continue;
@@ -131,22 +147,25 @@ void axpy_into_(std::vector<Tensor> out, std::vector<Tensor> tensors, Tensor see
         strided.emplace_back(i, target);
       }
       alive.push_back(source);
-      slots.push_back({address(target), address(source), address(target), offsets[i], target.numel(), 0, (u64)tensor_ids[i]});
+      slots.push_back({address(target), address(source), address(target), offsets[i], target.numel(), 0,
+                       (u64)tensor_ids[i]});
     }
     if (slots.empty()) continue;
     Call call = terms;
     set_slots(call, slots, mode, out[0], device, alive);
     for_dtype(dtype, [&](auto type) {
-      STD_CUDA_CHECK(launch<decltype(type)>(call, distribution_of(distribution), mode, rounding == "stochastic",
-                                            device.processors, device.stream));
+      STD_CUDA_CHECK(launch<decltype(type)>(call, distribution_of(distribution), mode,
+                                            rounding == "stochastic", device.processors, device.stream));
     });
   }
   for (auto& [i, result] : strided) torch::stable::copy_(out[i], result);
 }
 
-void axpy_(std::vector<Tensor> tensors, Tensor seeds, Tensor coeffs, Tensor decays, std::vector<int64_t> tensor_ids,
-           std::vector<int64_t> offsets, std::string distribution, std::string rounding, bool sequential) {
-  axpy_into_(tensors, tensors, seeds, coeffs, decays, tensor_ids, offsets, distribution, rounding, sequential);
+void axpy_(std::vector<Tensor> tensors, Tensor seeds, Tensor coeffs, Tensor decays,
+           std::vector<int64_t> tensor_ids, std::vector<int64_t> offsets, std::string distribution,
+           std::string rounding, bool sequential) {
+  axpy_into_(tensors, tensors, seeds, coeffs, decays, tensor_ids, offsets, distribution, rounding,
+             sequential);
 }
 
 Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
@@ -167,9 +186,9 @@ void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
 // A panel of 8 Mi elements is written and read again within the L2 cache.
 const i64 PANEL = 8 << 20;
 
-std::tuple<Tensor, Tensor> linear(Tensor x, std::optional<Tensor> x_minus, Tensor weight, std::optional<Tensor> bias,
-                                  Tensor seed, double scale, int64_t tensor_id, int64_t offset,
-                                  std::string distribution) {
+std::tuple<Tensor, Tensor> linear(Tensor x, std::optional<Tensor> x_minus, Tensor weight,
+                                  std::optional<Tensor> bias, Tensor seed, double scale, int64_t tensor_id,
+                                  int64_t offset, std::string distribution) {
   const Device device(x);
   const i64 n = weight.size(0), m = weight.size(1);
   i64 rows = 1;
@@ -197,19 +216,22 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::optional<Tensor> x_minus, Tenso
   std::optional<Tensor> flat_minus;
   if (x_minus) flat_minus = torch::stable::reshape(torch::stable::contiguous(*x_minus), {rows, m});
 
-  const i64 blocks = std::max<i64>(1, std::min<i64>((rows * panel_rows + 255) / 256, (i64)device.processors * 32));
+  const i64 blocks =
+      std::max<i64>(1, std::min<i64>((rows * panel_rows + 255) / 256, (i64)device.processors * 32));
   for (i64 first = 0; first < n; first += panel_rows) {
     const i64 width = std::min(panel_rows, n - first);
     const Tensor plus = torch::stable::new_empty(x, {width, m});
     const Tensor minus = x_minus ? torch::stable::new_empty(x, {width, m}) : plus;
     const u64 in = x_minus ? address(dense) + (u64)(first * m) * x.element_size() : address(plus);
-    std::vector<Slot> slots = {{address(plus), in, address(minus), offset + first * m, width * m, 0, (u64)tensor_id}};
+    std::vector<Slot> slots = {
+        {address(plus), in, address(minus), offset + first * m, width * m, 0, (u64)tensor_id}};
     call.units = plan(slots, mode);
     call.tensors = (int)slots.size();
     if (call.units) {
       call.inline_slots[0] = slots[0];
       for_dtype(x.scalar_type(), [&](auto type) {
-        STD_CUDA_CHECK(launch<decltype(type)>(call, distribution_of(distribution), mode, false, device.processors, device.stream));
+        STD_CUDA_CHECK(launch<decltype(type)>(call, distribution_of(distribution), mode, false,
+                                              device.processors, device.stream));
       });
     }
     if (x_minus) {
@@ -219,8 +241,9 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::optional<Tensor> x_minus, Tenso
     } else if (rows) {
       const Tensor b = mm(flat, transposed(plus));
       for_dtype(x.scalar_type(), [&](auto type) {
-        combine<decltype(type)><<<(int)blocks, 256, 0, device.stream>>>(address(y_plus), address(y_minus), address(y_plus), address(b),
-                                                                        bias_at, scale, rows, n, first, width);
+        combine_kernel<decltype(type)>
+            <<<(int)blocks, 256, 0, device.stream>>>(address(y_plus), address(y_minus), address(y_plus),
+                                                     address(b), bias_at, scale, rows, n, first, width);
         STD_CUDA_CHECK(cudaGetLastError());
       });
     }
@@ -228,7 +251,7 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::optional<Tensor> x_minus, Tenso
   if (x_minus && bias && rows * n) {
     for (const Tensor& y : {y_plus, y_minus})
       for_dtype(x.scalar_type(), [&](auto type) {
-        add_bias<decltype(type)><<<(int)blocks, 256, 0, device.stream>>>(address(y), bias_at, rows, n);
+        add_bias_kernel<decltype(type)><<<(int)blocks, 256, 0, device.stream>>>(address(y), bias_at, rows, n);
         STD_CUDA_CHECK(cudaGetLastError());
       });
   }
