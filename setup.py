@@ -125,7 +125,7 @@ class BuildNative(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         output = target / f"libleanops_{library}.so"
         cudart = f"{Path(find_nvcc()).parent.parent}/lib64/libcudart_static.a -ldl -lrt -lpthread" if library == "cuda" else ""
-        lines = []
+        lines = [f"builddir = {folder}"]
         for source, name, command in objects:
             lines.append(f"rule {name}\n command = {command}\n depfile = $out.d\n deps = gcc")
             lines.append(f"build {folder}/{name}.o: {name} {source}")

@@ -88,7 +88,8 @@ class OpSpec:
 
     A mutating operator's name ends in ``_``, its written arguments are ``Tensor(a!)`` or ``Tensor(a!)[]`` and it
     returns ``()``. ``check`` raises for bad input and must not read tensor data on a device. ``backends`` maps a
-    name (``"triton"``, ``"nvrtc"``) to a loader that returns a function with the schema's signature.
+    name (``"triton"``, ``"nvrtc"``) to a loader that returns a function with the schema's signature. ``large`` makes
+    arguments whose first written tensor has more than 2^31 elements, and arguments that give the end of it.
     """
 
     name: str
@@ -105,6 +106,8 @@ class OpSpec:
     depth: Callable[..., int] = lambda *args: 1  # K of the tolerance policy: the length of the longest sum
     tolerance: float = 4.0
     composite: Callable[..., Any] | None = None  # written in other operators; registered instead of the reference
+    plain: Callable[..., Any] | None = None  # what a user would write in the inputs' dtype; its error is the yardstick
+    large: Callable[[torch.device], tuple[tuple[Any, ...], tuple[Any, ...]]] | None = None
     autograd: Autograd | None = None
     backends: Mapping[str, Loader] = field(default_factory=dict)
     tuning: Mapping[str, Sequence[Any]] = field(default_factory=dict)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from leanops._registry import Autograd, BadInput, Case, Cost, Draw, Kernel, Loader, OpSpec, register
 from leanops.zo import checks, reference
@@ -15,6 +16,8 @@ from leanops.zo.autograd import linear_backward, linear_setup_context
 DISTRIBUTIONS = ("gaussian", "rademacher")
 ROUNDINGS = ("nearest", "stochastic")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_LARGE = 2**31 + 1777  # elements: past what a 32-bit index reaches
 
 # the parameter lists of two models, as {shape: how many}
 OPT_125M = {(50272, 768): 1, (2050, 768): 1, (768, 768): 48, (768,): 122, (3072, 768): 12, (3072,): 12, (768, 3072): 12}
@@ -76,6 +79,13 @@ def _noise_fuzz(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
     )
 
 
+def _noise_large(device: torch.device) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def make(n: int, offset: int) -> tuple[Any, ...]:
+        return torch.empty(n, device=device, dtype=torch.bfloat16), _i64(7), 3, offset, "gaussian"
+
+    return make(_LARGE, 0), make(1000, _LARGE - 1000)
+
+
 def _noise_bad() -> tuple[BadInput, ...]:
     def make(**change: Any) -> Callable[[torch.device], tuple[Any, ...]]:
         def build(device: torch.device) -> tuple[Any, ...]:
@@ -120,6 +130,7 @@ register(
         cost=lambda out, *_: Cost(read=0, written=_bytes([out])),
         dtypes=DTYPES,
         exact=True,
+        large=_noise_large,
         backends=_backends("zo_noise_"),
     )
 )
@@ -241,6 +252,18 @@ def _axpy_fuzz(draw: Draw, dtype: torch.dtype, into: bool) -> tuple[Any, ...]:
     return ([draw.tensor(s, dtype) for s in shapes], tensors, *rest) if into else (tensors, *rest)
 
 
+def _axpy_large(into: bool) -> Callable[[torch.device], tuple[tuple[Any, ...], tuple[Any, ...]]]:
+    def build(device: torch.device) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        def make(n: int, offset: int) -> tuple[Any, ...]:
+            p = torch.full((n,), 0.02, device=device, dtype=torch.bfloat16)
+            rest = (_i64(7), _f64(0.01), _f64(0.0), [3], [offset], "rademacher", "stochastic", False)
+            return ([torch.empty_like(p)], [p], *rest) if into else ([p], *rest)
+
+        return make(_LARGE, 0), make(1000, _LARGE - 1000)
+
+    return build
+
+
 def _axpy_bad(name: str) -> tuple[BadInput, ...]:
     into = name == "zo_axpy_into_"
 
@@ -327,6 +350,7 @@ register(
         cost=lambda tensors, *_: Cost(read=_bytes(tensors), written=_bytes(tensors)),
         dtypes=DTYPES,
         exact=True,
+        large=_axpy_large(into=False),
         backends=_backends("zo_axpy_"),
     )
 )
@@ -344,6 +368,7 @@ register(
         cost=lambda out, *_: Cost(read=_bytes(out), written=_bytes(out)),
         dtypes=DTYPES,
         exact=True,
+        large=_axpy_large(into=True),
         backends=_backends("zo_axpy_into_"),
     )
 )
@@ -417,6 +442,22 @@ def _linear_fake(x: Tensor, x_minus: Any, weight: Tensor, *_: Any) -> tuple[Tens
     return x.new_empty(shape), x.new_empty(shape)
 
 
+def _linear_plain(
+    x: Tensor,
+    x_minus: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor,
+    scale: float,
+    tensor_id: int,
+    offset: int,
+    distribution: str,
+) -> tuple[Tensor, Tensor]:
+    z = _zo_noise(weight.shape, int(seed), tensor_id, offset, distribution, weight.dtype, weight.device)
+    minus = x if x_minus is None else x_minus
+    return linear(x, weight + scale * z, bias), linear(minus, weight - scale * z, bias)
+
+
 def _linear_cost(x: Tensor, x_minus: Tensor | None, weight: Tensor, bias: Tensor | None, *_: Any) -> Cost:
     tokens = x.numel() // max(x.shape[-1], 1)
     tensors = [t for t in (x, x_minus, weight, bias) if t is not None]
@@ -435,6 +476,7 @@ register(
         cases=(
             *(_linear_case(f"{d}-9x33x65", 9, 33, 65, d) for d in DISTRIBUTIONS),
             *(_linear_case(f"{d}-9x33x65-pair", 9, 33, 65, d, pair=True) for d in DISTRIBUTIONS),
+            _linear_case("rademacher-70000x8x8", 70000, 8, 8, "rademacher"),
             *(
                 _linear_case(f"rademacher-{t}x2048x2048", t, 2048, 2048, "rademacher", bench=True)
                 for t in (1, 32, 128, 512, 2048)
@@ -448,6 +490,7 @@ register(
         dtypes=DTYPES,
         exact=False,
         depth=lambda x, *_: max(x.shape[-1], 1),
+        plain=_linear_plain,
         autograd=Autograd(linear_setup_context, linear_backward),
         backends=_backends("zo_linear"),
     )

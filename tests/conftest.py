@@ -1,0 +1,23 @@
+"""The device that the generic suites run on: ``pytest --leanops-device cuda`` on a GPU machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--leanops-device", default="cpu", help="device of the generic operator suites: cpu or cuda")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.config.getoption("--leanops-device"))
+
+
+@pytest.fixture
+def threads() -> object:
+    """Restores torch's thread count after a test that changes it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

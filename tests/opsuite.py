@@ -1,0 +1,131 @@
+"""What the generic suites share: operators and cases to run over, and how results are compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from leanops import _native, _registry
+from leanops._registry import Case, OpSpec
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+SPECS = list(_registry.specs())
+SMALL = [(s, c) for s in SPECS for c in s.cases if not c.bench]
+
+
+def over_specs(*, where: Callable[[OpSpec], bool] = lambda spec: True) -> Any:
+    """Parametrize a test over every operator for which ``where`` holds."""
+    chosen = [s for s in SPECS if where(s)]
+    return pytest.mark.parametrize("spec", chosen, ids=[s.name for s in chosen])
+
+
+def over_cases(*, where: Callable[[OpSpec], bool] = lambda spec: True) -> Any:
+    """Parametrize a test over every small case and dtype of every operator for which ``where`` holds."""
+    rows = [(s, c, d) for s, c in SMALL if where(s) for d in s.dtypes]
+    ids = [f"{s.name}-{c.name}-{str(d).removeprefix('torch.')}" for s, c, d in rows]
+    return pytest.mark.parametrize(("spec", "case", "dtype"), rows, ids=ids)
+
+
+def make(case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[Any, ...]:
+    return case.make(device, dtype, torch.Generator().manual_seed(seed))
+
+
+def clone(args: Any) -> Any:
+    """A copy of the arguments with the same strides and storage offsets."""
+
+    def copy(t: Tensor) -> Tensor:
+        if t.is_meta:
+            return t
+        storage = t.untyped_storage().clone()
+        return torch.empty(0, dtype=t.dtype, device=t.device).set_(storage, t.storage_offset(), t.shape, t.stride())
+
+    return tree_map_only(Tensor, copy, args)
+
+
+def tensors(values: Any) -> list[Tensor]:
+    return [t for t in torch.utils._pytree.tree_leaves(values) if isinstance(t, Tensor)]
+
+
+def outputs(spec: OpSpec, args: Sequence[Any], returned: Any) -> list[Tensor]:
+    return spec.mutated(args) if spec.mutates else tensors(returned)
+
+
+def run(spec: OpSpec, args: Sequence[Any], function: Callable[..., Any] | None = None) -> list[Tensor]:
+    """What a call writes or returns, leaving ``args`` as they are."""
+    args = clone(args)
+    return outputs(spec, args, (function or spec.op)(*args))
+
+
+def run_reference(spec: OpSpec, args: Sequence[Any], widen: bool = False) -> list[Tensor]:
+    """The reference's results, with ``widen`` in float64 from the same input values."""
+    if widen:
+        args = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, args)
+    return run(spec, args, spec.reference)
+
+
+def backends(spec: OpSpec, device: torch.device) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Every way to compute an operator on a device, by name: what the dispatcher picks, and each launcher."""
+    yield "dispatched", spec.op
+    if device.type == "cuda":
+        for name, loader in spec.backends.items():
+            if _native.backends()[name].detail.startswith(("available", "serves")):
+                yield name, loader()
+
+
+def assert_same_bits(got: Sequence[Tensor], want: Sequence[Tensor], what: str = "") -> None:
+    assert len(got) == len(want)
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        assert g.dtype == w.dtype, f"{what} output {i}: {g.dtype} != {w.dtype}"
+        assert g.shape == w.shape, f"{what} output {i}: {g.shape} != {w.shape}"
+        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[g.element_size()]
+        same = g.contiguous().view(integer) == w.contiguous().view(integer).to(g.device)
+        same |= g.isnan() & w.isnan().to(g.device)
+        if not same.all():
+            bad = (~same).nonzero()
+            at = tuple(bad[0].tolist())
+            raise AssertionError(f"{what} output {i}: {len(bad)} of {g.numel()} differ, first at {at}: {g[at]} != {w[at]}")
+
+
+def error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Root of the summed squares of all differences from float64 results."""
+    return math.sqrt(sum(float((g.double() - w.double()).square().sum()) for g, w in zip(got, exact, strict=True)))
+
+
+def norm(values: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(v.double().square().sum()) for v in values))
+
+
+def policy_bound(spec: OpSpec, args: Sequence[Any], dtype: torch.dtype, magnitude: float) -> float:
+    """The tolerance policy's absolute bound: c eps sqrt(K) times the size of the result."""
+    return spec.tolerance * torch.finfo(dtype).eps * math.sqrt(spec.depth(*args)) * magnitude
+
+
+def assert_agrees(
+    spec: OpSpec,
+    args: Sequence[Any],
+    got: Sequence[Tensor],
+    dtype: torch.dtype,
+    what: str = "",
+    *,
+    yardstick: bool = True,
+) -> None:
+    """Exact operators give the reference's bits; others stay within the policy, and (with ``yardstick``) within twice
+    the error that plain PyTorch makes in the same dtype."""
+    if spec.exact:
+        assert_same_bits(got, run_reference(spec, args), what)
+        return
+    exact = run_reference(spec, args, widen=True)
+    assert [g.shape for g in got] == [w.shape for w in exact]
+    assert all(g.dtype == dtype for g in got)
+    seen = error(got, exact)
+    absolute = tree_map_only(Tensor, lambda t: t.abs() if t.is_floating_point() else t, args)
+    magnitude = max(norm(exact), norm(run_reference(spec, absolute, widen=True)))
+    bound = policy_bound(spec, args, dtype, magnitude)
+    assert seen <= bound, f"{what}: error {seen:.3e} beyond {bound:.3e}"
+    if yardstick and spec.plain is not None:
+        plain = error(run(spec, args, spec.plain), exact)
+        assert seen <= 2 * plain + 1e-300, f"{what}: error {seen:.3e} is over twice that of plain PyTorch, {plain:.3e}"

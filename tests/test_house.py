@@ -1,0 +1,77 @@
+"""Rules of the house that a reader relies on: layers, absolute imports, 64-bit indices."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {"autotune": "leanops.autotune", "pyops": "leanops", "optim": "leanops.optim", "bench": "leanops.bench"}
+LAYERS = ["autotune", "pyops", "optim", "bench"]  # each imports only from itself and from those before it
+FAMILIES = [p.name for p in (ROOT / "pyops").iterdir() if (p / "specs.py").exists()]
+
+
+def imports(path: Path) -> list[tuple[str, list[str], int]]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, [], 0) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.module or "", [alias.name for alias in node.names], node.level))
+    return found
+
+
+def layer_of(module: str, names: list[str]) -> str | None:
+    if module.split(".")[0] != "leanops":
+        return None
+    second = (module.split(".") + [*names, ""])[1] if module == "leanops" else module.split(".")[1]
+    return second if second in LAYERS else "pyops"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_imports_only_from_those_before_it(layer):
+    files = list((ROOT / layer).rglob("*.py"))
+    assert files
+    for path in files:
+        for module, names, _ in imports(path):
+            used = layer_of(module, names)
+            assert used is None or LAYERS.index(used) <= LAYERS.index(layer), f"{path}: imports {module} {names}"
+
+
+def test_imports_are_absolute_and_never_of_a_top_level_folder():
+    for path in [p for folder in (*LAYERS, "tests", "docs") for p in (ROOT / folder).rglob("*.py")]:
+        for module, _, level in imports(path):
+            assert level == 0, f"{path}: relative import of {module}"
+            assert module.split(".")[0] not in LAYERS, f"{path}: imports {module}; write {FOLDERS.get(module)}"
+
+
+def test_no_family_imports_a_private_name_of_another():
+    for family in FAMILIES:
+        for path in (ROOT / "pyops" / family).rglob("*.py"):
+            for module, names, _ in imports(path):
+                other = re.match(r"leanops\.(\w+)", module)
+                if other and other[1] in FAMILIES and other[1] != family:
+                    assert not any(n.startswith("_") for n in names), f"{path}: {module} {names}"
+
+
+def test_triton_program_ids_are_64_bit_before_any_product():
+    for path in (ROOT / "pyops").rglob("triton.py"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if "program_id(" in line:
+                assert "program_id" in line and ".to(tl.int64)" in line, f"{path}:{number}: {line.strip()}"
+
+
+def test_cuda_block_products_are_64_bit():
+    for path in [*(ROOT / "csrc").rglob("*.cuh"), *(ROOT / "csrc").rglob("*.cu")]:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if re.search(r"blockIdx\.\w\s*\*|\*\s*blockIdx", line):
+                assert re.search(r"\(?(u?int64_t|long long|u64|i64|uint64|int64)\)?\s*\(?\s*blockIdx", line), (
+                    f"{path}:{number}: {line.strip()}"
+                )
+
+
+def test_setup_py_is_short():
+    assert len((ROOT / "setup.py").read_text().splitlines()) < 150

@@ -1,0 +1,84 @@
+"""Importing leanops: fast, without side effects, and safe before a fork."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+
+def run(code: str, cwd: Path, **environment: str) -> str:
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | environment
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_starts_no_thread_initialises_no_cuda_and_writes_no_file(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    out = run(
+        """
+        import json, os, threading, torch, sys
+        tasks = lambda: len(os.listdir("/proc/self/task"))
+        before = tasks()
+        import leanops
+        print(json.dumps([tasks() - before, threading.active_count(), torch.cuda.is_initialized(),
+                          sorted(m for m in ("triton", "cupy", "rich", "plotly") if m in sys.modules)]))
+        """,
+        tmp_path,
+        HOME=str(home),
+        XDG_CACHE_HOME=str(home / "cache"),
+    )
+    threads, active, cuda, heavy = json.loads(out)
+    assert (threads, active, cuda, heavy) == (0, 1, False, [])
+    assert list(home.rglob("*")) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["home"]
+
+
+def test_import_takes_less_than_150_ms_beyond_torch(tmp_path):
+    code = "import torch, time; t = time.perf_counter(); import leanops; print(time.perf_counter() - t)"
+    best = min(float(run(code, tmp_path)) for _ in range(5))
+    assert best < 0.150
+
+
+def test_operators_work_in_a_forked_child(tmp_path):
+    out = run(
+        """
+        import os, torch, leanops as lo
+        want = lo.zo_noise(100_000, 3)          # the parent has used its threads
+        read, write = os.pipe()
+        if os.fork() == 0:
+            same = torch.equal(lo.zo_noise(100_000, 3), want)
+            os.write(write, b"same" if same else b"different")
+            os._exit(0)
+        os.wait()
+        print(os.read(read, 100).decode())
+        """,
+        tmp_path,
+    )
+    assert out.strip() == "same"
+
+
+@pytest.mark.parametrize("disabled", ["cpu", "cpu,cuda,triton,nvrtc"])
+def test_without_its_libraries_the_package_works_and_says_why(tmp_path, disabled):
+    out = run(
+        """
+        import torch, leanops as lo
+        from leanops import _native
+        print(_native.backends()["cpu"].detail)
+        print(lo.zo_noise(3, 1).tolist())
+        """,
+        tmp_path,
+        LEANOPS_DISABLE=disabled,
+    )
+    reason, values = out.strip().splitlines()
+    assert reason == "switched off by LEANOPS_DISABLE"
+    import leanops as lo
+
+    assert json.loads(values) == lo.zo_noise(3, 1).tolist()
