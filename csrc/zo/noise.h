@@ -15,7 +15,7 @@ template <int U>
 LEANOPS_INLINE void philox_batches(const PhiloxPlan& plan, uint64_t block, I* a, I* b) {
   const P m0 = set_p(kPhiloxM0), m1 = set_p(kPhiloxM1);
   P x0[U], x1[U], x2[U], x3[U];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int u = 0; u < U; ++u) {
     const P p = mul_p(iota_p(block + static_cast<uint64_t>(u * kBatch)), m0);
     x2[u] = xor_p(high_p(p), word_p(plan.r1));
@@ -24,7 +24,7 @@ LEANOPS_INLINE void philox_batches(const PhiloxPlan& plan, uint64_t block, I* a,
     x1[u] = q;
     x2[u] = xor_p(p, word_p(plan.r2b));
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int u = 0; u < U; ++u) {
     const P p = mul_p(x0[u], m0), q = mul_p(x2[u], m1);
     x0[u] = xor_p(high_p(q), x1[u], word_p(plan.k0[2]));
@@ -35,7 +35,7 @@ LEANOPS_INLINE void philox_batches(const PhiloxPlan& plan, uint64_t block, I* a,
 #pragma GCC unroll 6
   for (int round = 3; round < kPhiloxRounds - 1; ++round) {
     const P k0 = word_p(plan.k0[round]), k1 = word_p(plan.k1[round]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int u = 0; u < U; ++u) {
       const P p = mul_p(x0[u], m0), q = mul_p(x2[u], m1);
       x0[u] = xor_p(high_p(q), x1[u], k0);
@@ -45,7 +45,7 @@ LEANOPS_INLINE void philox_batches(const PhiloxPlan& plan, uint64_t block, I* a,
     }
   }
   const I last = alternate(plan.k0[kPhiloxRounds - 1], plan.k1[kPhiloxRounds - 1]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int u = 0; u < U; ++u) {  // the last round goes straight to the merged words
     const P p = mul_p(x0[u], m0), q = mul_p(x2[u], m1);
     a[u] = xor_i(merge_high(q, p), merge_low(x1[u], x3[u]), last);

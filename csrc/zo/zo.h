@@ -37,7 +37,7 @@ struct Terms {
   bool sequential;
 };
 
-// Both work on n consecutive elements whose first has the index `index`; any alignment, any index, any n >=
+// All work on n consecutive elements whose first has the index `index`; any alignment, any index, any n >=
 // 0.
 struct Kernels {
   void (*noise)(void* out, DType dtype, int64_t n, uint64_t seed, uint32_t tensor_id, uint64_t index,
@@ -45,6 +45,9 @@ struct Kernels {
   // out may be in, and may not overlap it otherwise.
   void (*axpy)(void* out, const void* in, DType dtype, int64_t n, const Terms& terms, uint32_t tensor_id,
                uint64_t index);
+  // plus = round(in + coeff z), minus = round(in - coeff z): the bits of two calls of axpy, one making of z.
+  void (*both)(void* plus, void* minus, const void* in, DType dtype, int64_t n, uint64_t seed, double coeff,
+               uint32_t tensor_id, uint64_t index, Distribution distribution);
   // plus holds a; afterwards plus = a + scale * b and minus = a - scale * b, each rounded once to the dtype.
   void (*spread)(void* plus, void* minus, const void* b, DType dtype, int64_t n, double scale);
 };

@@ -84,25 +84,24 @@ std::tuple<Tensor, Tensor> perturbed(const Tensor& x, const Tensor& x_minus, con
                                      int64_t panel) {
   const int64_t tokens = x.size(0), m = weight.size(1), n = weight.size(0), size = element_size(noise.dtype);
   Tensor result[2] = {torch::stable::new_empty(x, {tokens, n}), torch::stable::new_empty(x, {tokens, n})};
-  Tensor tile = torch::stable::new_empty(x, {panel, m});
+  Tensor tile[2] = {torch::stable::new_empty(x, {panel, m}), torch::stable::new_empty(x, {panel, m})};
   const char* w = static_cast<const char*>(weight.const_data_ptr());
-  char* scratch = static_cast<char*>(tile.mutable_data_ptr());
-  const double no_decay = 0.0;
+  char* up = static_cast<char*>(tile[0].mutable_data_ptr());
+  char* down = static_cast<char*>(tile[1].mutable_data_ptr());
   for (int64_t row = 0; row < n; row += panel) {
     const int64_t rows = std::min(panel, n - row);
+    for_rows(rows, m, [&](int64_t from, int64_t to) {
+      const int64_t at = from * m * size, first = (row + from) * m;
+      noise.cpu.both(up + at, down + at, w + first * size, noise.dtype, (to - from) * m, noise.seed, scale,
+                     noise.tensor_id, noise.offset + static_cast<uint64_t>(first), noise.distribution);
+    });
     std::optional<Tensor> part;
     if (bias) {
       Tensor whole = *bias;
       part = torch::stable::narrow(whole, 0, row, rows);
     }
     for (int side = 0; side < 2; ++side) {
-      const double c = side == 0 ? scale : -scale;
-      const Terms terms = {&noise.seed, &c, &no_decay, 1, 1, noise.distribution, Rounding::kNearest, false};
-      for_rows(rows, m, [&](int64_t from, int64_t to) {
-        noise.cpu.axpy(scratch + from * m * size, w + (row + from) * m * size, noise.dtype, (to - from) * m,
-                       terms, noise.tensor_id, noise.offset + static_cast<uint64_t>((row + from) * m));
-      });
-      const Tensor y = linear(side == 0 ? x : x_minus, torch::stable::narrow(tile, 0, 0, rows), part);
+      const Tensor y = linear(side == 0 ? x : x_minus, torch::stable::narrow(tile[side], 0, 0, rows), part);
       Tensor slot = torch::stable::narrow(result[side], 1, row, rows);
       torch::stable::copy_(slot, y);
     }
