@@ -1,0 +1,304 @@
+"""The log of a run: a header and one fp32 scalar a step (and direction), from which the run's weights follow.
+
+File layout, little-endian, in 4-byte words::
+
+    "ZOLOG\\0\\1\\n"  bytes of the header, crc32 of the header, header (JSON, padded with spaces)
+    scalar scalar scalar ...                 `directions` words a step; NaN: the step was skipped
+    ESCAPE kind|words<<8  payload ...        between steps: a change, or a checksum
+
+ESCAPE is a signalling NaN that no scalar takes. A hyperparameter that changes costs 5 words, a step nothing but its
+scalars; a checksum of everything before it stands after every 4,096 steps and at the end. A run that appends to its
+file and dies leaves a log that loads up to the last whole step, with a warning.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import tempfile
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAGIC = b"ZOLOG\x00\x01\n"
+FORMAT = "zolog/1"
+FIELDS = ("lr", "weight_decay", "momentum")  # of a parameter group; each is 0 until it is set
+
+_ESCAPE = 0x7FA10C5E
+_SET, _JSON, _CHECK, _END = 1, 2, 3, 4
+_CHECK_EVERY = 4096
+_SKIPPED = struct.pack("<I", 0x7FC00000)
+
+
+class LogError(ValueError):
+    """A log that cannot be read, or does not fit the parameters it is replayed on."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a run: what is needed to repeat its update."""
+
+    index: int
+    scalars: tuple[float, ...] | None  # None: skipped, nothing was changed
+    groups: tuple[Mapping[str, float], ...]  # of each parameter group, the values of FIELDS
+    frozen: frozenset[int]  # ids of parameters that did not move
+    restart: bool  # momentum started anew, for what moves has changed
+
+
+def _words(data: bytes) -> bytes:
+    return data + b" " * (-len(data) % 4)
+
+
+class ZoLog:
+    """Seeds and scalars of a run of :class:`leanops.optim.MeZO`; see the module's text for the format.
+
+    ``header`` holds the definition's version, names, ids, shapes and dtypes of the parameters, their groups, the
+    distribution, rounding, eps, variant, number of directions, base seed and seed rule. ``len(log)`` is the number of
+    steps, skipped ones included.
+    """
+
+    def __init__(self, header: Mapping[str, Any]) -> None:
+        self.header: dict[str, Any] = {"format": FORMAT, **deepcopy(dict(header))}
+        self._body = bytearray()
+        self._crc = 0
+        self._count = 0
+        self._file: BinaryIO | None = None
+        self._path: Path | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __repr__(self) -> str:
+        return (
+            f"ZoLog({self._count} steps, {len(self.header['params'])} parameters, {len(self._body)} bytes of records)"
+        )
+
+    @property
+    def directions(self) -> int:
+        return int(self.header["directions"])
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    def append(self, scalars: Sequence[float] | None) -> None:
+        """One step: a scalar a direction, or None for a step that was skipped."""
+        n = self.directions
+        if scalars is None:
+            self._write(_SKIPPED * n)
+        else:
+            if len(scalars) != n or not all(map(math.isfinite, scalars)):
+                raise ValueError(f"ZoLog.append: a step has {n} finite scalars, got {list(scalars)}")
+            self._write(struct.pack(f"<{n}f", *scalars))
+        self._count += 1
+        if self._count % _CHECK_EVERY == 0:
+            self._write(self._checksum(_CHECK))
+
+    def set(self, group: int, field: str, value: float) -> None:
+        """From the next step on, a parameter group's lr, weight decay or momentum has another value."""
+        self._event(_SET, struct.pack("<HHd", group, FIELDS.index(field), value))
+
+    def change(self, **values: Any) -> None:
+        """From the next step on: ``frozen`` (ids), ``eps``, or further ``params`` with their ``group``."""
+        self._event(_JSON, _words(json.dumps(values, separators=(",", ":")).encode()))
+
+    def _event(self, kind: int, payload: bytes) -> None:
+        self._write(struct.pack("<II", _ESCAPE, kind | len(payload) // 4 << 8) + payload)
+
+    def _checksum(self, kind: int) -> bytes:
+        return struct.pack("<IIII", _ESCAPE, kind | 2 << 8, self._crc, self._count & 0xFFFFFFFF)
+
+    def _write(self, data: bytes) -> None:
+        self._body += data
+        self._crc = zlib.crc32(data, self._crc)
+        if self._file is not None:
+            self._file.write(data)
+            self._file.flush()
+
+    def _preamble(self, steps: int | None) -> bytes:
+        header = _words(json.dumps({**self.header, "steps": steps}, separators=(",", ":")).encode())
+        return MAGIC + struct.pack("<II", len(header), zlib.crc32(header)) + header
+
+    def to_bytes(self) -> bytes:
+        """The log as :meth:`save` writes it."""
+        return self._preamble(self._count) + bytes(self._body) + self._checksum(_END)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the log; the file appears whole or not at all."""
+        _replace(Path(path), self.to_bytes())
+
+    @property
+    def attached(self) -> bool:
+        return self._file is not None
+
+    def attach(self, path: str | os.PathLike[str], *, new: bool = False) -> None:
+        """Write the log to ``path`` and append every later step to it as it happens. :meth:`close` completes the file.
+
+        With ``new``, a file that exists is not overwritten: FileExistsError.
+        """
+        self.close()
+        self._path = Path(path)
+        if new and self._path.exists():
+            raise FileExistsError(
+                f"{path}: a log is there already; give another name, or resume its run from a state_dict"
+            )
+        _replace(self._path, self._preamble(None) + bytes(self._body))
+        self._file = open(self._path, "ab")  # noqa: SIM115
+
+    def close(self) -> None:
+        """Complete and close the attached file, if there is one."""
+        if self._file is not None:
+            self._file.write(self._checksum(_END))
+            self._file.close()
+            self._file = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None, "_path": None}  # a copy does not append to the original's file
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ZoLog:
+        """Read a log. Raises :class:`LogError` on another format or version, and on damage; warns on an unfinished run."""
+        return cls.from_bytes(Path(path).read_bytes(), name=str(path))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, name: str = "log") -> ZoLog:
+        header, start = _read_header(data, name)
+        steps = header.pop("steps")
+        log = cls(header)
+        end, complete = log._scan(data[start:], name)
+        log._body = bytearray(data[start : start + end])
+        log._crc = zlib.crc32(log._body)
+        if steps is not None and (not complete or steps != log._count):
+            raise LogError(f"{name}: truncated: the header announces {steps} steps, {log._count} are there")
+        if not complete:
+            warnings.warn(f"{name}: the run did not close its log; {log._count} steps were recovered", stacklevel=2)
+        return log
+
+    def _scan(self, body: bytes, name: str) -> tuple[int, bool]:
+        """Count the steps and verify the checksums: the end of the last whole record, and whether the end mark is there."""
+        position = checked = crc = 0
+        for kind, at, content in _records(body, self.directions):
+            if kind == 0:
+                self._count += len(content)
+                position = at + content.nbytes
+                continue
+            if kind in (_CHECK, _END):
+                crc = zlib.crc32(body[checked:at], crc)
+                checked = at
+                wanted, count = struct.unpack("<II", content)
+                if crc != wanted or count != self._count & 0xFFFFFFFF:
+                    raise LogError(f"{name}: damaged: a checksum before step {self._count} does not fit")
+            elif kind not in (_SET, _JSON):
+                raise LogError(f"{name}: damaged: unknown record {kind} at byte {at}")
+            if kind == _END:
+                if at + 16 != len(body):
+                    raise LogError(f"{name}: damaged: {len(body) - at - 16} bytes after the end")
+                return at, True
+            position = at + 8 + len(content)
+        return position, False
+
+    def scalars(self) -> NDArray[np.float32]:
+        """[steps, directions]; rows of NaN are steps that were skipped."""
+        rows = [content for kind, _, content in _records(bytes(self._body), self.directions) if kind == 0]
+        return np.concatenate(rows) if rows else np.empty((0, self.directions), np.float32)
+
+    def params(self) -> list[dict[str, Any]]:
+        """Every parameter's ``name``, ``id``, ``shape``, ``dtype`` and ``group``, those that joined later included."""
+        found = list(self.header["params"])
+        for kind, _, content in _records(bytes(self._body), self.directions):
+            if kind == _JSON:
+                found += json.loads(content).get("params", [])
+        return found
+
+    def steps(self, start: int = 0, stop: int | None = None) -> Iterator[Step]:
+        """The steps of the run in their order."""
+        groups: list[dict[str, float]] = [dict.fromkeys(FIELDS, 0.0) for _ in range(self.header["groups"])]
+        state, frozen, restart, index = tuple(groups), frozenset[int](), False, 0
+        for kind, _, content in _records(bytes(self._body), self.directions):
+            if kind == 0:
+                for row in content.tolist():
+                    if stop is not None and index >= stop:
+                        return
+                    if index >= start:
+                        yield Step(index, None if row[0] != row[0] else tuple(row), state, frozen, restart)
+                        restart = False
+                    index += 1
+            elif kind == _SET:
+                group, field, value = struct.unpack("<HHd", content)
+                groups[group] = {**groups[group], FIELDS[field]: value}
+                state = tuple(groups)
+            elif kind == _JSON:
+                values = json.loads(content)
+                frozen = frozenset(values.get("frozen", frozen))
+                restart |= "frozen" in values or "params" in values
+                groups += [dict.fromkeys(FIELDS, 0.0) for _ in range("params" in values)]
+                state = tuple(groups)
+
+
+def _read_header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
+    if data[:5] != MAGIC[:5]:
+        raise LogError(f"{name}: not a log: it starts with {data[:8]!r}, not with {MAGIC!r}")
+    if data[:8] != MAGIC:
+        raise LogError(f"{name}: format version {data[6:7].hex() or 'missing'} is not known here, only 01 is")
+    if len(data) < 16:
+        raise LogError(f"{name}: truncated within the header")
+    size, crc = struct.unpack_from("<II", data, 8)
+    if len(data) < 16 + size:
+        raise LogError(f"{name}: truncated within the header")
+    if zlib.crc32(data[16 : 16 + size]) != crc:
+        raise LogError(f"{name}: damaged: the header's checksum does not fit")
+    header: dict[str, Any] = json.loads(data[16 : 16 + size])
+    if header.get("format") != FORMAT:
+        raise LogError(f"{name}: format must be {FORMAT}, got {header.get('format')}")
+    return header, 16 + size
+
+
+def _records(body: bytes, directions: int) -> Iterator[tuple[int, int, Any]]:
+    """(kind, position, content): kind 0 is a run of steps, [count, directions] scalars; an incomplete tail is left out."""
+    words = np.frombuffer(body, "<u4", len(body) // 4)
+    escapes = np.flatnonzero(words == _ESCAPE).tolist()
+    at = 0
+    for escape in [*escapes, None]:
+        if escape is not None and escape < at:
+            continue  # a payload's word that happens to look like one
+        stop = len(words) if escape is None else escape
+        count = (stop - at) // directions
+        if count:
+            yield 0, 4 * at, words[at : at + count * directions].view("<f4").reshape(count, directions)
+        if escape is None or escape + 1 >= len(words):
+            return
+        tag = int(words[escape + 1])
+        at = escape + 2 + (tag >> 8)
+        if at > len(words):
+            return
+        yield tag & 0xFF, 4 * escape, body[4 * (escape + 2) : 4 * at]
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file through a neighbour of it, so that a reader sees the old or the new, never a part."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,409 @@
+"""MeZO: fine-tuning with forward passes alone, in the memory of inference."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from leanops.optim import params as managed
+from leanops.optim import seeds
+from leanops.optim.evaluate import Evaluator, Reduction
+from leanops.optim.log import FIELDS, ZoLog
+from leanops.optim.params import Slot
+from leanops.optim.update import History, accumulate_, apply_, descend_, new_momentum, terms, window
+from leanops.zo import VERSION
+
+VARIANTS = ("spsa", "one_sided", "sign", "fzoo")
+_EXEMPT = ("bias", "layer_norm", "layernorm")
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two parameter groups: names with bias, layer_norm or layernorm (in any case) do not decay, all others do."""
+    pairs = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    exempt = [any(word in n.lower() for word in _EXEMPT) for n, _ in pairs]
+    groups: list[dict[str, Any]] = []
+    for free, decay in ((False, weight_decay), (True, 0.0)):
+        chosen = [pair for pair, e in zip(pairs, exempt, strict=True) if e == free]
+        if chosen:
+            groups.append({"params": chosen, "weight_decay": decay})
+    return groups
+
+
+def _one_of(name: str, value: object, options: Sequence[str]) -> None:
+    if value not in options:
+        raise ValueError(f"MeZO: {name} must be one of {', '.join(options)}, got {value!r}")
+
+
+def _finite(name: str, value: Any, low: float, *, above: bool = False) -> float:
+    number = float(value)
+    if not math.isfinite(number) or number < low or (above and number == low):
+        raise ValueError(f"MeZO: {name} must be a finite number {'>' if above else '>='} {low:g}, got {value}")
+    return number
+
+
+class MeZO(Optimizer):
+    r"""Zeroth-order SGD: two evaluations of any function a step, no backward pass, no gradient, no activations kept.
+
+    .. math::
+
+        g = \frac{L(\theta + \epsilon z) - L(\theta - \epsilon z)}{2 \epsilon}, \qquad
+        \theta \leftarrow (1 - \eta \lambda)\, \theta - \eta\, g\, z
+
+    with ``z`` regenerated from a seed (``zo/1``) wherever it is used, never stored. ``n`` directions: the mean of their
+    updates, applied in one pass. Other estimates of g: ``one_sided``, (L(θ + εz) - L(θ)) / ε; ``sign``, sign of the
+    difference; ``fzoo``, (L(θ + εz_i) - L(θ)) / σ with σ the (biased) standard deviation of the n losses L(θ + εz_i).
+    On a quadratic function spsa gives g = zᵀ∇L exactly, whatever ε is.
+
+    **The weights are exactly what they were** after the evaluations, in every dtype, also when the closure raises;
+    only the update changes them.
+
+    Args:
+        params: parameters, (name, parameter) pairs or groups with their own lr, weight_decay and momentum, as in
+            torch.optim. Those that do not require grad do not move. A parameter's id is its position.
+        lr: η. Published: 1e-6 or 1e-7 for all weights, 1e-4 for LoRA, 1e-2 for prefixes.
+        eps: ε. Published: 1e-3 for all weights, 1e-2 for LoRA, 1e-1 for prefixes.
+        weight_decay: λ, of the group; :func:`decay_groups` makes the usual two groups of a model.
+        momentum: β in m ← β m + g z, θ ← θ - η m (no dampening).
+        directions: n.
+        distribution: of z, ``"gaussian"`` or ``"rademacher"`` (less variance, and far cheaper to make; FZOO's own).
+        rounding: of the update, ``"nearest"`` or ``"stochastic"``. In bf16 and fp16 nearest rounding swallows most of a
+            small update (a cosine of 0.15 with what was intended at lr 1e-7); stochastic rounding is right on average.
+        seed: of the run; the seed of each direction of each step follows from it.
+        model: gives names to the parameters (for the log), and tells ``perturb="auto"`` what it has to deal with.
+        variant: ``"spsa"``, ``"one_sided"``, ``"sign"`` or ``"fzoo"``.
+        momentum_mode: ``"recompute"``: no memory, m is made anew from the scalars and seeds of the last steps (the terms
+            with β^j >= 2^-24: 158 steps at 0.9, each as much noise as an update); ``"store"``: a tensor a parameter, fp32.
+        perturb: ``"scratch"`` perturbs a weight where it is used, into scratch as large as the largest use; ``"copy"``
+            perturbs all weights in place and restores them from a copy; ``"inplace"`` adds and subtracts, is **not exact**
+            and for machines without room for either; ``"auto"`` is copy for compiled, scripted and sharded models and
+            scratch for all others.
+        on_nonfinite: what a step does when a loss is NaN or infinite: ``"raise"`` FloatingPointError, or ``"skip"`` the
+            step (it is logged as skipped). The weights do not change in either case.
+        same_rng: every evaluation of a step sees the same state of torch's generators (the same dropout masks), and the
+            state advances as if one evaluation had run.
+        log_file: append the log to this file as the run goes on; see :class:`ZoLog`.
+        process_group: average g over these processes, one scalar a step (and direction), nothing else. DTensor
+            parameters use the group of their mesh by themselves.
+        parallel: ``"data"``: every process evaluates the same perturbation on its own data; ``"direction"``: process j
+            evaluates directions j, j + W, ... of n >= W.
+
+    ``step(closure)`` calls ``closure()`` under no_grad, two times a direction (n + 1 times in all for one_sided and fzoo),
+    and returns the mean of the evaluations. The closure returns a scalar: a tensor of one element or a number. It need not
+    be differentiable. It must not draw a new batch at each call.
+
+    Raises:
+        ValueError: bad hyperparameters; parameters that are not dense floats, that overlap, or come twice.
+        RuntimeError: no closure; a parameter whose dtype or shape has changed. FloatingPointError: see on_nonfinite.
+
+    Sources: MeZO (2305.17333), FZOO.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-6,
+        eps: float = 1e-3,
+        *,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        directions: int = 1,
+        distribution: str = "gaussian",
+        rounding: str = "nearest",
+        seed: int = 0,
+        model: nn.Module | None = None,
+        variant: str = "spsa",
+        momentum_mode: str = "recompute",
+        perturb: str = "auto",
+        on_nonfinite: str = "raise",
+        same_rng: bool = True,
+        log_file: str | os.PathLike[str] | None = None,
+        process_group: Any = None,
+        parallel: str = "data",
+    ) -> None:
+        if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
+            raise ValueError(f"MeZO: directions must be an integer >= 1, got {directions!r}")
+        if variant == "fzoo" and directions < 2:
+            raise ValueError("MeZO: fzoo needs at least 2 directions, for it divides by the deviation of their losses")
+        _one_of("distribution", distribution, ("gaussian", "rademacher"))
+        _one_of("rounding", rounding, ("nearest", "stochastic"))
+        _one_of("variant", variant, VARIANTS)
+        _one_of("momentum_mode", momentum_mode, ("recompute", "store"))
+        _one_of("on_nonfinite", on_nonfinite, ("raise", "skip"))
+        self._settings = {
+            "zo": VERSION,
+            "seed": seeds.check("MeZO", seed),
+            "seed_rule": seeds.RULE,
+            "variant": variant,
+            "directions": directions,
+            "distribution": distribution,
+            "rounding": rounding,
+            "momentum_mode": momentum_mode,
+            "eps": _finite("eps", eps, 0.0, above=True),
+        }
+        self._on_nonfinite = on_nonfinite
+        self._names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
+        self._evaluator = Evaluator(perturb, distribution, model, same_rng)
+        self._reduction = Reduction(process_group, parallel, directions)
+        self._log_file = log_file
+        self._history: History = deque()
+        self._recorded: dict[tuple[int, str], float] = {}
+        self._frozen: list[int] = []
+        self._entries: list[dict[str, Any]] = []  # of the log: one a parameter
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.log = ZoLog({})
+        self._begin_log()
+
+    # --- parameters -------------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; their ids continue those that are there. Nothing is added when an error is raised."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+            new = self._describe(group, len(self.param_groups) - 1)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        self._entries += new
+        if len(self.__dict__.get("log", ())):
+            self.log.change(params=new)
+            self._history.clear()
+        elif "log" in self.__dict__:
+            self._begin_log()
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for name in ("lr", "weight_decay", "momentum"):
+            _finite(name, group[name], 0.0)
+        if group["momentum"] >= 1.0:
+            raise ValueError(f"MeZO: momentum must be below 1, got {group['momentum']}")
+        if len({id(p) for p in group["params"]}) != len(group["params"]):
+            raise ValueError("MeZO: a parameter group must not hold a parameter twice")
+        spans = []
+        everything = list(chain.from_iterable(g["params"] for g in self.param_groups))
+        for i, p in enumerate(everything):
+            managed.check("MeZO", self._names.get(id(p), str(i)), p)
+            local = p.to_local() if managed.is_sharded(p) else p
+            if local.numel() and local.device.type != "meta" and local.is_contiguous():
+                start = local.data_ptr()
+                spans.append((local.device, start, start + local.numel() * local.element_size(), i))
+        spans.sort(key=lambda s: (str(s[0]), s[1]))
+        for a, b in zip(spans, spans[1:], strict=False):
+            if a[0] == b[0] and b[1] < a[2]:
+                raise ValueError(
+                    f"MeZO: parameters {a[3]} and {b[3]} share memory; tie weights by using one parameter twice"
+                )
+
+    def _describe(self, group: dict[str, Any], index: int) -> list[dict[str, Any]]:
+        first = len(self._entries)
+        names = group.get("param_names", [None] * len(group["params"]))
+        return [
+            {
+                "name": name or self._names.get(id(p), str(first + i)),
+                "id": first + i,
+                "shape": list(p.shape),
+                "dtype": str(p.dtype).removeprefix("torch."),
+                "group": index,
+            }
+            for i, (p, name) in enumerate(zip(group["params"], names, strict=True))
+        ]
+
+    def _begin_log(self) -> None:
+        """A log without steps, of the parameters as they are now (they may have been cast since construction)."""
+        flat: Iterable[Tensor] = chain.from_iterable(g["params"] for g in self.param_groups)
+        self._entries = [
+            {**entry, "shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch.")}
+            for entry, p in zip(self._entries, flat, strict=True)
+        ]
+        self.log = ZoLog({**self._settings, "groups": len(self.param_groups), "params": self._entries})
+        self._recorded = {(g, f): 0.0 for g in range(len(self.param_groups)) for f in FIELDS}
+        self._frozen = []
+
+    def _slots(self) -> list[list[Slot]]:
+        """What moves, by group."""
+        found: list[list[Slot]] = [[] for _ in self.param_groups]
+        flat = chain.from_iterable(((i, p) for p in g["params"]) for i, g in enumerate(self.param_groups))
+        for tensor_id, ((group, p), entry) in enumerate(zip(flat, self._entries, strict=True)):
+            if str(p.dtype).removeprefix("torch.") != entry["dtype"] or list(p.shape) != entry["shape"]:
+                raise RuntimeError(
+                    f"MeZO: parameter {entry['name']} was {entry['dtype']} {entry['shape']} when the run began, "
+                    f"now it is {p.dtype} {list(p.shape)}: its log would not replay"
+                )
+            if p.requires_grad:
+                found[group].append(managed.slot("MeZO", entry["name"], tensor_id, p))
+        return found
+
+    # --- a step -------------------------------------------------------------------------------------------------------------
+
+    @property
+    def eps(self) -> float:
+        """ε; may be set between steps."""
+        return float(self._settings["eps"])
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._settings["eps"] = _finite("eps", value, 0.0, above=True)
+        if len(self.log):
+            self.log.change(eps=self.eps)
+
+    @property
+    def steps(self) -> int:
+        """Steps taken, skipped ones included: the next step's seeds follow from this number."""
+        return len(self.log)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; see the class. Returns the mean of the evaluations, as a tensor where the closure returns tensors."""
+        if closure is None:
+            raise RuntimeError(
+                "MeZO.step: needs a closure that evaluates the loss, as in opt.step(lambda: loss_fn(model(x), y)); a trainer "
+                "that calls backward() and step() by itself has to call step(closure) in its training step instead"
+            )
+        for group in self.param_groups:
+            self._check_hyper(group)
+        if not len(self.log):
+            self._begin_log()
+        slots = self._slots()
+        moving = list(chain.from_iterable(slots))
+        if self._log_file is not None and not self.log.attached:
+            self.log.attach(self._log_file, new=not len(self.log))
+        n = int(self._settings["directions"])
+        base, step = int(self._settings["seed"]), self.steps
+        step_seeds = [seeds.derive(base, step, k) for k in range(n)]
+        self._reduction.use(moving)
+        scalars, loss = self._evaluator.estimate(
+            closure, moving, step_seeds, self.eps, str(self._settings["variant"]), self._reduction
+        )
+        if not all(map(math.isfinite, scalars)):
+            if self._on_nonfinite == "raise":
+                raise FloatingPointError(
+                    f"MeZO: step {step}: a loss is not finite (estimates {scalars}); nothing was changed"
+                )
+            self._record(slots)
+            self.log.append(None)
+            return loss
+        self._record(slots)
+        self._update(slots, step_seeds, scalars)
+        self.log.append(scalars)
+        return loss
+
+    def _check_hyper(self, group: dict[str, Any]) -> None:
+        for name in FIELDS:
+            _finite(name, group[name], 0.0)
+        if group["momentum"] >= 1.0:
+            raise ValueError(f"MeZO: momentum must be below 1, got {group['momentum']}")
+
+    def _record(self, slots: list[list[Slot]]) -> None:
+        """Put into the log what has changed since the last step."""
+        for g, group in enumerate(self.param_groups):
+            for field in FIELDS:
+                value = float(group[field])
+                if self._recorded.get((g, field), 0.0) != value:
+                    self.log.set(g, field, value)
+                    self._recorded[g, field] = value
+        moving = {s.tensor_id for s in chain.from_iterable(slots)}
+        frozen = [e["id"] for e in self._entries if e["id"] not in moving]
+        if frozen != self._frozen:
+            self.log.change(frozen=frozen)
+            self._frozen = frozen
+            self._history.clear()
+
+    def _update(self, slots: list[list[Slot]], step_seeds: list[int], scalars: list[float]) -> None:
+        """A failure here (out of memory, say) precedes any write: the operators check before they write."""
+        settings = self._settings
+        distribution, rounding = str(settings["distribution"]), str(settings["rounding"])
+        self._history.appendleft((step_seeds, scalars))
+        while len(self._history) > max(window(float(g["momentum"])) for g in self.param_groups):
+            self._history.pop()
+        for group, moved in zip(self.param_groups, slots, strict=True):
+            lr, beta = float(group["lr"]), float(group["momentum"])
+            decay = lr * float(group["weight_decay"])
+            if beta and settings["momentum_mode"] == "store":
+                momenta = [self._momentum(s) for s in moved]
+                accumulate_(moved, momenta, step_seeds, scalars, beta, distribution)
+                descend_(moved, momenta, lr, decay, rounding, step_seeds[0])
+            elif moved:
+                apply_(moved, *terms(self._history, lr, beta), decay, distribution, rounding)
+
+    def _momentum(self, slot: Slot) -> Tensor:
+        state = self.state[slot.param]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = new_momentum(slot)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
+
+    # --- state --------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, and under ``"mezo"`` the log (as bytes in a tensor): with it a run resumes to the same bits."""
+        state = super().state_dict()
+        state["mezo"] = {"log": torch.frombuffer(bytearray(self.log.to_bytes()), dtype=torch.uint8), "eps": self.eps}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume. Raises ValueError where the state is another run's: other parameters, variant, directions or rounding."""
+        if "mezo" not in state_dict:
+            raise ValueError("MeZO.load_state_dict: not the state of a MeZO optimizer, it has no entry 'mezo'")
+        data: Tensor = state_dict["mezo"]["log"]
+        log = ZoLog.from_bytes(data.cpu().numpy().tobytes(), name="MeZO.load_state_dict")
+        for key in ("zo", "seed_rule", "variant", "directions", "distribution", "rounding", "momentum_mode"):
+            if log.header[key] != self._settings[key]:
+                raise ValueError(
+                    f"MeZO.load_state_dict: {key} must be the saved run's, {log.header[key]!r}, got {self._settings[key]!r}"
+                )
+        self._fits(log)
+        super().load_state_dict(state_dict)
+        self._settings = {**self._settings, "seed": log.header["seed"], "eps": state_dict["mezo"]["eps"]}
+        # torch casts state to the parameter's dtype; momenta are wider than half-precision parameters
+        flat = list(chain.from_iterable(g["params"] for g in self.param_groups))
+        for i, values in state_dict["state"].items():
+            if "momentum_buffer" in values:
+                p = flat[i]
+                self.state[p]["momentum_buffer"] = values["momentum_buffer"].to(p.device, copy=True)
+        self.log.close()
+        self.log = log
+        self._restore(log)
+
+    def _fits(self, log: ZoLog) -> None:
+        saved = [(e["id"], e["shape"], e["dtype"]) for e in log.params()]
+        here: Iterable[Tensor] = chain.from_iterable(g["params"] for g in self.param_groups)
+        mine = [(i, list(p.shape), str(p.dtype).removeprefix("torch.")) for i, p in enumerate(here)]
+        if saved != mine:
+            differing = next((a, b) for a, b in zip([*saved, None], [*mine, None], strict=False) if a != b)
+            raise ValueError(f"MeZO.load_state_dict: parameter must be {differing[0]} as saved, got {differing[1]}")
+
+    def _restore(self, log: ZoLog) -> None:
+        """What is kept beside the log follows from it."""
+        self._entries = log.params()
+        self._recorded, self._frozen = {}, []
+        self._history.clear()
+        base, n = int(self._settings["seed"]), log.directions
+        longest = 1
+        for record in log.steps():
+            self._recorded = {(g, f): v for g, values in enumerate(record.groups) for f, v in values.items()}
+            self._frozen = sorted(record.frozen)
+            longest = max(longest, *(window(values["momentum"]) for values in record.groups))
+            if record.restart:
+                self._history.clear()
+            if record.scalars is not None:
+                self._history.appendleft(([seeds.derive(base, record.index, k) for k in range(n)], record.scalars))
+                while len(self._history) > longest:
+                    self._history.pop()
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._reduction.group is not None:
+            raise TypeError("MeZO: an optimizer with a process group cannot be copied or pickled; use state_dict()")
+        kept = "_settings _on_nonfinite _evaluator _reduction _history _recorded _frozen _entries log".split()
+        mine = {k: self.__dict__[k] for k in kept}
+        return {**super().__getstate__(), **mine, "_names": {}, "_log_file": None}  # names are in the entries
+
+
+__all__ = ["VARIANTS", "MeZO", "decay_groups"]

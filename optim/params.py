@@ -1,0 +1,100 @@
+"""What an optimizer moves: a parameter's id, its memory on this rank, and where that memory lies in the whole tensor."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Slot(NamedTuple):
+    """A tensor, or this rank's rows of it. ``offset`` is the index of its first element in the whole tensor."""
+
+    param: Tensor
+    local: Tensor
+    tensor_id: int
+    offset: int
+    name: str
+
+
+def is_sharded(p: Tensor) -> bool:
+    """Whether the parameter is a DTensor. No DTensor exists where its module was never imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(p, module.DTensor)
+
+
+def check(op: str, name: str, p: Tensor) -> None:
+    """Refuse what the operators cannot move."""
+    if p.layout != torch.strided:
+        raise ValueError(f"{op}: parameter {name} must be dense, got layout {p.layout}")
+    if p.dtype not in FLOATS:
+        raise ValueError(f"{op}: parameter {name} must be float32, bfloat16, float16 or float64, got {p.dtype}")
+    if is_sharded(p):
+        place(op, name, p)
+    elif type(p) not in (Tensor, nn.Parameter, nn.Buffer):
+        raise ValueError(f"{op}: parameter {name} must be a plain tensor or a DTensor, got {type(p).__name__}")
+
+
+def place(op: str, name: str, p: Any) -> int:
+    """Index of this rank's first element of a DTensor: Shard(0) over one mesh dimension, replicated over the others."""
+    shards = [d for d, placement in enumerate(p.placements) if not placement.is_replicate()]
+    if not shards:
+        return 0
+    if (
+        len(shards) > 1
+        or not p.placements[shards[0]].is_shard(0)
+        or "Strided" in type(p.placements[shards[0]]).__name__
+    ):
+        raise ValueError(
+            f"{op}: parameter {name} must be sharded by rows, Shard(0), over one mesh dimension, got {tuple(p.placements)}"
+        )
+    mesh, dim = p.device_mesh, shards[0]
+    rows = p.shape[0]
+    step = -(-rows // mesh.size(dim))
+    first = min(step * mesh.get_local_rank(dim), rows)
+    if p.to_local().shape[0] != min(step, rows - first):
+        raise ValueError(
+            f"{op}: parameter {name}: its {p.to_local().shape[0]} local rows are not an even share of {rows}"
+        )
+    return first * (p.numel() // max(rows, 1))
+
+
+def slot(op: str, name: str, tensor_id: int, p: Tensor) -> Slot:
+    if is_sharded(p):
+        return Slot(p, p.to_local(), tensor_id, place(op, name, p), name)  # type: ignore[operator]
+    return Slot(p, p, tensor_id, 0, name)
+
+
+def by_device(slots: Iterable[Slot]) -> list[list[Slot]]:
+    """The operators take the tensors of one device a call."""
+    found: dict[torch.device, list[Slot]] = {}
+    for s in slots:
+        found.setdefault(s.local.device, []).append(s)
+    return list(found.values())
+
+
+Params = nn.Module | Mapping[str, Tensor] | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+
+
+def named(params: Params) -> tuple[list[tuple[str, Tensor]], bool]:
+    """(name, tensor) pairs, and whether the names are the caller's own."""
+    if isinstance(params, nn.Module):
+        return list(params.named_parameters()), True
+    if isinstance(params, Mapping):
+        return list(params.items()), True
+    if isinstance(params, Tensor):
+        raise TypeError("params must be a module, a mapping or an iterable of tensors, got one tensor")
+    pairs: list[tuple[str, Tensor]] = []
+    own = True
+    for i, item in enumerate(params):
+        if isinstance(item, Tensor):
+            own = False
+            pairs.append((str(i), item))
+        else:
+            pairs.append(item)
+    return pairs, own

@@ -1,0 +1,366 @@
+"""From the weights at the start and a log to the weights at the end, the same bits as the run's."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanops.optim import params as managed
+from leanops.optim import seeds as rule
+from leanops.optim.log import LogError, ZoLog
+from leanops.optim.params import Params, Slot, by_device
+from leanops.optim.update import History, accumulate_, apply_, descend_, new_momentum, terms, window
+from leanops.zo import VERSION, zo_axpy_
+
+_CALL = 8192  # seeds a call
+_SLICE = 1 << 18  # elements that stay in a cache while steps of several terms pass over them
+_FILE_SLICE = 1 << 22  # elements of a file's tensor in memory at a time
+
+
+@dataclass
+class Update:
+    """One applied step for the parameters of a group."""
+
+    seeds: Sequence[int]
+    scalars: Sequence[float]
+    terms: tuple[list[int], list[float]]  # seeds and coefficients, momentum's window included
+    lr: float
+    beta: float
+    decay: float
+    write: bool = True  # False: before `start`, only stored momentum takes part
+
+
+@dataclass
+class Program:
+    """The updates of a parameter group, and for each the ids that stood still."""
+
+    updates: list[Update] = field(default_factory=list)
+    frozen: list[frozenset[int]] = field(default_factory=list)
+
+    def of(self, tensor_id: int) -> list[Update]:
+        return [u for u, ids in zip(self.updates, self.frozen, strict=True) if tensor_id not in ids]
+
+
+def programs(log: ZoLog, start: int = 0, stop: int | None = None) -> list[Program]:
+    """Every group's updates of steps [start, stop)."""
+    header = log.header
+    if header["zo"] != VERSION or header["seed_rule"] != rule.RULE:
+        raise LogError(
+            f"replay_: the log's noise is {header['zo']} with seeds {header['seed_rule']}, "
+            f"this version has {VERSION} with {rule.RULE}"
+        )
+    if not 0 <= start <= (len(log) if stop is None else stop) <= len(log):
+        raise ValueError(f"replay_: start and stop must lie in order within [0, {len(log)}], got {start} and {stop}")
+    base, n, stored = header["seed"], log.directions, header["momentum_mode"] == "store"
+    found: list[Program] = []
+    history: History = deque()
+    for step in log.steps(stop=stop):
+        found += [Program() for _ in range(len(step.groups) - len(found))]
+        if step.restart:
+            history.clear()
+        if step.scalars is None:
+            continue
+        seeds = [rule.derive(base, step.index, k) for k in range(n)]
+        history.appendleft((seeds, step.scalars))
+        longest = max(window(values["momentum"]) for values in step.groups)
+        while len(history) > longest:
+            history.pop()
+        for program, values in zip(found, step.groups, strict=True):
+            lr, beta = values["lr"], values["momentum"]
+            if step.index < start and not (stored and beta):
+                continue
+            both = terms(history, lr, beta)
+            program.updates.append(
+                Update(seeds, step.scalars, both, lr, beta, lr * values["weight_decay"], step.index >= start)
+            )
+            program.frozen.append(step.frozen)
+    return found
+
+
+def _fusable(updates: Sequence[Update], dtype: torch.dtype, stored: bool) -> bool:
+    """Whether one sequential pass has the run's bits: nothing is rounded between the terms of one step, or there is one."""
+    if stored and any(u.beta for u in updates):
+        return False
+    return dtype in (torch.float32, torch.float64) or all(len(u.terms[0]) == 1 for u in updates)
+
+
+def _run(slots: Sequence[Slot], updates: Sequence[Update], header: Mapping[str, Any], fused: bool) -> None:
+    """Apply a program to tensors of one device and of one kind of dtype."""
+    distribution, rounding = header["distribution"], header["rounding"]
+    stored = header["momentum_mode"] == "store"
+    where: dict[str, Any] = {"tensor_ids": [s.tensor_id for s in slots], "offsets": [s.offset for s in slots]}
+    where |= {"distribution": distribution, "rounding": rounding}
+    tensors = [s.local for s in slots]
+    if fused:
+        seeds, coeffs, decay = _combined(updates, stored)
+        if seeds:
+            zo_axpy_(tensors, seeds, coeffs, decay=decay, **where)
+    elif _fusable(updates, slots[0].local.dtype, stored):
+        seeds, coeffs, decays = [], [], []
+        for u in updates:
+            seeds += u.terms[0]
+            coeffs += u.terms[1]
+            decays += [u.decay] + [0.0] * (len(u.terms[0]) - 1)
+            if len(seeds) >= _CALL:
+                zo_axpy_(tensors, seeds, coeffs, decay=decays, sequential=True, **where)
+                seeds, coeffs, decays = [], [], []
+        if seeds:
+            zo_axpy_(tensors, seeds, coeffs, decay=decays, sequential=True, **where)
+    else:
+        for part in _slices(slots):
+            _each([part], updates, distribution, rounding, stored)
+
+
+def _each(slots: Sequence[Slot], updates: Sequence[Update], distribution: str, rounding: str, stored: bool) -> None:
+    """Step by step, as the run did it."""
+    momenta: list[Tensor] = []
+    for u in updates:
+        if stored and u.beta:
+            momenta = momenta or [new_momentum(s) for s in slots]
+            accumulate_(slots, momenta, u.seeds, u.scalars, u.beta, distribution)
+            if u.write:
+                descend_(slots, momenta, u.lr, u.decay, rounding, u.seeds[0])
+        else:
+            apply_(slots, *u.terms, u.decay, distribution, rounding)
+
+
+def _slices(slots: Sequence[Slot]) -> Iterator[Slot]:
+    for s in slots:
+        if not s.local.is_contiguous():
+            yield s
+            continue
+        flat = s.local.view(-1)
+        for start in range(0, flat.numel(), _SLICE):
+            yield s._replace(local=flat[start : start + _SLICE], offset=s.offset + start)
+
+
+def _combined(updates: Sequence[Update], stored: bool) -> tuple[list[int], list[float], float]:
+    """All steps as one: (1 - decay) p + sum c z, in double precision."""
+    total: dict[int, float] = {}
+    momentum: dict[int, float] = {}
+    keep = 1.0
+    for u in reversed(updates):  # what a step adds is decayed by the steps after it
+        if not (stored and u.beta):
+            for seed, c in zip(*u.terms, strict=True):
+                total[seed] = total.get(seed, 0.0) + keep * c
+        if u.write:
+            keep *= 1.0 - u.decay
+    if stored:
+        after = keep
+        for u in updates:
+            if u.write:
+                after = after / (1.0 - u.decay) if u.decay != 1.0 else 1.0
+            if u.beta:
+                momentum = {s: m * u.beta for s, m in momentum.items()}
+                for seed, g in zip(u.seeds, u.scalars, strict=True):
+                    momentum[seed] = momentum.get(seed, 0.0) + g / len(u.scalars)
+                if u.write:
+                    for seed, m in momentum.items():
+                        total[seed] = total.get(seed, 0.0) - u.lr * after * m
+    return list(total), list(total.values()), 1.0 - keep
+
+
+def _moved(log: ZoLog, found: Sequence[Program]) -> dict[int, list[Update]]:
+    """For each parameter that moves in these steps, its updates; parameters that move alike share one list."""
+    shared: dict[tuple[int, tuple[bool, ...]], list[Update]] = {}
+    out: dict[int, list[Update]] = {}
+    for entry in log.params():
+        i, g = entry["id"], entry["group"]
+        if g >= len(found):
+            continue
+        frozen = set().union(*found[g].frozen) if found[g].frozen else set()
+        key = (g, tuple(i in ids for ids in found[g].frozen) if i in frozen else ())
+        if key not in shared:
+            shared[key] = found[g].of(i)
+        if shared[key]:
+            out[i] = shared[key]
+    return out
+
+
+def _match(params: Params, log: ZoLog, moved: Mapping[int, Any], names: Mapping[str, str] | None) -> dict[int, Tensor]:
+    """id -> tensor, by name where both sides have names, else by position. Nothing fits silently."""
+    pairs, named = managed.named(params)
+    entries = log.params()
+    if not named:
+        if len(pairs) != len(entries):
+            raise LogError(
+                f"replay_: the log has {len(entries)} parameters, got {len(pairs)} tensors (give names to pick)"
+            )
+        tensors = {e["id"]: t for e, (_, t) in zip(entries, pairs, strict=True) if e["id"] in moved}
+    else:
+        table = dict(pairs)
+        wanted = {e["id"]: (names or {}).get(e["name"], e["name"]) for e in entries if e["id"] in moved}
+        missing = [n for n in wanted.values() if n not in table]
+        if missing:
+            raise LogError(f"replay_: the log moves parameters that are not there: {', '.join(missing[:8])}")
+        tensors = {i: table[n] for i, n in wanted.items()}
+    for entry in entries:
+        if entry["id"] in tensors:
+            t = tensors[entry["id"]]
+            managed.check("replay_", entry["name"], t)
+            _fits(entry, list(t.shape), str(t.dtype).removeprefix("torch."))
+    return tensors
+
+
+def _fits(entry: Mapping[str, Any], shape: list[int], dtype: str) -> None:
+    if (entry["shape"], entry["dtype"]) != (shape, dtype):
+        raise LogError(
+            f"replay_: parameter {entry['name']} must be {entry['dtype']} {entry['shape']}, got {dtype} {shape}"
+        )
+
+
+@torch.no_grad()
+def replay_(
+    params: Params,
+    log: ZoLog | str | os.PathLike[str],
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    fused: bool = False,
+    names: Mapping[str, str] | None = None,
+) -> None:
+    r"""Repeat the updates of a run, :math:`\theta_T` from :math:`\theta_0` and the log, without evaluating anything.
+
+    The result has the bits of the run, on any device, for nearest and for stochastic rounding. Where a step has one term
+    (one direction, no momentum), and always in fp32 and fp64, thousands of steps are one pass that reads and writes
+    the weights once. Half-precision weights with several terms a step are rounded once a step, which a single pass
+    cannot repeat: there the steps run one after another over slices that stay in the cache.
+
+    Args:
+        params: the start weights, which become the end weights: a module, a mapping, (name, tensor) pairs, or as many tensors
+            as the run had parameters, in its order. DTensors are replayed shard by shard.
+        log: the log, or its file.
+        start, stop: only steps [start, stop); the weights given are those before step ``start``.
+        fused: all steps as one sum, in one pass, whatever the dtype. **Loses the bits of the run**: the weights are rounded once
+            instead of once a step, so in half precision (nearest) small updates that the run lost do arrive.
+        names: the log's name of a parameter -> its name in ``params``, where they differ.
+
+    Raises:
+        LogError: another definition of the noise; parameters that are missing or differ in shape or dtype.
+        Nothing is written when an error is raised.
+    """
+    log = log if isinstance(log, ZoLog) else ZoLog.load(log)
+    moved = _moved(log, programs(log, start, stop))
+    tensors = _match(params, log, moved, names)
+    alike: dict[tuple[int, bool], list[Slot]] = {}
+    entries = {e["id"]: e["name"] for e in log.params()}
+    for i, t in tensors.items():
+        wide = t.dtype in (torch.float32, torch.float64)
+        alike.setdefault((id(moved[i]), wide), []).append(managed.slot("replay_", entries[i], i, t))
+    for slots in alike.values():
+        for part in by_device(slots):
+            _run(part, moved[part[0].tensor_id], log.header, fused)
+
+
+# --- files ----------------------------------------------------------------------------------------------------------------
+
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+Progress = Callable[[int, int], None]
+
+
+def replay_file(
+    base: str | os.PathLike[str],
+    log: ZoLog | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    progress: Progress | None = None,
+    *,
+    fused: bool = False,
+    names: Mapping[str, str] | None = None,
+) -> None:
+    """:func:`replay_` from one safetensors file to another, a few million elements in memory at a time.
+
+    Tensors that the log does not move are copied; the header, metadata included, stays as it is. Names, shapes and dtypes are
+    checked before anything is written, and the output appears whole or not at all. ``progress(done, total)`` counts bytes.
+    """
+    log = log if isinstance(log, ZoLog) else ZoLog.load(log)
+    moved = _moved(log, programs(log))
+    preamble, table = _safetensors_header(Path(base))
+    updates: dict[str, tuple[int, list[Update]]] = {}
+    for entry in log.params():
+        if entry["id"] not in moved:
+            continue
+        name = (names or {}).get(entry["name"], entry["name"])
+        if name not in table:
+            raise LogError(f"{base}: the log moves parameter {name}, which is not in the file")
+        dtype = next((k for k, v in _DTYPES.items() if v == table[name]["dtype"]), str(table[name]["dtype"]))
+        _fits(entry, list(table[name]["shape"]), dtype)
+        updates[name] = (entry["id"], moved[entry["id"]])
+    total = sum(t["data_offsets"][1] - t["data_offsets"][0] for t in table.values())
+    target = Path(out)
+    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as writer, open(base, "rb") as reader:
+            writer.write(preamble)
+            reader.seek(len(preamble))
+            done = 0
+            for name, info in sorted(table.items(), key=lambda item: item[1]["data_offsets"]):
+                for data in _replayed(reader, info, updates.get(name), log.header, fused):
+                    writer.write(data)
+                    done += len(data)
+                    if progress is not None:
+                        progress(done, total)
+            writer.flush()
+            os.fsync(writer.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _replayed(
+    reader: Any,
+    info: Mapping[str, Any],
+    update: tuple[int, list[Update]] | None,
+    header: Mapping[str, Any],
+    fused: bool,
+) -> Iterator[bytes | bytearray]:
+    """A tensor's bytes after the replay, slice by slice."""
+    size = info["data_offsets"][1] - info["data_offsets"][0]
+    dtype = {v: getattr(torch, k) for k, v in _DTYPES.items()}.get(info["dtype"])
+    step = _FILE_SLICE * 8
+    for start in range(0, size, step):
+        data = bytearray(reader.read(min(step, size - start)))
+        if update is not None:
+            part = torch.frombuffer(data, dtype=dtype)  # writes into `data`
+            slot = Slot(part, part, update[0], start // part.element_size(), "")
+            with torch.no_grad():
+                _run([slot], update[1], header, fused)
+        yield data
+
+
+def _safetensors_header(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """The bytes before the data, and {name: dtype, shape, data_offsets}; the tensors must fill the file without gaps."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+        size = int.from_bytes(head, "little")
+        if len(head) < 8 or size > min(path.stat().st_size, 100_000_000):
+            raise LogError(f"{path}: not a safetensors file")
+        text = file.read(size)
+    try:
+        table: dict[str, Any] = json.loads(text)
+        table.pop("__metadata__", None)
+        offsets = sorted(tuple(t["data_offsets"]) for t in table.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LogError(f"{path}: not a safetensors file: its header does not read ({error})") from error
+    end = 0
+    for first, last in offsets:
+        if first != end or last < first:
+            raise LogError(f"{path}: damaged: a tensor begins at byte {first} of the data, expected {end}")
+        end = last
+    if 8 + size + end != path.stat().st_size:
+        raise LogError(
+            f"{path}: truncated or damaged: {path.stat().st_size} bytes, its header announces {8 + size + end}"
+        )
+    return head + text, table

@@ -1,0 +1,277 @@
+"""Evaluating a function at perturbed weights that exist only where they are used: W itself is never written.
+
+While the closure runs, a ``TorchFunctionMode`` sees every torch function. Managed parameters among its arguments are
+replaced by ``round(W + scale z)``, made on the spot in an arena as large as the largest need of one function and used
+again by the next. Each use makes the same bits, so tied weights are perturbed once. What the mode cannot see (compiled
+graphs, scripted modules, C++ code) is found at the first evaluation and held perturbed in place, with a saved copy.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from leanops.optim.params import Slot
+from leanops.optim.perturb import Closure, Copy
+
+
+_ALIGN = 64
+_VALUES = frozenset({"data", "T", "H", "mT", "mH", "real", "imag"})  # attributes that read the weights
+_INERT = (int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout)  # share no memory
+
+
+def _metadata() -> frozenset[Any]:
+    """Functions that ask about a tensor, not about its values."""
+    names = (
+        "size dim ndimension numel nelement stride is_contiguous element_size storage_offset is_floating_point "
+        "is_complex is_signed is_pinned is_inference is_coalesced get_device has_names __len__ __hash__ requires_grad_ "
+        "retain_grad register_hook register_post_accumulate_grad_hook new_empty new_empty_strided new_zeros new_ones "
+        "new_full type_as is_same_size is_set_to is_shared _is_view __repr__ __format__"
+    ).split()
+    functions = {getattr(Tensor, n) for n in names if hasattr(Tensor, n) and n != "type_as"}
+    for n in "numel is_tensor is_floating_point is_complex is_signed is_same_size".split():
+        functions.add(getattr(torch, n))
+    for n in "zeros_like ones_like empty_like full_like rand_like randn_like randint_like".split():
+        functions.add(getattr(torch, n))
+    return frozenset(functions)
+
+
+_METADATA = _metadata()
+
+
+class _Arena:
+    """Memory for the perturbed weights of one function at a time, on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffer: Tensor | None = None
+        self._need = 0
+
+    def take(self, like: Sequence[Tensor]) -> list[Tensor]:
+        """Uninitialised tensors with the shapes, dtypes and (where they are dense) the strides of ``like``."""
+        starts, end = [], 0
+        for t in like:
+            starts.append(end)
+            end += -(-t.numel() * t.element_size() // _ALIGN) * _ALIGN
+        self._need = max(self._need, end)
+        if self._buffer is None or self._buffer.numel() < end:
+            self._buffer = None
+            self._buffer = torch.empty(self._need, dtype=torch.uint8, device=self._device)
+        out = []
+        for t, start in zip(like, starts, strict=True):
+            flat = self._buffer[start : start + t.numel() * t.element_size()].view(t.dtype)
+            dense = torch._prims_common.is_non_overlapping_and_dense_or_false(t)
+            out.append(flat.as_strided(t.shape, t.stride(), flat.storage_offset()) if dense else flat.view(t.shape))
+        return out
+
+    def let_go(self, result: object) -> bool:
+        """Leave the memory to the result where it may share it; a later use takes new memory."""
+        if self._buffer is None:
+            return False
+        own = self._buffer.untyped_storage().data_ptr()
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, _INERT):
+                continue
+            if type(leaf) in (Tensor, nn.Parameter) and leaf.layout == torch.strided:
+                if leaf.untyped_storage().data_ptr() != own:
+                    continue
+            self._buffer = None
+            return True
+        return False
+
+
+class _Mode(TorchFunctionMode):
+    """Shows ``W + scale z(seed)`` to torch functions in place of W; ``scale`` 0 shows W itself, through the same path."""
+
+    def __init__(self, owner: Scratch, seed: int, scale: float, trace: list[Tensor] | None) -> None:
+        super().__init__()
+        self._slots = owner.slots
+        self._seen = owner.seen
+        self._arenas = owner.arenas
+        self._distribution = owner.distribution
+        self._seed, self._scale = torch.tensor([seed - (seed >> 63 << 64)]), torch.tensor([scale], dtype=torch.float64)
+        self._active = scale != 0.0
+        self._trace = trace
+        self._kept: list[object] = []  # memory that foreign code may hold by address
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        found: dict[int, Slot] = {}
+        self._find(args, found)
+        if kwargs:
+            self._find(kwargs.values(), found)
+        if self._trace is not None:
+            _fingerprint(self._trace, args, found)
+        if not found or func in _METADATA:
+            return func(*args, **kwargs)
+        if getattr(func, "__name__", "") in ("__get__", "__set__", "__delete__"):
+            attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+            if attribute not in _VALUES:
+                return func(*args, **kwargs)
+        self._seen.update(found)
+        if not self._active:
+            return func(*args, **kwargs)
+        if func is torch.nn.functional.embedding and (result := self._embedding(found, *args, **kwargs)) is not None:
+            return result
+        return self._call(func, args, kwargs, found)
+
+    def _find(self, values: Any, found: dict[int, Slot]) -> None:
+        slots = self._slots
+        for value in values:
+            if isinstance(value, Tensor):
+                if id(value) in slots:
+                    found[id(value)] = slots[id(value)]
+            elif isinstance(value, (list, tuple)):
+                self._find(value, found)
+            elif isinstance(value, dict):
+                self._find(value.values(), found)
+
+    def _call(self, func: Any, args: Any, kwargs: Any, found: dict[int, Slot]) -> Any:
+        replaced: dict[int, Tensor] = {}
+        used = []
+        for device in {s.local.device for s in found.values()}:
+            arena = self._arenas.setdefault(device, _Arena(device))
+            used.append(arena)
+            slots = [s for s in found.values() if s.local.device == device]
+            out = arena.take([s.local for s in slots])
+            self._perturb(out, [s.local for s in slots], [s.tensor_id for s in slots], [s.offset for s in slots])
+            replaced |= {id(s.param): o for s, o in zip(slots, out, strict=True)}
+        result = func(*_replace(args, replaced), **_replace(kwargs, replaced))
+        for arena in used:
+            buffer = arena._buffer
+            if func is Tensor.data_ptr:
+                self._kept.append(buffer)
+                arena._buffer = None
+            elif arena.let_go(result) and not isinstance(result, Tensor):
+                self._kept.append(buffer)
+        return result
+
+    def _perturb(self, out: list[Tensor], tensors: list[Tensor], ids: list[int], offsets: list[int]) -> None:
+        torch.ops.leanops.zo_axpy_into_(
+            out, tensors, self._seed, self._scale, _NO_DECAY, ids, offsets, self._distribution, "nearest", False
+        )
+
+    def _embedding(self, found: dict[int, Slot], *args: Any, **kwargs: Any) -> Tensor | None:
+        return None
+
+
+_NO_DECAY = torch.zeros(1, dtype=torch.float64)
+
+
+def _replace(values: Any, replaced: dict[int, Tensor]) -> Any:
+    if isinstance(values, Tensor):
+        return replaced.get(id(values), values)
+    if isinstance(values, dict):
+        return {k: _replace(v, replaced) for k, v in values.items()}
+    if isinstance(values, (list, tuple)):
+        items = [_replace(v, replaced) for v in values]
+        if isinstance(values, list):
+            return items
+        return type(values)(*items) if hasattr(values, "_fields") else tuple(items)
+    return values
+
+
+def _fingerprint(trace: list[Tensor], args: Any, found: dict[int, Slot]) -> None:
+    """Note a sum of every tensor argument that is no managed parameter: what hidden weights change shows here."""
+    for leaf in tree_leaves(args):
+        if (
+            isinstance(leaf, Tensor)
+            and id(leaf) not in found
+            and leaf.layout == torch.strided
+            and not leaf.is_complex()
+        ):
+            wide = torch.float64 if leaf.is_floating_point() else torch.int64
+            trace.append(leaf.detach().sum(dtype=wide).cpu())
+
+
+class Scratch:
+    """Weights perturbed at each use, W never written: exact, with scratch as large as the largest use.
+
+    At the first evaluation of a run, parameters that no torch function was shown are perturbed in place, with a saved
+    copy, and the evaluation is repeated once. If the loss and every intermediate result are bit-equal those
+    parameters play no part and stay untouched; else they are perturbed that way in every evaluation from then on.
+    """
+
+    def __init__(self, slots: Sequence[Slot], distribution: str) -> None:
+        self.all = list(slots)
+        self.slots = {id(s.param): s for s in slots}
+        self.distribution = distribution
+        self.seen: dict[int, Slot] = {}
+        self.arenas: dict[torch.device, _Arena] = {}
+        self.held: Copy | None = None
+        self._checked = False
+        self._stack = ExitStack()
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            self._stack = stack
+            if self.held is not None:
+                stack.enter_context(self.held.session())
+            yield
+
+    def evaluate(self, closure: Closure, seed: int, scale: float, again: Callable[[], None]) -> object:
+        if self._checked or scale == 0.0:
+            return self._run(closure, seed, scale)
+        trace: list[Tensor] = []
+        loss = self._run(closure, seed, scale, trace)
+        unseen = [s for s in self.all if id(s.param) not in self.seen]
+        if not bool(torch.isfinite(torch.as_tensor(loss)).all()):
+            return loss  # tells nothing about what it depends on; the step will not count
+        if unseen:
+            loss = self._check(closure, seed, scale, again, unseen, trace, loss)
+        self._checked = True
+        return loss
+
+    def _run(self, closure: Closure, seed: int, scale: float, trace: list[Tensor] | None = None) -> object:
+        if self.held is not None:
+            self.held.place(seed, scale)
+        with _Mode(self, seed, scale, trace):
+            return closure()
+
+    def _check(
+        self,
+        closure: Closure,
+        seed: int,
+        scale: float,
+        again: Callable[[], None],
+        unseen: list[Slot],
+        trace: list[Tensor],
+        loss: object,
+    ) -> object:
+        first = loss.detach().clone() if isinstance(loss, Tensor) else loss
+        held = Copy(unseen, self.distribution)
+        for s in unseen:
+            del self.slots[id(s.param)]
+        second_trace: list[Tensor] = []
+        with ExitStack() as stack:
+            stack.enter_context(held.session())
+            held.place(seed, scale)
+            again()
+            second = self._run(closure, seed, scale, second_trace)
+            if _same(first, second) and len(trace) == len(second_trace) and all(map(_same, trace, second_trace)):
+                self.slots |= {id(s.param): s for s in unseen}
+                return second
+            self.held = held
+            self._stack.push(stack.pop_all())
+        warnings.warn(
+            "MeZO: these parameters reach the loss without passing a torch function (compiled, scripted or C++ code); "
+            "they are perturbed in place and restored from a copy: "
+            + ", ".join(s.name for s in unseen[:8])
+            + (f" and {len(unseen) - 8} more" if len(unseen) > 8 else ""),
+            stacklevel=2,
+        )
+        return second
+
+
+def _same(a: object, b: object) -> bool:
+    """Equal bits, NaN included."""
+    x, y = torch.as_tensor(a), torch.as_tensor(b)
+    return bool(torch.equal(x, y) or (x.shape == y.shape and ((x == y) | (x.isnan() & y.isnan())).all()))

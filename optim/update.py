@@ -1,0 +1,97 @@
+r"""The update of a step, the same for the run and for its replay, so that both give the same bits.
+
+    theta <- (1 - lr weight_decay) theta - lr m,    m = sum_j beta^j (1/n) sum_k g_{t-j,k} z(s_{t-j,k})
+
+Without momentum (beta = 0) only j = 0 is left. Momentum is either recomputed, one fused pass over the seeds of the
+window j < J where beta^J < 2^-24 (158 steps at 0.9), or stored as a tensor, m <- beta m + (1/n) sum_k g_k z(s_k).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from leanops.optim.params import Slot, by_device
+from leanops.zo import zo_axpy_
+from leanops.zo.reference import round_to
+
+History = deque[tuple[Sequence[int], Sequence[float]]]  # (seeds, scalars) of steps, the newest first
+
+_ROUND_CHUNK = 1 << 18
+
+
+def window(beta: float) -> int:
+    """How many steps momentum looks back, the present one included: those with beta^j >= 2^-24."""
+    return 1 if beta == 0.0 else 1 + math.floor(math.log(2.0**-24) / math.log(beta))
+
+
+def terms(
+    history: Iterable[tuple[Sequence[int], Sequence[float]]], lr: float, beta: float
+) -> tuple[list[int], list[float]]:
+    """Seeds and coefficients of one update, the present step first: its first seed keys stochastic rounding."""
+    seeds: list[int] = []
+    coeffs: list[float] = []
+    for j, (step_seeds, scalars) in enumerate(islice(history, window(beta))):
+        weight = lr * beta**j / len(scalars)
+        seeds += step_seeds
+        coeffs += [-(weight * g) for g in scalars]
+    return seeds, coeffs
+
+
+def apply_(
+    slots: Sequence[Slot], seeds: Sequence[int], coeffs: Sequence[float], decay: float, distribution: str, rounding: str
+) -> None:
+    """One pass over the tensors, one call a device."""
+    for part in by_device(slots):
+        zo_axpy_(
+            [s.local for s in part],
+            seeds,
+            coeffs,
+            tensor_ids=[s.tensor_id for s in part],
+            offsets=[s.offset for s in part],
+            decay=decay,
+            distribution=distribution,
+            rounding=rounding,
+        )
+
+
+def new_momentum(slot: Slot) -> Tensor:
+    """A zero m for a slot: fp32 (fp64 for fp64), for half precision would lose small steps."""
+    wide = torch.float64 if slot.local.dtype == torch.float64 else torch.float32
+    return torch.zeros(slot.local.shape, dtype=wide, device=slot.local.device)
+
+
+def accumulate_(
+    slots: Sequence[Slot],
+    momenta: Sequence[Tensor],
+    seeds: Sequence[int],
+    scalars: Sequence[float],
+    beta: float,
+    distribution: str,
+) -> None:
+    """m <- beta m + (1/n) sum_k g_k z(s_k)."""
+    moved = [s._replace(local=m) for s, m in zip(slots, momenta, strict=True)]
+    apply_(moved, seeds, [g / len(scalars) for g in scalars], 1.0 - beta, distribution, "nearest")
+
+
+def descend_(
+    slots: Sequence[Slot], momenta: Sequence[Tensor], lr: float, decay: float, rounding: str, seed: int
+) -> None:
+    """p <- round((1 - decay) p - lr m), every product rounded separately so that no device contracts it."""
+    for s, m in zip(slots, momenta, strict=True):
+        value = s.local.to(m.dtype) * (1.0 - decay) - m * lr
+        if rounding == "nearest" or s.local.dtype in (torch.float32, torch.float64):
+            s.local.copy_(value)
+            continue
+        flat = value.reshape(-1)
+        rounded = torch.empty_like(flat, dtype=s.local.dtype)
+        for start in range(0, flat.numel(), _ROUND_CHUNK):
+            part = flat[start : start + _ROUND_CHUNK]
+            index = torch.arange(s.offset + start, s.offset + start + part.numel(), device=flat.device)
+            rounded[start : start + _ROUND_CHUNK] = round_to(part, s.local.dtype, rounding, index, seed, s.tensor_id)
+        s.local.copy_(rounded.view(s.local.shape))
