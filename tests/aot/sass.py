@@ -1,7 +1,7 @@
 """Counts the instructions that one element costs in a kernel's main loop, from cuobjdump's listing.
 
-The main loop is the innermost loop with 16-byte stores. Of the ways through it the one counted has the most 16-byte accesses
-and no narrower global access: the way that all but the edges of a tensor take. Loops inside (none where a kernel is unrolled) count once.
+The main loop is the innermost loop with 16-byte stores. Of the ways through it the one counted has the most 16-byte
+accesses and no narrower global access: the way that all but the edges of a tensor take. Loops inside count once.
 """
 
 from __future__ import annotations
@@ -176,7 +176,9 @@ def _path(blocks: dict[int, Block], header: int, body: set[int]) -> list[str]:
         wide = sum(bool(re.search(r"(LDG|STG|LD|ST)\.E\S*\.128", t)) for t in text)
         narrow = sum(bool(re.search(r"\b(LDG|STG)\.E", t)) and ".128" not in t for t in text)
         score = (wide - 100 * narrow, -len(text))
-        choices = [best[s] for s in blocks[b].successors if s in body and position.get(s, 1 << 30) < position[b] and s in best]
+        choices = [
+            best[s] for s in blocks[b].successors if s in body and position.get(s, 1 << 30) < position[b] and s in best
+        ]
         if header in blocks[b].successors:
             choices.append(((0, 0), []))
         if choices:
