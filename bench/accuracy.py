@@ -1,0 +1,101 @@
+"""The gate before the clock: no speed is shown for a result that is not right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanops._registry import OpSpec
+from leanops.bench.peers import Args, Probe, Subject
+
+PEER_FACTOR = 2.0  # the error may be so many times that of plain PyTorch in the same dtype
+
+
+@dataclass(frozen=True)
+class Gate:
+    """``error`` is the largest absolute difference, over the largest value; ``bound`` is what it may be."""
+
+    passed: bool
+    error: float
+    bound: float
+    against: str
+    reason: str = ""
+
+
+def _double(values: Any) -> Any:
+    if isinstance(values, Tensor):
+        return values.double() if values.is_floating_point() else values
+    return type(values)(map(_double, values)) if isinstance(values, (list, tuple)) else values
+
+
+def _results(spec: OpSpec, args: Args, returned: Any) -> list[Tensor]:
+    if spec.mutates:
+        return spec.mutated(args)
+    return [returned] if isinstance(returned, Tensor) else list(returned)
+
+
+def expected(spec: OpSpec, probes: Sequence[Probe]) -> list[list[Tensor]]:
+    """The reference's results at the probes: in the operator's dtype where it is exact, in float64 where it is not."""
+    results = []
+    for probe in probes:
+        args = probe.reference_args if spec.exact else _double(probe.reference_args)
+        results.append(_results(spec, args, spec.reference(*args)))
+    return results
+
+
+def error(actual: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """max |actual - wanted| / max |wanted|; infinite where a NaN or an infinity stands on one side only."""
+    worst, scale = 0.0, 0.0
+    for a, w in zip(actual, wanted, strict=True):
+        if a.shape != w.shape:
+            return math.inf
+        if not a.numel():
+            continue
+        a, w = a.double().cpu(), w.double().cpu()
+        same = (a == w) | (a.isnan() & w.isnan())
+        difference = torch.where(same, 0.0, (a - w).abs())
+        if difference.isnan().any():
+            return math.inf
+        worst = max(worst, float(difference.max()))
+        scale = max(scale, float(w[w.isfinite()].abs().max()) if w.isfinite().any() else 0.0)
+    return worst / scale if scale else worst
+
+
+def check(spec: OpSpec, subject: Subject, args: Args, dtype: torch.dtype) -> tuple[Gate, dict[str, float]]:
+    """Run the operator once and compare it; also the errors of peers that give the same result."""
+    probes = subject.probes(args)
+    wanted = expected(spec, probes)
+    returned = spec.op(*args)
+    actual = [probe.actual(returned) for probe in probes]
+    pairs = list(zip(actual, wanted, strict=True))
+    seen = max((error(a, w) for a, w in pairs), default=0.0)
+    if spec.exact:
+        # NaN equals NaN here, -0 does not equal 0: the bits count
+        equal = all(torch.equal(_bits(a), _bits(w)) for x, y in pairs for a, w in zip(x, y, strict=True))
+        reason = "" if equal else f"differs from the reference: relative error {seen:.2g}"
+        return Gate(equal, seen, 0.0, "reference, bit for bit", reason), {}
+    errors = {}
+    for peer in subject.peers:
+        if peer.same_result:
+            result = peer.make(args)()
+            errors[peer.name] = max(
+                (error(p.actual(result), w) for p, w in zip(probes, wanted, strict=True)), default=0.0
+            )
+    eps = torch.finfo(dtype).eps
+    bound = spec.tolerance * eps * math.sqrt(spec.depth(*args))
+    if errors:
+        bound = min(bound, max(PEER_FACTOR * min(errors.values()), eps))
+    passed = seen <= bound
+    reason = "" if passed else f"relative error {seen:.2g} is over the bound {bound:.2g}"
+    return Gate(passed, seen, bound, "float64 reference", reason), errors
+
+
+def _bits(t: Tensor) -> Tensor:
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    canonical = torch.where(t.isnan(), torch.full_like(t, torch.nan), t)
+    return canonical.contiguous().view(integer).cpu()

@@ -1,0 +1,161 @@
+"""The ``leanops`` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+DTYPES = {
+    "fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16",
+    "fp16": "float16", "float16": "float16", "fp64": "float64", "float64": "float64",
+}  # fmt: skip
+
+
+class CommandError(Exception):
+    """What the user reads as one line on standard error, with exit status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise CommandError(f"{self.prog}: {message}")
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.replace(" ", "").split(",") if part)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="leanops", description="Operators and optimizers for training with less memory.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    bench = commands.add_parser("bench", help="measure the operators against their peers and the roofline")
+    bench.add_argument("ops", nargs="*", metavar="op", help="operators to measure (all by default)")
+    bench.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    bench.add_argument("--dtype", default="fp32,bf16", help="comma-separated: fp32, bf16, fp16, fp64 (fp32,bf16)")
+    bench.add_argument("--threads", default="", help="comma-separated thread counts (1 and all)")
+    bench.add_argument("--peers", default="all", help="all, none, or comma-separated parts of peers' names")
+    bench.add_argument("--case", default="", metavar="REGEX", help="only cases whose key matches somewhere")
+    bench.add_argument("--quick", action="store_true", help="fewer and smaller cases, under two minutes")
+    bench.add_argument("--json", metavar="F", help="results with raw samples; - writes only JSON to standard output")
+    bench.add_argument("--csv", metavar="F")
+    bench.add_argument("--html", metavar="F", help="one file with plots, readable without a network")
+
+    compare = commands.add_parser("compare", help="exit status 1 when a case became slower")
+    compare.add_argument("base", metavar="BASE.json")
+    compare.add_argument("new", metavar="NEW.json")
+
+    info = commands.add_parser("info", help="versions, devices, and which backend serves each operator and why")
+    info.add_argument("--json", action="store_true")
+
+    replay = commands.add_parser("replay", help="the weights of a run from its start weights and its log")
+    replay.add_argument("base", metavar="BASE.safetensors")
+    replay.add_argument("log", metavar="RUN.zolog")
+    replay.add_argument("-o", "--out", required=True, metavar="OUT.safetensors")
+    replay.add_argument("--fused", action="store_true", help="all seeds in one pass: faster, equal to rounding only")
+    return parser
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from leanops.bench import html, report, runner
+
+    try:
+        dtypes = tuple(DTYPES[name] for name in _split(options.dtype))
+    except KeyError as error:
+        raise CommandError(f"leanops bench: --dtype knows fp32, bf16, fp16 and fp64, got {error.args[0]}") from None
+    try:
+        threads = tuple(int(text) for text in _split(options.threads))
+    except ValueError:
+        raise CommandError(f"leanops bench: --threads must be numbers, got {options.threads}") from None
+    if not dtypes or any(t < 1 for t in threads):
+        raise CommandError("leanops bench: --dtype must name a dtype and --threads must be 1 or more")
+    try:
+        re.compile(options.case)
+    except re.error as error:
+        raise CommandError(f"leanops bench: --case is no regular expression: {error}") from None
+    peers = {"all": None, "none": ()}.get(options.peers, _split(options.peers))
+    settings = runner.Settings(tuple(options.ops), options.device, dtypes, threads, peers, options.case, options.quick)
+    targets = {"json": options.json, "csv": options.csv, "html": options.html}
+    if not any(targets.values()):
+        targets |= {"json": "results/bench.json", "html": "results/bench.html"}
+    for target in targets.values():
+        _writable(target)
+    with report.progress(sys.stderr) as progress:
+        results = runner.run(settings, progress, sys.argv)
+    only_json = options.json == "-"
+    report.print_table(results, sys.stderr if only_json else sys.stdout)
+    writers = {"json": report.write_json, "csv": report.write_csv, "html": html.write}
+    for name, target in targets.items():
+        if target:
+            writers[name](results, target)
+            if target != "-":
+                print(f"{name.upper()}: {Path(target).resolve()}", file=sys.stderr if only_json else sys.stdout)
+    wrong = [row["key"] for row in results["rows"] if row["status"] == "wrong"]
+    if wrong:
+        print(f"leanops bench: wrong results, no speed shown: {', '.join(wrong)}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _writable(target: str | None) -> None:
+    """Found out before an hour of measuring, not after it."""
+    if target and target != "-":
+        path = Path(target)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise CommandError(f"leanops bench: {target} is a folder")
+        existed = path.exists()
+        path.open("a").close()
+        if not existed:
+            path.unlink()
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from leanops.bench import compare
+
+    return compare.main(options.base, options.new, sys.stdout)
+
+
+def _info(options: argparse.Namespace) -> int:
+    from leanops import info
+
+    report = info.collect()
+    print(json.dumps(report, indent=1) if options.json else "\n".join(info.lines(report)))
+    return 0
+
+
+def _replay(options: argparse.Namespace) -> int:
+    import importlib.util
+
+    if importlib.util.find_spec("safetensors") is None:
+        raise CommandError("leanops replay: needs safetensors (pip install leanops[bench])")
+    from leanops.bench import report
+    from leanops.optim.replay import replay_file
+
+    for name in (options.base, options.log):
+        if not Path(name).is_file():
+            raise CommandError(f"leanops replay: no file {name}")
+    with report.progress(sys.stderr) as progress:
+        steps = report.Portions(progress, f"replay of {options.log}")
+        replay_file(options.base, options.log, options.out, progress=steps, fused=options.fused)
+    print(f"wrote {options.out}")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    commands = {"bench": _bench, "compare": _compare, "info": _info, "replay": _replay}
+    try:
+        options = _parser().parse_args(arguments)
+        return commands[options.command](options)
+    except (CommandError, ValueError, OSError) as error:
+        print(f"leanops: {' '.join(str(error).split())}".replace("leanops: leanops", "leanops"), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("leanops: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

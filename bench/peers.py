@@ -1,0 +1,82 @@
+"""What an operator is measured against, described by family.
+
+A :class:`Subject` holds what a benchmark needs to know of an operator beyond its OpSpec: peers over the same inputs,
+where to look whether the result is right, inputs that are all dispatch, and cases on real weights. A family adds
+its subjects in a file ``peers_<family>.py`` that :func:`subject` imports.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanops._registry import Case
+
+Args = tuple[Any, ...]
+FAMILIES = ("zo",)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another way to do the work.
+
+    ``origin`` is ``"torch"``, ``"package"`` (the real one, installed) or ``"re-expressed"`` (written here from the
+    published formula). ``make`` builds a call over the operator's arguments; it raises :class:`Unavailable` with the
+    reason where that cannot be. A call stands for ``times(args)`` of itself where one pass of many is timed.
+    """
+
+    name: str
+    origin: str
+    make: Callable[[Args], Callable[[], object]]
+    times: Callable[[Args], int] = lambda args: 1
+    same_result: bool = False  # the call returns what the operator returns, so its error is shown too
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} (re-expressed)" if self.origin == "re-expressed" else self.name
+
+
+class Unavailable(Exception):
+    """A peer or a case cannot run here; the text says why."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A part of a result small enough for the reference: the reference's arguments, taken before the operator runs,
+    and where the same values lie in the operator's arguments and result."""
+
+    reference_args: Args
+    actual: Callable[[Any], list[Tensor]]  # given what the operator returned
+
+
+@dataclass(frozen=True)
+class Subject:
+    """``tiny`` makes arguments with next to no work; ``probes`` picks what the accuracy gate compares;
+    ``cases`` yields further benchmark cases; ``unavailable_cases`` names those that cannot run, with the reason."""
+
+    name: str
+    peers: tuple[Peer, ...]
+    probes: Callable[[Args], list[Probe]]
+    tiny: Callable[[torch.device, torch.dtype], Args]
+    cases: Callable[[], Sequence[Case]] = tuple
+    unavailable_cases: Callable[[], dict[str, str]] = dict
+    quick: Callable[[str], bool] = lambda case: True  # whether a case belongs to a run of two minutes
+
+
+_subjects: dict[str, Subject] = {}
+
+
+def add(subject: Subject) -> None:
+    _subjects[subject.name] = subject
+
+
+def subjects() -> dict[str, Subject]:
+    """Every subject by the name of its operator."""
+    for family in FAMILIES:
+        importlib.import_module(f"leanops.bench.peers_{family}")
+    return dict(_subjects)
