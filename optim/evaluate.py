@@ -186,7 +186,7 @@ def _scalar(loss: Any) -> Tensor | float:
                 f"MeZO.step: closure must return a real scalar, got {loss.dtype} of shape {list(loss.shape)}"
             )
         if is_sharded(loss):
-            loss = loss.full_tensor()  # type: ignore[operator]
+            loss = loss.full_tensor()  # type: ignore[attr-defined]
         return loss.detach().reshape(()).to(torch.float64, copy=True)
     try:
         return float(loss)

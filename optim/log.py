@@ -166,7 +166,7 @@ class ZoLog:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ZoLog:
-        """Read a log. Raises :class:`LogError` on another format or version, and on damage; warns on an unfinished run."""
+        """Read a log. Raises :class:`LogError` on another version and on damage; warns on an unfinished run."""
         return cls.from_bytes(Path(path).read_bytes(), name=str(path))
 
     @classmethod
@@ -184,7 +184,7 @@ class ZoLog:
         return log
 
     def _scan(self, body: bytes, name: str) -> tuple[int, bool]:
-        """Count the steps and verify the checksums: the end of the last whole record, and whether the end mark is there."""
+        """Count the steps and verify the checksums: the last whole record's end, and whether the end mark is there."""
         position = checked = crc = 0
         for kind, at, content in _records(body, self.directions):
             if kind == 0:
@@ -263,7 +263,7 @@ def _read_header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
 
 
 def _records(body: bytes, directions: int) -> Iterator[tuple[int, int, Any]]:
-    """(kind, position, content): kind 0 is a run of steps, [count, directions] scalars; an incomplete tail is left out."""
+    """(kind, position, content): kind 0 is a run of steps, [count, directions]; an incomplete tail is left out."""
     words = np.frombuffer(body, "<u4", len(body) // 4)
     escapes = np.flatnonzero(words == _ESCAPE).tolist()
     at = 0

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from leanops.optim import seeds
 from leanops.optim.evaluate import Evaluator, Reduction
 from leanops.optim.log import FIELDS, ZoLog
 from leanops.optim.params import Slot
-from leanops.optim.update import History, accumulate_, apply_, descend_, new_momentum, terms, window
+from leanops.optim.record import Record, dtype_name
+from leanops.optim.update import accumulate_, apply_, descend_, new_momentum, terms, window
 from leanops.zo import VERSION
 
 VARIANTS = ("spsa", "one_sided", "sign", "fzoo")
@@ -47,6 +47,13 @@ def _finite(name: str, value: Any, low: float, *, above: bool = False) -> float:
     if not math.isfinite(number) or number < low or (above and number == low):
         raise ValueError(f"MeZO: {name} must be a finite number {'>' if above else '>='} {low:g}, got {value}")
     return number
+
+
+def _check_hyper(group: dict[str, Any]) -> None:
+    for name in FIELDS:
+        _finite(name, group[name], 0.0)
+    if float(group["momentum"]) >= 1.0:
+        raise ValueError(f"MeZO: momentum must be below 1, got {group['momentum']}")
 
 
 class MeZO(Optimizer):
@@ -79,12 +86,13 @@ class MeZO(Optimizer):
         seed: of the run; the seed of each direction of each step follows from it.
         model: gives names to the parameters (for the log), and tells ``perturb="auto"`` what it has to deal with.
         variant: ``"spsa"``, ``"one_sided"``, ``"sign"`` or ``"fzoo"``.
-        momentum_mode: ``"recompute"``: no memory, m is made anew from the scalars and seeds of the last steps (the terms
-            with β^j >= 2^-24: 158 steps at 0.9, each as much noise as an update); ``"store"``: a tensor a parameter, fp32.
+        momentum_mode: ``"recompute"``: no memory, m is made anew from scalars and seeds of the last steps (those with
+            β^j >= 2^-24: 158 steps at 0.9, each as much noise as an update; a change of what moves starts anew);
+            ``"store"``: a tensor a parameter, fp32.
         perturb: ``"scratch"`` perturbs a weight where it is used, into scratch as large as the largest use; ``"copy"``
-            perturbs all weights in place and restores them from a copy; ``"inplace"`` adds and subtracts, is **not exact**
-            and for machines without room for either; ``"auto"`` is copy for compiled, scripted and sharded models and
-            scratch for all others.
+            perturbs all weights in place and restores them from a copy; ``"inplace"`` adds and subtracts, is **not
+            exact** and for machines without room for either; ``"auto"`` is copy for compiled, scripted and sharded
+            models and scratch for all others.
         on_nonfinite: what a step does when a loss is NaN or infinite: ``"raise"`` FloatingPointError, or ``"skip"`` the
             step (it is logged as skipped). The weights do not change in either case.
         same_rng: every evaluation of a step sees the same state of torch's generators (the same dropout masks), and the
@@ -95,9 +103,10 @@ class MeZO(Optimizer):
         parallel: ``"data"``: every process evaluates the same perturbation on its own data; ``"direction"``: process j
             evaluates directions j, j + W, ... of n >= W.
 
-    ``step(closure)`` calls ``closure()`` under no_grad, two times a direction (n + 1 times in all for one_sided and fzoo),
-    and returns the mean of the evaluations. The closure returns a scalar: a tensor of one element or a number. It need not
-    be differentiable. It must not draw a new batch at each call.
+    ``step(closure)`` calls ``closure()`` under no_grad, two times a direction (n + 1 times in all for one_sided and
+    fzoo), and returns the mean of the evaluations. The closure returns a scalar: a tensor of one element or a number.
+    It need not be differentiable. It must not draw a new batch at each call. The first step may evaluate once more, to
+    find weights that are used out of sight (see :mod:`leanops.optim.scratch`).
 
     Raises:
         ValueError: bad hyperparameters; parameters that are not dense floats, that overlap, or come twice.
@@ -137,7 +146,7 @@ class MeZO(Optimizer):
         _one_of("variant", variant, VARIANTS)
         _one_of("momentum_mode", momentum_mode, ("recompute", "store"))
         _one_of("on_nonfinite", on_nonfinite, ("raise", "skip"))
-        self._settings = {
+        settings = {
             "zo": VERSION,
             "seed": seeds.check("MeZO", seed),
             "seed_rule": seeds.RULE,
@@ -153,15 +162,11 @@ class MeZO(Optimizer):
         self._evaluator = Evaluator(perturb, distribution, model, same_rng)
         self._reduction = Reduction(process_group, parallel, directions)
         self._log_file = log_file
-        self._history: History = deque()
-        self._recorded: dict[tuple[int, str], float] = {}
-        self._frozen: list[int] = []
-        self._entries: list[dict[str, Any]] = []  # of the log: one a parameter
+        self._record = Record(settings)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.log = ZoLog({})
-        self._begin_log()
+        self._record.begin(self._flat(), len(self.param_groups))
 
-    # --- parameters -------------------------------------------------------------------------------------------------------
+    # --- parameters ---------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; their ids continue those that are there. Nothing is added when an error is raised."""
@@ -173,84 +178,72 @@ class MeZO(Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
-        self._entries += new
-        if len(self.__dict__.get("log", ())):
-            self.log.change(params=new)
-            self._history.clear()
-        elif "log" in self.__dict__:
-            self._begin_log()
+        self._record.join(new)
+
+    def _flat(self) -> list[Tensor]:
+        """Every parameter; the position is the id."""
+        return [p for group in self.param_groups for p in group["params"]]
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        for name in ("lr", "weight_decay", "momentum"):
-            _finite(name, group[name], 0.0)
-        if group["momentum"] >= 1.0:
-            raise ValueError(f"MeZO: momentum must be below 1, got {group['momentum']}")
+        _check_hyper(group)
         if len({id(p) for p in group["params"]}) != len(group["params"]):
             raise ValueError("MeZO: a parameter group must not hold a parameter twice")
         spans = []
-        everything = list(chain.from_iterable(g["params"] for g in self.param_groups))
-        for i, p in enumerate(everything):
+        for i, p in enumerate(self._flat()):
             managed.check("MeZO", self._names.get(id(p), str(i)), p)
-            local = p.to_local() if managed.is_sharded(p) else p
+            local = managed.local(p)
             if local.numel() and local.device.type != "meta" and local.is_contiguous():
                 start = local.data_ptr()
                 spans.append((local.device, start, start + local.numel() * local.element_size(), i))
         spans.sort(key=lambda s: (str(s[0]), s[1]))
-        for a, b in zip(spans, spans[1:], strict=False):
+        for a, b in pairwise(spans):
             if a[0] == b[0] and b[1] < a[2]:
                 raise ValueError(
-                    f"MeZO: parameters {a[3]} and {b[3]} share memory; tie weights by using one parameter twice"
+                    f"MeZO: parameters {a[3]} and {b[3]} share memory; tie weights by one parameter used twice"
                 )
 
     def _describe(self, group: dict[str, Any], index: int) -> list[dict[str, Any]]:
-        first = len(self._entries)
+        first = len(self._record.entries)
         names = group.get("param_names", [None] * len(group["params"]))
         return [
             {
                 "name": name or self._names.get(id(p), str(first + i)),
                 "id": first + i,
                 "shape": list(p.shape),
-                "dtype": str(p.dtype).removeprefix("torch."),
+                "dtype": dtype_name(p),
                 "group": index,
             }
             for i, (p, name) in enumerate(zip(group["params"], names, strict=True))
         ]
 
-    def _begin_log(self) -> None:
-        """A log without steps, of the parameters as they are now (they may have been cast since construction)."""
-        flat: Iterable[Tensor] = chain.from_iterable(g["params"] for g in self.param_groups)
-        self._entries = [
-            {**entry, "shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch.")}
-            for entry, p in zip(self._entries, flat, strict=True)
-        ]
-        self.log = ZoLog({**self._settings, "groups": len(self.param_groups), "params": self._entries})
-        self._recorded = {(g, f): 0.0 for g in range(len(self.param_groups)) for f in FIELDS}
-        self._frozen = []
-
     def _slots(self) -> list[list[Slot]]:
         """What moves, by group."""
         found: list[list[Slot]] = [[] for _ in self.param_groups]
-        flat = chain.from_iterable(((i, p) for p in g["params"]) for i, g in enumerate(self.param_groups))
-        for tensor_id, ((group, p), entry) in enumerate(zip(flat, self._entries, strict=True)):
-            if str(p.dtype).removeprefix("torch.") != entry["dtype"] or list(p.shape) != entry["shape"]:
+        for p, entry in zip(self._flat(), self._record.entries, strict=True):
+            if dtype_name(p) != entry["dtype"] or list(p.shape) != entry["shape"]:
                 raise RuntimeError(
                     f"MeZO: parameter {entry['name']} was {entry['dtype']} {entry['shape']} when the run began, "
                     f"now it is {p.dtype} {list(p.shape)}: its log would not replay"
                 )
             if p.requires_grad:
-                found[group].append(managed.slot("MeZO", entry["name"], tensor_id, p))
+                found[entry["group"]].append(managed.slot("MeZO", entry["name"], entry["id"], p))
         return found
 
-    # --- a step -------------------------------------------------------------------------------------------------------------
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    @property
+    def log(self) -> ZoLog:
+        """The log of the run so far."""
+        return self._record.log
 
     @property
     def eps(self) -> float:
         """ε; may be set between steps."""
-        return float(self._settings["eps"])
+        return float(self._record.settings["eps"])
 
     @eps.setter
     def eps(self, value: float) -> None:
-        self._settings["eps"] = _finite("eps", value, 0.0, above=True)
+        self._record.settings["eps"] = _finite("eps", value, 0.0, above=True)
         if len(self.log):
             self.log.change(eps=self.eps)
 
@@ -261,68 +254,42 @@ class MeZO(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step; see the class. Returns the mean of the evaluations, as a tensor where the closure returns tensors."""
+        """One step; see the class. Returns the mean of the evaluations, a tensor where the closure returns tensors."""
         if closure is None:
             raise RuntimeError(
-                "MeZO.step: needs a closure that evaluates the loss, as in opt.step(lambda: loss_fn(model(x), y)); a trainer "
-                "that calls backward() and step() by itself has to call step(closure) in its training step instead"
+                "MeZO.step: needs a closure that evaluates the loss, as in opt.step(lambda: loss_fn(model(x), y)); "
+                "a trainer that calls backward() and step() by itself has to call step(closure) in its training step"
             )
         for group in self.param_groups:
-            self._check_hyper(group)
-        if not len(self.log):
-            self._begin_log()
+            _check_hyper(group)
+        record = self._record
+        if not len(record.log):
+            record.begin(self._flat(), len(self.param_groups))
         slots = self._slots()
         moving = list(chain.from_iterable(slots))
-        if self._log_file is not None and not self.log.attached:
-            self.log.attach(self._log_file, new=not len(self.log))
-        n = int(self._settings["directions"])
-        base, step = int(self._settings["seed"]), self.steps
-        step_seeds = [seeds.derive(base, step, k) for k in range(n)]
+        if self._log_file is not None and not record.log.attached:
+            record.log.attach(self._log_file, new=not len(record.log))
+        step_seeds = record.step_seeds(self.steps)
         self._reduction.use(moving)
         scalars, loss = self._evaluator.estimate(
-            closure, moving, step_seeds, self.eps, str(self._settings["variant"]), self._reduction
+            closure, moving, step_seeds, self.eps, record.settings["variant"], self._reduction
         )
-        if not all(map(math.isfinite, scalars)):
-            if self._on_nonfinite == "raise":
-                raise FloatingPointError(
-                    f"MeZO: step {step}: a loss is not finite (estimates {scalars}); nothing was changed"
-                )
-            self._record(slots)
-            self.log.append(None)
-            return loss
-        self._record(slots)
-        self._update(slots, step_seeds, scalars)
-        self.log.append(scalars)
+        applied = all(map(math.isfinite, scalars))
+        if not applied and self._on_nonfinite == "raise":
+            raise FloatingPointError(
+                f"MeZO: step {self.steps}: a loss is not finite (estimates {scalars}); nothing was changed"
+            )
+        record.note(self.param_groups, slots)
+        if applied:
+            self._update(slots, step_seeds, scalars)
+        record.log.append(scalars if applied else None)
         return loss
 
-    def _check_hyper(self, group: dict[str, Any]) -> None:
-        for name in FIELDS:
-            _finite(name, group[name], 0.0)
-        if group["momentum"] >= 1.0:
-            raise ValueError(f"MeZO: momentum must be below 1, got {group['momentum']}")
-
-    def _record(self, slots: list[list[Slot]]) -> None:
-        """Put into the log what has changed since the last step."""
-        for g, group in enumerate(self.param_groups):
-            for field in FIELDS:
-                value = float(group[field])
-                if self._recorded.get((g, field), 0.0) != value:
-                    self.log.set(g, field, value)
-                    self._recorded[g, field] = value
-        moving = {s.tensor_id for s in chain.from_iterable(slots)}
-        frozen = [e["id"] for e in self._entries if e["id"] not in moving]
-        if frozen != self._frozen:
-            self.log.change(frozen=frozen)
-            self._frozen = frozen
-            self._history.clear()
-
     def _update(self, slots: list[list[Slot]], step_seeds: list[int], scalars: list[float]) -> None:
-        """A failure here (out of memory, say) precedes any write: the operators check before they write."""
-        settings = self._settings
-        distribution, rounding = str(settings["distribution"]), str(settings["rounding"])
-        self._history.appendleft((step_seeds, scalars))
-        while len(self._history) > max(window(float(g["momentum"])) for g in self.param_groups):
-            self._history.pop()
+        settings = self._record.settings
+        distribution, rounding = settings["distribution"], settings["rounding"]
+        longest = max(window(float(g["momentum"])) for g in self.param_groups)
+        self._record.remember(step_seeds, scalars, longest)
         for group, moved in zip(self.param_groups, slots, strict=True):
             lr, beta = float(group["lr"]), float(group["momentum"])
             decay = lr * float(group["weight_decay"])
@@ -331,7 +298,7 @@ class MeZO(Optimizer):
                 accumulate_(moved, momenta, step_seeds, scalars, beta, distribution)
                 descend_(moved, momenta, lr, decay, rounding, step_seeds[0])
             elif moved:
-                apply_(moved, *terms(self._history, lr, beta), decay, distribution, rounding)
+                apply_(moved, *terms(self._record.history, lr, beta), decay, distribution, rounding)
 
     def _momentum(self, slot: Slot) -> Tensor:
         state = self.state[slot.param]
@@ -340,7 +307,7 @@ class MeZO(Optimizer):
         buffer: Tensor = state["momentum_buffer"]
         return buffer
 
-    # --- state --------------------------------------------------------------------------------------------------------------
+    # --- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, and under ``"mezo"`` the log (as bytes in a tensor): with it a run resumes to the same bits."""
@@ -349,61 +316,37 @@ class MeZO(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume. Raises ValueError where the state is another run's: other parameters, variant, directions or rounding."""
-        if "mezo" not in state_dict:
-            raise ValueError("MeZO.load_state_dict: not the state of a MeZO optimizer, it has no entry 'mezo'")
-        data: Tensor = state_dict["mezo"]["log"]
-        log = ZoLog.from_bytes(data.cpu().numpy().tobytes(), name="MeZO.load_state_dict")
-        for key in ("zo", "seed_rule", "variant", "directions", "distribution", "rounding", "momentum_mode"):
-            if log.header[key] != self._settings[key]:
-                raise ValueError(
-                    f"MeZO.load_state_dict: {key} must be the saved run's, {log.header[key]!r}, got {self._settings[key]!r}"
-                )
-        self._fits(log)
-        super().load_state_dict(state_dict)
-        self._settings = {**self._settings, "seed": log.header["seed"], "eps": state_dict["mezo"]["eps"]}
-        # torch casts state to the parameter's dtype; momenta are wider than half-precision parameters
-        flat = list(chain.from_iterable(g["params"] for g in self.param_groups))
-        for i, values in state_dict["state"].items():
-            if "momentum_buffer" in values:
-                p = flat[i]
-                self.state[p]["momentum_buffer"] = values["momentum_buffer"].to(p.device, copy=True)
-        self.log.close()
-        self.log = log
-        self._restore(log)
+        """Resume a run; the base seed and eps are the saved run's.
 
-    def _fits(self, log: ZoLog) -> None:
+        Raises ValueError, and changes nothing, where the state is another kind of run's: other parameters, variant,
+        directions, distribution, rounding or momentum mode.
+        """
+        op = "MeZO.load_state_dict"
+        if "mezo" not in state_dict:
+            raise ValueError(f"{op}: not the state of a MeZO optimizer, it has no entry 'mezo'")
+        log = ZoLog.from_bytes(state_dict["mezo"]["log"].cpu().numpy().tobytes(), name=op)
+        settings = self._record.settings
+        for key in ("zo", "seed_rule", "variant", "directions", "distribution", "rounding", "momentum_mode"):
+            if log.header[key] != settings[key]:
+                raise ValueError(f"{op}: {key} must be the saved run's, {log.header[key]!r}, got {settings[key]!r}")
         saved = [(e["id"], e["shape"], e["dtype"]) for e in log.params()]
-        here: Iterable[Tensor] = chain.from_iterable(g["params"] for g in self.param_groups)
-        mine = [(i, list(p.shape), str(p.dtype).removeprefix("torch.")) for i, p in enumerate(here)]
+        mine = [(i, list(p.shape), dtype_name(p)) for i, p in enumerate(self._flat())]
         if saved != mine:
             differing = next((a, b) for a, b in zip([*saved, None], [*mine, None], strict=False) if a != b)
-            raise ValueError(f"MeZO.load_state_dict: parameter must be {differing[0]} as saved, got {differing[1]}")
-
-    def _restore(self, log: ZoLog) -> None:
-        """What is kept beside the log follows from it."""
-        self._entries = log.params()
-        self._recorded, self._frozen = {}, []
-        self._history.clear()
-        base, n = int(self._settings["seed"]), log.directions
-        longest = 1
-        for record in log.steps():
-            self._recorded = {(g, f): v for g, values in enumerate(record.groups) for f, v in values.items()}
-            self._frozen = sorted(record.frozen)
-            longest = max(longest, *(window(values["momentum"]) for values in record.groups))
-            if record.restart:
-                self._history.clear()
-            if record.scalars is not None:
-                self._history.appendleft(([seeds.derive(base, record.index, k) for k in range(n)], record.scalars))
-                while len(self._history) > longest:
-                    self._history.pop()
+            raise ValueError(f"{op}: parameter (id, shape, dtype) must be {differing[0]} as saved, got {differing[1]}")
+        super().load_state_dict(state_dict)
+        settings |= {"seed": log.header["seed"], "eps": state_dict["mezo"]["eps"]}
+        # torch casts state to the parameter's dtype; momenta are wider than half-precision parameters
+        for p, i in zip(
+            self._flat(), chain.from_iterable(g["params"] for g in state_dict["param_groups"]), strict=True
+        ):
+            if "momentum_buffer" in (values := state_dict["state"].get(i, {})):
+                self.state[p]["momentum_buffer"] = values["momentum_buffer"].to(p.device, copy=True)
+        self._record.restore(log)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._reduction.group is not None:
             raise TypeError("MeZO: an optimizer with a process group cannot be copied or pickled; use state_dict()")
-        kept = "_settings _on_nonfinite _evaluator _reduction _history _recorded _frozen _entries log".split()
-        mine = {k: self.__dict__[k] for k in kept}
-        return {**super().__getstate__(), **mine, "_names": {}, "_log_file": None}  # names are in the entries
-
-
-__all__ = ["VARIANTS", "MeZO", "decay_groups"]
+        mine = {k: self.__dict__[k] for k in ("_on_nonfinite", "_evaluator", "_reduction", "_record")}
+        # names stand in the record; a copy does not append to the original's file
+        return {**super().__getstate__(), **mine, "_names": {}, "_log_file": None}

@@ -1,4 +1,4 @@
-"""What an optimizer moves: a parameter's id, its memory on this rank, and where that memory lies in the whole tensor."""
+"""What an optimizer moves: a parameter's id, its memory on this rank, and where that lies in the whole tensor."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def place(op: str, name: str, p: Any) -> int:
         or "Strided" in type(p.placements[shards[0]]).__name__
     ):
         raise ValueError(
-            f"{op}: parameter {name} must be sharded by rows, Shard(0), over one mesh dimension, got {tuple(p.placements)}"
+            f"{op}: parameter {name} must be sharded by rows, Shard(0), on one mesh axis, got {tuple(p.placements)}"
         )
     mesh, dim = p.device_mesh, shards[0]
     rows = p.shape[0]
@@ -64,10 +64,14 @@ def place(op: str, name: str, p: Any) -> int:
     return first * (p.numel() // max(rows, 1))
 
 
+def local(p: Any) -> Tensor:
+    """The part of a parameter that lies on this rank."""
+    shard: Tensor = p.to_local() if is_sharded(p) else p
+    return shard
+
+
 def slot(op: str, name: str, tensor_id: int, p: Tensor) -> Slot:
-    if is_sharded(p):
-        return Slot(p, p.to_local(), tensor_id, place(op, name, p), name)  # type: ignore[operator]
-    return Slot(p, p, tensor_id, 0, name)
+    return Slot(p, local(p), tensor_id, place(op, name, p) if is_sharded(p) else 0, name)
 
 
 def by_device(slots: Iterable[Slot]) -> list[list[Slot]]:
@@ -81,7 +85,7 @@ def by_device(slots: Iterable[Slot]) -> list[list[Slot]]:
 Params = nn.Module | Mapping[str, Tensor] | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
 
-def named(params: Params) -> tuple[list[tuple[str, Tensor]], bool]:
+def named(params: Any) -> tuple[list[tuple[str, Tensor]], bool]:
     """(name, tensor) pairs, and whether the names are the caller's own."""
     if isinstance(params, nn.Module):
         return list(params.named_parameters()), True

@@ -87,7 +87,7 @@ def programs(log: ZoLog, start: int = 0, stop: int | None = None) -> list[Progra
 
 
 def _fusable(updates: Sequence[Update], dtype: torch.dtype, stored: bool) -> bool:
-    """Whether one sequential pass has the run's bits: nothing is rounded between the terms of one step, or there is one."""
+    """Whether one sequential pass has the run's bits: a step has one term, or nothing is rounded between its terms."""
     if stored and any(u.beta for u in updates):
         return False
     return dtype in (torch.float32, torch.float64) or all(len(u.terms[0]) == 1 for u in updates)
@@ -230,18 +230,18 @@ def replay_(
 ) -> None:
     r"""Repeat the updates of a run, :math:`\theta_T` from :math:`\theta_0` and the log, without evaluating anything.
 
-    The result has the bits of the run, on any device, for nearest and for stochastic rounding. Where a step has one term
-    (one direction, no momentum), and always in fp32 and fp64, thousands of steps are one pass that reads and writes
-    the weights once. Half-precision weights with several terms a step are rounded once a step, which a single pass
-    cannot repeat: there the steps run one after another over slices that stay in the cache.
+    The result has the bits of the run, on any device, for nearest and stochastic rounding. Where a step has one
+    term (one direction, no momentum), and always in fp32 and fp64, thousands of steps are one pass that reads and
+    writes the weights once. Half-precision weights with several terms a step are rounded once a step, which a single
+    pass cannot repeat: there the steps run one after another over slices that stay in the cache.
 
     Args:
-        params: the start weights, which become the end weights: a module, a mapping, (name, tensor) pairs, or as many tensors
-            as the run had parameters, in its order. DTensors are replayed shard by shard.
+        params: the start weights, which become the end weights: a module, a mapping, (name, tensor) pairs, or as many
+            tensors as the run had parameters, in its order. DTensors are replayed shard by shard.
         log: the log, or its file.
         start, stop: only steps [start, stop); the weights given are those before step ``start``.
-        fused: all steps as one sum, in one pass, whatever the dtype. **Loses the bits of the run**: the weights are rounded once
-            instead of once a step, so in half precision (nearest) small updates that the run lost do arrive.
+        fused: all steps as one sum, in one pass, whatever the dtype. **Loses the bits of the run**: the weights are
+            rounded once instead of once a step, so in half precision (nearest) small updates that the run lost arrive.
         names: the log's name of a parameter -> its name in ``params``, where they differ.
 
     Raises:
@@ -261,7 +261,7 @@ def replay_(
             _run(part, moved[part[0].tensor_id], log.header, fused)
 
 
-# --- files ----------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 Progress = Callable[[int, int], None]
@@ -278,8 +278,9 @@ def replay_file(
 ) -> None:
     """:func:`replay_` from one safetensors file to another, a few million elements in memory at a time.
 
-    Tensors that the log does not move are copied; the header, metadata included, stays as it is. Names, shapes and dtypes are
-    checked before anything is written, and the output appears whole or not at all. ``progress(done, total)`` counts bytes.
+    Tensors that the log does not move are copied; the header, metadata included, stays as it is. Names, shapes and
+    dtypes are checked before anything is written, and the output appears whole or not at all.
+    ``progress(done, total)`` counts bytes.
     """
     log = log if isinstance(log, ZoLog) else ZoLog.load(log)
     moved = _moved(log, programs(log))
@@ -328,11 +329,11 @@ def _replayed(
 ) -> Iterator[bytes | bytearray]:
     """A tensor's bytes after the replay, slice by slice."""
     size = info["data_offsets"][1] - info["data_offsets"][0]
-    dtype = {v: getattr(torch, k) for k, v in _DTYPES.items()}.get(info["dtype"])
     step = _FILE_SLICE * 8
     for start in range(0, size, step):
         data = bytearray(reader.read(min(step, size - start)))
         if update is not None:
+            dtype = next(getattr(torch, k) for k, v in _DTYPES.items() if v == info["dtype"])
             part = torch.frombuffer(data, dtype=dtype)  # writes into `data`
             slot = Slot(part, part, update[0], start // part.element_size(), "")
             with torch.no_grad():
@@ -341,7 +342,7 @@ def _replayed(
 
 
 def _safetensors_header(path: Path) -> tuple[bytes, dict[str, Any]]:
-    """The bytes before the data, and {name: dtype, shape, data_offsets}; the tensors must fill the file without gaps."""
+    """The bytes before the data, and {name: dtype, shape, data_offsets}; the tensors must fill the file."""
     with open(path, "rb") as file:
         head = file.read(8)
         size = int.from_bytes(head, "little")
