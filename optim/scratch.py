@@ -39,7 +39,8 @@ def _metadata() -> frozenset[Any]:
         *("numel", "is_tensor", "is_floating_point", "is_complex", "is_signed", "is_same_size", "zeros_like"),
         *("ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like", "result_type"),
     )
-    return frozenset([getattr(Tensor, n) for n in methods] + [getattr(torch, n) for n in functions])
+    pairs = [(Tensor, n) for n in methods] + [(torch, n) for n in functions]
+    return frozenset(getattr(owner, n) for owner, n in pairs if hasattr(owner, n))  # not every torch has them all
 
 
 _METADATA = _metadata()
