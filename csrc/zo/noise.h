@@ -74,7 +74,7 @@ LEANOPS_INLINE void box_muller(I a, I b, F& even, F& odd) {
   const F s = mul(y, y);
   F ps = fma(set_f(-0x1.3c4d66p-4f), s, set_f(0x1.323324p-1f));  // -sin(pi y) / y
   F pc = fma(set_f(0x1.c1f066p-3f), s, set_f(-0x1.54f61ap+0f));  // cos(pi y)
-  ps = fma(ps, s, set_f(-0x1.466777p+1f));
+  ps = fma(ps, s, set_f(-0x1.466778p+1f));
   pc = fma(pc, s, set_f(0x1.03bd06p+2f));
   ps = fma(ps, s, set_f(0x1.4abbb6p+2f));
   pc = fma(pc, s, set_f(-0x1.3bd3a6p+2f));
