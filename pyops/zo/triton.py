@@ -1,0 +1,273 @@
+"""Triton kernels of the zeroth-order family, and their launchers with the operators' signatures.
+
+A program takes one tile of consecutive *logical* indices, aligned to its size, so that a tile never shares a Philox
+block with another, whatever a shard's offset. The tensors of a call lie in a table on the device: one launch serves a
+whole model.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from leanops.zo.launch import Pair, dense, dense_pairs
+from leanops.zo.triton_linear import linear
+from leanops.zo.triton_noise import noise, round_to, widen
+from torch import Tensor
+
+_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_COLUMNS = 6  # of the table: out, in, offset, numel, first tile, tensor id
+TILE = {"gaussian": 2048, "rademacher": 4096}  # elements; 128 threads make 16 or 32 of them each
+
+
+@triton.jit
+def _accumulate(acc, c, z):
+    if acc.dtype == tl.float64:
+        return acc + c * z.to(tl.float64)  # two roundings, as the definition has it
+    else:
+        return tl.fma(tl.zeros_like(acc) + c, z, acc)
+
+
+@triton.jit
+def _tile(
+    out, source, at, numel, logical, tensor_id, seeds, coeffs, decays, terms, decay_count, seed, coeff, decay,
+    IN_ORDER: tl.constexpr, INLINE: tl.constexpr, NOISE: tl.constexpr, DTYPE: tl.constexpr, WORK: tl.constexpr,
+    IS_RADEMACHER: tl.constexpr, STOCHASTIC: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    index = at + tl.arange(0, TILE)
+    inside = (index >= 0) & (index < numel)
+    rounding_seed = seed if INLINE else tl.load(seeds)
+    if NOISE:
+        acc = noise(rounding_seed, logical, tensor_id, TILE, IS_RADEMACHER).to(WORK)
+    else:
+        if MASKED:
+            acc = widen(tl.load(source + index, mask=inside, other=0.0), WORK)
+        else:
+            acc = widen(tl.load(source + index), WORK)
+        if INLINE:
+            acc = acc * (1.0 - decay).to(WORK)
+            acc = _accumulate(acc, coeff.to(WORK), noise(seed, logical, tensor_id, TILE, IS_RADEMACHER))
+        else:
+            if not IN_ORDER:
+                acc = acc * (1.0 - tl.load(decays)).to(WORK)
+            for k in range(terms):
+                term_seed = tl.load(seeds + k)
+                c = tl.load(coeffs + k).to(WORK)
+                if IN_ORDER:
+                    d = tl.load(decays + tl.where(decay_count > 1, k, 0))
+                    acc = acc * (1.0 - d).to(WORK)
+                acc = _accumulate(acc, c, noise(term_seed, logical, tensor_id, TILE, IS_RADEMACHER))
+                if IN_ORDER:
+                    acc = widen(round_to(acc, term_seed, logical, tensor_id, DTYPE, STOCHASTIC, TILE), WORK)
+    rounded = round_to(acc, rounding_seed, logical, tensor_id, DTYPE, STOCHASTIC and not IN_ORDER, TILE)
+    if MASKED:
+        tl.store(out + index, rounded, mask=inside)
+    else:
+        tl.store(out + index, rounded)
+
+
+@triton.jit(do_not_specialize=["tensors", "terms", "decay_count", "seed", "coeff_bits", "decay_bits"])
+def update(
+    table, tensors, seeds, coeffs, decays, terms, decay_count,
+    seed: tl.int64, coeff_bits: tl.int64, decay_bits: tl.int64,
+    IN_ORDER: tl.constexpr, INLINE: tl.constexpr, NOISE: tl.constexpr, DTYPE: tl.constexpr, WORK: tl.constexpr,
+    IS_RADEMACHER: tl.constexpr, STOCHASTIC: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0).to(tl.int64)
+    low = 0
+    high = tensors
+    while high - low > 1:  # the last tensor whose first tile is not beyond this one
+        middle = (low + high) // 2
+        before = tl.load(table + middle * 6 + 4) <= tile
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    row = table + low * 6
+    out = tl.load(row).to(tl.pointer_type(DTYPE))
+    source = tl.load(row + 1).to(tl.pointer_type(DTYPE))
+    offset = tl.load(row + 2)
+    numel = tl.load(row + 3)
+    tensor_id = tl.load(row + 5)
+    logical = (offset // TILE + tile - tl.load(row + 4)) * TILE
+    at = logical - offset
+    seed = seed.to(tl.int64)
+    coeff = coeff_bits.to(tl.int64).to(tl.float64, bitcast=True)
+    decay = decay_bits.to(tl.int64).to(tl.float64, bitcast=True)
+    if (at >= 0) & (at + TILE <= numel):
+        if ALIGNED:  # at is then a multiple of 16 bytes from the base
+            out = tl.multiple_of(out, 16)
+            source = tl.multiple_of(source, 16)
+            at = tl.multiple_of(at, 16)
+        _tile(
+            out, source, at, numel, logical, tensor_id, seeds, coeffs, decays, terms, decay_count, seed, coeff, decay,
+            IN_ORDER, INLINE, NOISE, DTYPE, WORK, IS_RADEMACHER, STOCHASTIC, TILE, False,
+        )  # fmt: skip
+    else:
+        _tile(
+            out, source, at, numel, logical, tensor_id, seeds, coeffs, decays, terms, decay_count, seed, coeff, decay,
+            IN_ORDER, INLINE, NOISE, DTYPE, WORK, IS_RADEMACHER, STOCHASTIC, TILE, True,
+        )  # fmt: skip
+
+
+_tables: OrderedDict[tuple[Any, ...], tuple[Tensor, int, bool]] = OrderedDict()
+_captured: list[Tensor] = []  # what a CUDA graph reads again at every replay
+
+
+def _to_device(words: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device, without waiting for it."""
+    if device.type != "cuda":
+        return words
+    pinned = words.pin_memory()
+    there = pinned.to(device, non_blocking=True)
+    if torch.cuda.is_current_stream_capturing():
+        _captured.extend((pinned, there))
+    return there
+
+
+def _table(pairs: Sequence[Pair], tile: int, device: torch.device) -> tuple[Tensor, int, bool]:
+    """(table on the device, tiles, whether whole tiles lie on 16-byte boundaries). Kept for the next step's call."""
+    rows = tuple(
+        (p.target.data_ptr(), p.source.data_ptr(), p.offset, p.target.numel(), p.target.element_size(), p.tensor_id)
+        for p in pairs
+    )
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = (rows, tile, device, stream)
+    if key in _tables:
+        _tables.move_to_end(key)
+        return _tables[key]
+    words, first, aligned = [], 0, True
+    for target, source, offset, numel, size, tensor_id in rows:
+        words.append((target, source, offset, numel, first, tensor_id))
+        first += (offset + numel - 1) // tile - offset // tile + 1
+        aligned = aligned and target % 16 == source % 16 == offset * size % 16 == 0 and offset % 16 == 0
+    value = (_to_device(torch.tensor(words, dtype=torch.int64), device), first, aligned)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return value  # its contents exist only once the graph has run
+    _tables[key] = value
+    while len(_tables) > 64:
+        _tables.popitem(last=False)
+    return value
+
+
+def _bits(value: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
+
+
+def _launch(
+    pairs: Sequence[Pair],
+    seeds: Tensor,
+    coeffs: Tensor | None,
+    decays: Tensor | None,
+    distribution: str,
+    rounding: str,
+    sequential: bool,
+) -> None:
+    like = pairs[0].target
+    tile = TILE[distribution]
+    table, tiles, aligned = _table(pairs, tile, like.device)
+    terms = seeds.numel()
+    inline = terms == 1 and all(v is None or v.device.type == "cpu" for v in (seeds, coeffs, decays))
+    numbers = [seeds, coeffs, decays]
+    if inline:
+        pointers = [table, table, table]
+        scalars = (
+            int(seeds[0]),
+            _bits(0.0 if coeffs is None else float(coeffs[0])),
+            _bits(0.0 if decays is None else float(decays[0])),
+        )
+    else:
+        pointers = [
+            table
+            if v is None
+            else v.contiguous()
+            if v.device == like.device
+            else _to_device(v.contiguous(), like.device)
+            for v in numbers
+        ]
+        scalars = (0, 0, 0)
+    update[(tiles,)](
+        table,
+        len(pairs),
+        *pointers,
+        terms,
+        1 if decays is None else decays.numel(),
+        *scalars,
+        IN_ORDER=sequential and terms > 1,
+        INLINE=inline,
+        NOISE=coeffs is None,
+        DTYPE=_DTYPE[like.dtype],
+        WORK=tl.float64 if like.dtype == torch.float64 else tl.float32,
+        IS_RADEMACHER=distribution == "rademacher",
+        STOCHASTIC=rounding == "stochastic",
+        TILE=tile,
+        ALIGNED=aligned,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+
+
+def zo_noise_(out: Tensor, seed: Tensor, tensor_id: int, offset: int, distribution: str) -> None:
+    if out.numel() == 0:
+        return
+    with torch.cuda._DeviceGuard(out.get_device()), dense(out) as target:
+        _launch([Pair(target, target, tensor_id, offset)], seed, None, None, distribution, "nearest", False)
+
+
+def zo_axpy_into_(
+    out: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    seeds: Tensor,
+    coeffs: Tensor,
+    decays: Tensor,
+    tensor_ids: Sequence[int],
+    offsets: Sequence[int],
+    distribution: str,
+    rounding: str,
+    sequential: bool,
+) -> None:
+    if not out:
+        return
+    with torch.cuda._DeviceGuard(out[0].get_device()), dense_pairs(out, tensors, tensor_ids, offsets) as groups:
+        for pairs in groups.values():
+            _launch(pairs, seeds, coeffs, decays, distribution, rounding, sequential)
+
+
+def zo_axpy_(
+    tensors: Sequence[Tensor],
+    seeds: Tensor,
+    coeffs: Tensor,
+    decays: Tensor,
+    tensor_ids: Sequence[int],
+    offsets: Sequence[int],
+    distribution: str,
+    rounding: str,
+    sequential: bool,
+) -> None:
+    zo_axpy_into_(tensors, tensors, seeds, coeffs, decays, tensor_ids, offsets, distribution, rounding, sequential)
+
+
+def zo_linear(
+    x: Tensor,
+    x_minus: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor,
+    scale: float,
+    tensor_id: int,
+    offset: int,
+    distribution: str,
+) -> tuple[Tensor, Tensor]:
+    with torch.cuda._DeviceGuard(x.get_device()):
+        if x.dtype == torch.float64:  # for tests alone: tensor cores of this type are not worth a kernel
+            z = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            zo_noise_(z, seed, tensor_id, offset, distribution)
+            minus = x if x_minus is None else x_minus
+            plus_minus = ((x, weight + scale * z), (minus, weight - scale * z))
+            y_plus, y_minus = (torch.nn.functional.linear(a, w, bias) for a, w in plus_minus)
+            return y_plus, y_minus
+        there = seed if seed.device == x.device else _to_device(seed.contiguous(), x.device)
+        return linear(x, x_minus, weight, bias, there, scale, tensor_id, offset, distribution)

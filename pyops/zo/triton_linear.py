@@ -1,0 +1,147 @@
+"""zo_linear in Triton: z is made where it is used, W is read once for both results.
+
+With one x: A = x W^T and B = x z^T in fp32, y± = A ± c B + b. With two: y± = x± (W ± c z)^T, each tile of W ± c z
+rounded to the weight's type, as a weight written to memory would be.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from leanops.zo.triton_noise import (
+    GAUSSIAN,
+    INTERPRETED,
+    RADEMACHER,
+    box_muller,
+    in_order,
+    narrow,
+    noise_at,
+    philox,
+    signs,
+    widen,
+)
+from torch import Tensor
+
+
+@triton.jit
+def _z(seed, rows, column, m, offset, tensor_id, IS_RADEMACHER: tl.constexpr, ALIGNED: tl.constexpr, N: tl.constexpr,
+       K: tl.constexpr):  # fmt: skip
+    """z of weight rows ``rows`` and columns ``column`` .. + K - 1."""
+    start = offset + rows * m + column  # [N]
+    if not ALIGNED:
+        z = noise_at(seed, start[:, None] + tl.arange(0, K)[None, :], tensor_id, IS_RADEMACHER)
+    elif IS_RADEMACHER:
+        block = (start[:, None] >> 7) + tl.arange(0, K // 128)[None, :]  # [N, K/128]
+        w0, w1, w2, w3 = philox(seed, block, tensor_id, RADEMACHER)
+        z = tl.reshape(signs(in_order(w0, w1, w2, w3)), [N, K])
+    else:
+        block = (start[:, None] >> 2) + tl.arange(0, K // 4)[None, :]  # [N, K/4]
+        w0, w1, w2, w3 = philox(seed, block, tensor_id, GAUSSIAN)
+        z0, z1 = box_muller(w0, w1)
+        z2, z3 = box_muller(w2, w3)
+        z = tl.reshape(in_order(z0, z1, z2, z3), [N, K])
+    return z
+
+
+@triton.jit
+def _product(x, w, acc):
+    """acc + x w^T."""
+    if INTERPRETED:  # whose bf16 product is wrong
+        out = acc + tl.dot(widen(x, tl.float32), tl.trans(widen(w, tl.float32)), input_precision="ieee")
+    else:
+        out = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    return out
+
+
+@triton.jit(do_not_specialize=["scale", "tensor_id"])
+def linear_kernel(
+    x, x_minus, weight, bias, y_plus, y_minus, seed_at, scale, tensor_id: tl.int64, offset: tl.int64,
+    t: tl.int64, n: tl.int64, m: tl.int64,
+    PAIR: tl.constexpr, BIAS: tl.constexpr, IS_RADEMACHER: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(n, BLOCK_N)
+    program = tl.program_id(0).to(tl.int64)
+    rows = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    tokens = program // tiles * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
+    seed = tl.load(seed_at)
+    id = tensor_id.to(tl.int64)
+    DTYPE = weight.dtype.element_ty
+    a = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    b = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for column in range(0, m, BLOCK_K):
+        columns = column + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        x_inside = (tokens[:, None] < t) & (columns[None, :] < m)
+        w_inside = (rows[:, None] < n) & (columns[None, :] < m)
+        x_at = tokens[:, None] * m + columns[None, :]
+        xs = tl.load(x + x_at, mask=x_inside, other=0.0)  # [BLOCK_T, BLOCK_K]
+        w = tl.load(weight + rows[:, None] * m + columns[None, :], mask=w_inside, other=0.0)  # [BLOCK_N, BLOCK_K]
+        z = _z(seed, rows, column, m, offset, id, IS_RADEMACHER, ALIGNED, BLOCK_N, BLOCK_K)  # [BLOCK_N, BLOCK_K]
+        if PAIR:
+            turn = scale * z
+            xm = tl.load(x_minus + x_at, mask=x_inside, other=0.0)
+            a = _product(xs, narrow(widen(w, tl.float32) + turn, DTYPE), a)
+            b = _product(xm, narrow(widen(w, tl.float32) - turn, DTYPE), b)
+        else:
+            a = _product(xs, w, a)
+            b = _product(xs, narrow(z, DTYPE), b)
+    if BIAS:
+        shift = widen(tl.load(bias + rows, mask=rows < n, other=0.0), tl.float32)[None, :]
+        a += shift
+        if PAIR:
+            b += shift
+    if PAIR:
+        plus = a
+        minus = b
+    else:
+        plus = a + scale * b
+        minus = a - scale * b
+    y_at = tokens[:, None] * n + rows[None, :]
+    y_inside = (tokens[:, None] < t) & (rows[None, :] < n)
+    tl.store(y_plus + y_at, narrow(plus, DTYPE), mask=y_inside)
+    tl.store(y_minus + y_at, narrow(minus, DTYPE), mask=y_inside)
+
+
+def config(tokens: int, dtype: torch.dtype, distribution: str, aligned: bool) -> dict[str, int]:
+    """Tile shape and warps. A Philox block spans 128 columns of Rademacher noise."""
+    wide = distribution == "rademacher" and aligned
+    return {
+        "BLOCK_T": 16 if tokens <= 16 else 64,
+        "BLOCK_N": 64,
+        "BLOCK_K": 128 if wide else 32 if dtype == torch.float32 or not aligned else 64,
+        "num_warps": 8 if dtype == torch.float32 else 4,
+        "num_stages": 2,
+    }
+
+
+def linear(
+    x: Tensor,
+    x_minus: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor,
+    scale: float,
+    tensor_id: int,
+    offset: int,
+    distribution: str,
+) -> tuple[Tensor, Tensor]:
+    n, m = weight.shape
+    shape = (*x.shape[:-1], n)
+    y_plus, y_minus = x.new_empty(shape), x.new_empty(shape)
+    tokens = x.shape[:-1].numel()
+    if y_plus.numel() == 0:
+        return y_plus, y_minus
+    x, weight = x.contiguous(), weight.contiguous()
+    minus = x if x_minus is None else x_minus.contiguous()
+    block = 128 if distribution == "rademacher" else 4
+    aligned = m % block == 0 and offset % block == 0
+    sizes = config(tokens, x.dtype, distribution, aligned)
+    grid = (triton.cdiv(tokens, sizes["BLOCK_T"]) * triton.cdiv(n, sizes["BLOCK_N"]),)
+    linear_kernel[grid](
+        x, minus, weight, weight if bias is None else bias.contiguous(), y_plus, y_minus, seed, scale, tensor_id, offset,
+        tokens, n, m,
+        PAIR=x_minus is not None, BIAS=bias is not None, IS_RADEMACHER=distribution == "rademacher", ALIGNED=aligned,
+        **sizes,
+    )  # fmt: skip
+    return y_plus, y_minus

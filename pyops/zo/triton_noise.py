@@ -1,0 +1,178 @@
+"""The noise of zo/1 in Triton, and its rounding: ``reference`` step by step.
+
+No product and sum that the definition rounds separately may be fused, so every kernel that uses these functions is launched
+with ``enable_fp_fusion=False``; the fused ones are written ``tl.fma``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from leanops.zo import reference
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # where bf16 is truncated, and its subnormals are lost
+GAUSSIAN = tl.constexpr(reference.GAUSSIAN)
+RADEMACHER = tl.constexpr(reference.RADEMACHER)
+ROUNDING = tl.constexpr(reference.ROUNDING)
+
+# the polynomials of the definition, exact in fp32
+_L0, _L1, _L2, _L3, _L4, _L5, _L6 = (
+    tl.constexpr(float.fromhex(c))
+    for c in (
+        "-0x1.00001p+1", "0x1.fffd2cp-1", "-0x1.5520fp-1", "0x1.007cb6p-1",
+        "-0x1.a789b4p-2", "0x1.5b9f46p-2", "-0x1.5ca78ap-3",
+    )
+)  # fmt: skip
+_S0, _S1, _S2, _S3, _S4 = (
+    tl.constexpr(float.fromhex(c))
+    for c in ("-0x1.921fb4p+1", "0x1.4abbb6p+2", "-0x1.466778p+1", "0x1.323324p-1", "-0x1.3c4d66p-4")
+)
+_C0, _C1, _C2, _C3, _C4 = (
+    tl.constexpr(float.fromhex(c))
+    for c in ("0x1.fffffep-1", "-0x1.3bd3a6p+2", "0x1.03bd06p+2", "-0x1.54f61ap+0", "0x1.c1f066p-3")
+)
+_MINUS_2_LN2 = tl.constexpr(float.fromhex("-0x1.62e43p+0"))
+
+
+@triton.jit
+def philox(seed, block, tensor_id, STREAM: tl.constexpr):
+    """Philox4x32-10 of int64 blocks: four uint32 words."""
+    k0 = seed.to(tl.uint64).to(tl.uint32)
+    k1 = (seed.to(tl.uint64) >> 32).to(tl.uint32)
+    c0 = block.to(tl.uint64).to(tl.uint32)
+    c1 = (block.to(tl.uint64) >> 32).to(tl.uint32)
+    c2 = tl.zeros_like(c0) + tensor_id.to(tl.uint32)
+    c3 = tl.zeros_like(c0) + STREAM
+    for _ in tl.static_range(10):
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = p1.to(tl.uint32)
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = p0.to(tl.uint32)
+        k0 = k0 + 0x9E3779B9
+        k1 = k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def box_muller(a, b):
+    """sqrt(-2 ln u1) (cos, sin)(2 pi u2) from two words."""
+    i = ((a >> 8) + 1).to(tl.float32).to(tl.int32, bitcast=True) - 0x4B400000
+    e = (i >> 23).to(tl.float32)
+    f = ((i & 0x7FFFFF) + 0x3F400000).to(tl.float32, bitcast=True) - 1.0
+    p = tl.fma(tl.zeros_like(f) + _L6, f, _L5)
+    p = tl.fma(p, f, _L4)
+    p = tl.fma(p, f, _L3)
+    p = tl.fma(p, f, _L2)
+    p = tl.fma(p, f, _L1)
+    p = tl.fma(p, f, _L0)
+    t = tl.fma(e, _MINUS_2_LN2, f * p)
+    rho = (tl.sqrt_rn(t).to(tl.uint32, bitcast=True) ^ (b & 0x80000000)).to(tl.float32, bitcast=True)
+    y = (((b >> 8) & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.5
+    s = y * y
+    ps = tl.fma(tl.zeros_like(s) + _S4, s, _S3)
+    ps = tl.fma(ps, s, _S2)
+    ps = tl.fma(ps, s, _S1)
+    ps = tl.fma(ps, s, _S0)
+    pc = tl.fma(tl.zeros_like(s) + _C4, s, _C3)
+    pc = tl.fma(pc, s, _C2)
+    pc = tl.fma(pc, s, _C1)
+    pc = tl.fma(pc, s, _C0)
+    return rho * (ps * y), rho * pc
+
+
+@triton.jit
+def in_order(x0, x1, x2, x3):
+    """Four [..., n] to one [..., n, 4]."""
+    pairs = tl.join(tl.join(x0, x2), tl.join(x1, x3))
+    return tl.reshape(pairs, x0.shape + [4])
+
+
+@triton.jit
+def signs(words):
+    """[..., n] words to [..., n, 32] of ±1: bit 0 first."""
+    bits = tl.expand_dims(words, -1) >> tl.arange(0, 32).to(tl.uint32)
+    return 1.0 - 2.0 * (bits & 1).to(tl.float32)
+
+
+@triton.jit
+def noise(seed, logical, tensor_id, TILE: tl.constexpr, IS_RADEMACHER: tl.constexpr):
+    """z of TILE elements from index ``logical`` on, a multiple of TILE."""
+    if IS_RADEMACHER:
+        block = logical // 128 + tl.arange(0, TILE // 128)
+        w0, w1, w2, w3 = philox(seed, block, tensor_id, RADEMACHER)
+        words = tl.reshape(in_order(w0, w1, w2, w3), [TILE // 32])
+        z = tl.reshape(signs(words), [TILE])
+    else:
+        block = logical // 4 + tl.arange(0, TILE // 4)
+        w0, w1, w2, w3 = philox(seed, block, tensor_id, GAUSSIAN)
+        z0, z1 = box_muller(w0, w1)
+        z2, z3 = box_muller(w2, w3)
+        z = tl.reshape(in_order(z0, z1, z2, z3), [TILE])
+    return z
+
+
+@triton.jit
+def noise_at(seed, index, tensor_id, IS_RADEMACHER: tl.constexpr):
+    """z at any indices, each computed on its own."""
+    if IS_RADEMACHER:
+        w0, w1, w2, w3 = philox(seed, index >> 7, tensor_id, RADEMACHER)
+        word = (index >> 5) & 3
+        w = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
+        z = 1.0 - 2.0 * ((w >> (index & 31).to(tl.uint32)) & 1).to(tl.float32)
+    else:
+        w0, w1, w2, w3 = philox(seed, index >> 2, tensor_id, GAUSSIAN)
+        first = (index & 2) == 0
+        even, odd = box_muller(tl.where(first, w0, w2), tl.where(first, w1, w3))
+        z = tl.where((index & 1) == 0, even, odd)
+    return z
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """x rounded to DTYPE, ties to even."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.uint32, bitcast=True)
+        even = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)
+        y = (even >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        y = x.to(DTYPE)
+    return y
+
+
+@triton.jit
+def widen(x, DTYPE: tl.constexpr):
+    """A 16-bit x as fp32; wider types as they are."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        y = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        y = x.to(DTYPE)
+    return y
+
+
+@triton.jit
+def round_to(acc, seed, logical, tensor_id, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, TILE: tl.constexpr):
+    """acc, [TILE], rounded once to DTYPE: ties to even, or stochastically for the 16-bit types."""
+    if STOCHASTIC and (tl.bfloat16 == DTYPE or tl.float16 == DTYPE):
+        block = logical // 8 + tl.arange(0, TILE // 8)
+        w0, w1, w2, w3 = philox(seed, block, tensor_id, ROUNDING)
+        words = in_order(w0, w1, w2, w3)
+        r = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [TILE])
+        bits = acc.to(tl.uint32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        finite = magnitude < 0x7F800000
+        if tl.bfloat16 == DTYPE:
+            up = ((bits + r) & 0xFFFF0000).to(tl.float32, bitcast=True)
+            out = narrow(tl.where(finite, up, acc), DTYPE)
+        else:
+            up = ((bits + (r >> 3)) & 0xFFFFE000).to(tl.float32, bitcast=True)
+            normal = tl.where(finite, up, acc).to(DTYPE).to(tl.uint16, bitcast=True)
+            # below 2^-14 the spacing is constant, 2^-24: fixed point
+            small = magnitude < 0x38800000
+            fixed = tl.where(small, magnitude, 0).to(tl.float32, bitcast=True) * 1099511627776.0
+            code = ((fixed.to(tl.uint32) + r) >> 16) | ((bits >> 16) & 0x8000)
+            out = tl.where(small, code.to(tl.uint16), normal).to(DTYPE, bitcast=True)
+    else:
+        out = narrow(acc, DTYPE)
+    return out

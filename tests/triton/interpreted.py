@@ -1,0 +1,56 @@
+"""The Triton kernels under Triton's interpreter: the same bits as the reference. Run by test_interpreter.py, which sets
+TRITON_INTERPRET=1 before Python starts, as Triton reads it when kernels are defined."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu import agreement
+from gpu.agreement import DISTRIBUTIONS, DTYPES, OFFSETS
+from leanops.zo import triton
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", OFFSETS[::2])
+def test_noise_has_the_bits_of_the_reference(dtype, distribution, offset):
+    agreement.noise(triton, "cpu", dtype, distribution, offset)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("call", [(1, False, 3), (1, True, 20), (3, False, 5), (3, True, 3)], ids=str)
+def test_axpy_has_the_bits_of_the_reference(dtype, distribution, rounding, call):
+    agreement.axpy(triton, "cpu", dtype, distribution, rounding, call)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_axpy_writes_nothing_beyond_its_tensor(dtype, distribution):
+    agreement.writes_nothing_else(triton, "cpu", dtype, distribution)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_axpy_into_leaves_its_source_alone_and_serves_strided_results(dtype):
+    agreement.axpy_into(triton, "cpu", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_of_special_values(dtype):
+    agreement.special_values(triton, "cpu", dtype)
+
+
+# m and offset of whole Philox blocks, and not: two ways to make z
+@pytest.mark.parametrize(("sizes", "offset"), [((12, 33, 65), 129), ((69, 70, 256), 128), ((12, 33, 68), 4)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize(("pair", "with_bias"), [(False, True), (True, False), (True, True)], ids=str)
+def test_linear_is_as_close_as_plain_torch(dtype, distribution, pair, with_bias, sizes, offset):
+    agreement.linear(triton, "cpu", dtype, distribution, pair, with_bias, sizes, offset)
+
+
+def test_empty_input():
+    agreement.empty(triton, "cpu")
