@@ -37,9 +37,11 @@ struct Terms {
   bool sequential;
 };
 
-// All work on n consecutive elements whose first has the index `index`; any alignment, any index, any n >=
-// 0.
+// words: count Philox blocks from `block` on, four words each. The others work on n consecutive elements
+// whose first has the index `index`; any alignment, any index, any n >= 0.
 struct Kernels {
+  void (*words)(uint32_t* out, int64_t count, uint64_t block, uint32_t tensor_id, uint32_t stream,
+                uint64_t seed);
   void (*noise)(void* out, DType dtype, int64_t n, uint64_t seed, uint32_t tensor_id, uint64_t index,
                 Distribution distribution);
   // out may be in, and may not overlap it otherwise.

@@ -206,6 +206,20 @@ void spread(void* plus, void* minus, const void* b, DType dtype, int64_t n, doub
   }
 }
 
+void words(uint32_t* out, int64_t count, uint64_t block, uint32_t tensor_id, uint32_t stream, uint64_t seed) {
+  constexpr int64_t kBlocks = 64;
+  for (int64_t done = 0; done < count;) {
+    const uint64_t at = block + static_cast<uint64_t>(done);
+    const int64_t room =
+        kBlocks - static_cast<int64_t>(at % kBlocks);  // never across a carry into the high word
+    const int64_t some = count - done < room ? count - done : room;
+    uint32_t buffer[4 * (kBlocks + kBatch)];
+    philox_words(philox_plan(seed, tensor_id, stream, high32(at)), at, some, buffer);
+    __builtin_memcpy(out + 4 * done, buffer, static_cast<size_t>(some) * 16);
+    done += some;
+  }
+}
+
 void noise(void* out, DType dtype, int64_t n, uint64_t seed, uint32_t tensor_id, uint64_t index,
            Distribution distribution) {
   if (distribution == Distribution::kGaussian) {
@@ -229,7 +243,7 @@ void axpy(void* out, const void* in, DType dtype, int64_t n, const Terms& terms,
 
 namespace zo {
 extern const Kernels LEANOPS_CAT(kKernels_, LEANOPS_ISA);
-const Kernels LEANOPS_CAT(kKernels_, LEANOPS_ISA) = {LEANOPS_ISA::noise, LEANOPS_ISA::axpy, LEANOPS_ISA::both,
-                                                     LEANOPS_ISA::spread};
+const Kernels LEANOPS_CAT(kKernels_, LEANOPS_ISA) = {
+    LEANOPS_ISA::words, LEANOPS_ISA::noise, LEANOPS_ISA::axpy, LEANOPS_ISA::both, LEANOPS_ISA::spread};
 }  // namespace zo
 }  // namespace leanops

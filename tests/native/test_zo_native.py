@@ -1,0 +1,233 @@
+"""The compiled zeroth-order kernels, without torch: every instruction set gives the bits of the definition."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from native import oracle
+
+DTYPES = ["float32", "bfloat16", "float16", "float64"]
+DISTRIBUTIONS = ["gaussian", "rademacher"]
+HELD = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.uint16, "float64": np.float64}
+# around a carry into the second counter word: of gaussian (2^34), of rounding (2^35), of rademacher (2^39)
+FAR = [0, 3, 2**31 - 17, 2**34 - 50, 2**35 - 9, 2**39 - 300, 2**52 + 7]
+fuzz = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+indices = st.one_of(st.sampled_from(FAR), st.integers(0, 2**60))
+seeds64 = st.integers(0, 2**64 - 1)
+
+
+def weights(n: int, dtype: str, seed: int, special: bool = False) -> np.ndarray:
+    """Numbers of many magnitudes, among them fp16 and fp32 subnormals; with special also NaN, infinities and zeros."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(n) * 10.0 ** rng.integers(-9, 4, n)
+    if special and n:
+        some = rng.integers(0, n, 1 + n // 4)
+        x[some] = rng.choice([np.nan, np.inf, -np.inf, 0.0, -0.0, 65519.0, 65536.0, 3e38, 1e-40], len(some))
+    with np.errstate(over="ignore"):
+        return oracle.encode(x.astype(np.float64 if dtype == "float64" else np.float32), dtype)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [  # Random123, kat_vectors, philox4x32 10
+        ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+)
+def test_philox_known_answers(native, counter, key, words):
+    want = [int(word, 16) for word in words.split()]
+    assert native.philox(counter, key) == want
+    block, seed = counter[0] | counter[1] << 32, key[0] | key[1] << 32
+    assert oracle.philox(block, 1, counter[2], counter[3], seed).tolist() == [want]
+    for isa in native.isas():
+        assert native.words(isa, 1, block, counter[2], counter[3], seed).tolist() == want
+
+
+@given(block=st.one_of(st.just(2**32 - 37), st.integers(0, 2**62)), count=st.integers(0, 200), seed=seeds64)
+@fuzz
+def test_words_of_a_run_of_blocks(native, block, count, seed):
+    want = oracle.philox(block, count, 2**32 - 1, 2, seed).reshape(-1)
+    for isa in native.isas():
+        np.testing.assert_array_equal(native.words(isa, count, block, 2**32 - 1, 2, seed), want)
+
+
+def test_every_16_bit_float_converts_as_numpy_does(native):
+    bits = np.arange(2**16, dtype=np.uint16)
+    half = bits.view(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(native.fp16_to_float(bits), half)
+    np.testing.assert_array_equal(native.bf16_to_float(bits), (bits.astype(np.uint32) << 16).view(np.float32))
+    # each value, its neighbours, and the ties between neighbours
+    for decoded, convert, dtype in [
+        (half, native.float_to_fp16, "float16"),
+        (native.bf16_to_float(bits), native.float_to_bf16, "bfloat16"),
+    ]:
+        raw = decoded.view(np.uint32)
+        steps = [0, 1, -1, 0x1000, 0xFFF, 0x1001, 0x8000, 0x7FFF, 0x8001]
+        x = np.concatenate([(raw + np.uint32(step & 0xFFFFFFFF)).view(np.float32) for step in steps])
+        assert oracle.same(convert(x), oracle.encode(x, dtype), dtype)
+
+
+def test_gaussian_is_close_to_box_muller_in_float64(native):
+    n, seed = 1 << 20, 12345
+    words = oracle.philox(0, n // 4, 9, 0, seed)
+    u1 = ((words[:, 0::2] >> 8).astype(np.float64) + 1) * 2.0**-24
+    u2 = (words[:, 1::2] >> 8).astype(np.float64) * 2.0**-24
+    rho = np.sqrt(-2 * np.log(u1))
+    want = np.stack([rho * np.cos(2 * np.pi * u2), rho * np.sin(2 * np.pi * u2)], -1).reshape(-1)
+    z = np.empty(n, np.float32)
+    native.noise(native.isas()[-1], z, "float32", seed, 9, 0, "gaussian")
+    assert np.abs(z - want).max() < 2.5e-6
+    assert abs(z.mean()) < 5 / np.sqrt(n)
+    assert abs(z.var() - 1) < 5 * np.sqrt(2 / n)
+    assert abs((z.astype(np.float64) ** 4).mean() - 3) < 5 * np.sqrt(96 / n)
+
+
+def test_extreme_words_of_box_muller():
+    """The largest u1 gives zero, never a NaN; the smallest gives the largest magnitude there is."""
+    one = np.full(4, 0xFFFFFFFF, np.uint32)
+    quarters = np.array([0, 0x40000000, 0x80000000, 0xC0000000], np.uint32)
+    for z in oracle.box_muller(one, quarters):
+        np.testing.assert_array_equal(z, np.zeros(4))
+    even, odd = oracle.box_muller(np.zeros(4, np.uint32), quarters)
+    largest = np.sqrt(48 * np.log(2))
+    np.testing.assert_allclose(even, [largest, 0, -largest, 0], atol=5e-6)
+    np.testing.assert_allclose(odd, [0, largest, 0, -largest], atol=5e-6)
+
+
+@given(
+    n=st.integers(0, 600),
+    index=indices,
+    seed=seeds64,
+    tensor_id=st.integers(0, 2**32 - 1),
+    dtype=st.sampled_from(DTYPES),
+)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@fuzz
+def test_noise_is_the_definition_on_every_isa(native, distribution, n, index, seed, tensor_id, dtype):
+    want = oracle.encode(oracle.noise(seed, tensor_id, index, n, distribution), dtype)
+    for isa in native.isas():
+        room = np.full(n + 64, 77, HELD[dtype])
+        native.noise(isa, room[32 : 32 + n], dtype, seed, tensor_id, index, distribution)
+        np.testing.assert_array_equal(room[32 : 32 + n], want)
+        assert np.all(room[:32] == 77)
+        assert np.all(room[32 + n :] == 77)
+
+
+@given(
+    n=st.one_of(st.integers(0, 300), st.sampled_from([4096, 9001])),
+    index=indices,
+    seeds=st.lists(seeds64, max_size=4),
+    data=st.data(),
+    dtype=st.sampled_from(DTYPES),
+    distribution=st.sampled_from(DISTRIBUTIONS),
+    stochastic=st.booleans(),
+    sequential=st.booleans(),
+)
+@fuzz
+def test_axpy_is_the_definition_on_every_isa(
+    native, n, index, seeds, data, dtype, distribution, stochastic, sequential
+):
+    sizes = st.sampled_from([1e-3, -0.5, 3.0, 1e-7, 0.0, 1e-41, -1e5])
+    coeffs = [data.draw(sizes) for _ in seeds]
+    many = sequential and len(seeds) > 1 and data.draw(st.booleans())
+    decays = [data.draw(st.sampled_from([0.0, 0.1, 1e-3])) for _ in (seeds if many else [0])]
+    p = weights(n, dtype, len(seeds) + n, special=True)
+    want = oracle.axpy(p, dtype, seeds, coeffs, decays, 5, index, distribution, stochastic, sequential)
+    for isa in native.isas():
+        room = np.concatenate([p[:0], np.full(32, 77, HELD[dtype]), p, np.full(32, 77, HELD[dtype])])
+        inside = room[32 : 32 + n]
+        native.axpy(isa, inside, inside, dtype, seeds, coeffs, decays, 5, index, distribution, stochastic, sequential)
+        assert oracle.same(inside, want, dtype)
+        assert np.all(room[:32] == 77)
+        assert np.all(room[32 + n :] == 77)
+        out, source = np.empty_like(p), p.copy()
+        native.axpy(isa, out, source, dtype, seeds, coeffs, decays, 5, index, distribution, stochastic, sequential)
+        assert oracle.same(out, want, dtype)
+        assert oracle.same(source, p, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_parts_equal_the_whole(native, dtype, distribution):
+    n, index, cuts = 10_000, 2**34 - 4321, [0, 1, 3, 4000, 4001, 8190, 10_000]
+    p = weights(n, dtype, 1)
+    for isa in native.isas():
+        rest = ([3, 4, 5], [0.1, -0.2, 0.3], [0.0], 1)
+        whole, parts = p.copy(), p.copy()
+        native.axpy(isa, whole, whole, dtype, *rest, index, distribution, True, False)
+        for start, stop in itertools.pairwise(cuts):
+            part = parts[start:stop]
+            native.axpy(isa, part, part, dtype, *rest, index + start, distribution, True, False)
+        assert oracle.same(parts, whole, dtype)
+        assert not oracle.same(parts, p, dtype)
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_sequential_equals_successive_calls(native, dtype, distribution, stochastic):
+    p = weights(5000, dtype, 2, special=True)
+    seeds, coeffs, decays = [8, 9, 2**63], [1e-3, -1e-2, 2e-3], [1e-2, 0.0, 1e-4]
+    for isa in native.isas():
+        once, thrice = p.copy(), p.copy()
+        native.axpy(isa, once, once, dtype, seeds, coeffs, decays, 0, 11, distribution, stochastic, True)
+        for seed, coeff, decay in zip(seeds, coeffs, decays, strict=True):
+            native.axpy(isa, thrice, thrice, dtype, [seed], [coeff], [decay], 0, 11, distribution, stochastic, False)
+        assert oracle.same(once, thrice, dtype)
+
+
+@given(n=st.integers(0, 300), index=indices, dtype=st.sampled_from(DTYPES), distribution=st.sampled_from(DISTRIBUTIONS))
+@fuzz
+def test_both_signs_are_two_calls(native, n, index, dtype, distribution):
+    p = weights(n, dtype, n, special=True)
+    for isa in native.isas():
+        plus, minus = np.empty_like(p), np.empty_like(p)
+        native.both(isa, plus, minus, p, dtype, 21, 0.125, 3, index, distribution)
+        for got, coeff in [(plus, 0.125), (minus, -0.125)]:
+            want = oracle.axpy(p, dtype, [21], [coeff], [0.0], 3, index, distribution, False, False)
+            assert oracle.same(got, want, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_spread_adds_and_subtracts(native, dtype):
+    for n in [0, 1, 31, 32, 1000]:
+        a, b = weights(n, dtype, 3, special=True), weights(n, dtype, 4)
+        work = np.float64 if dtype == "float64" else np.float32
+        x, y = oracle.decode(a, dtype).astype(work), oracle.decode(b, dtype).astype(work)
+        for isa in native.isas():
+            plus, minus = a.copy(), np.empty_like(a)
+            native.spread(isa, plus, minus, b, dtype, 0.3)
+            for got, c in [(plus, 0.3), (minus, -0.3)]:
+                with np.errstate(all="ignore"):
+                    exact = x + c * y if dtype == "float64" else oracle.fma(np.float32(c), y, x)
+                assert oracle.same(got, oracle.encode(exact, dtype), dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "start", "step", "unit"),
+    [
+        ("bfloat16", 1.0, 2.0**-12, 2.0**-7),
+        ("bfloat16", 64.0, 0.25, 0.5),
+        ("float16", 1.0, 2.0**-13, 2.0**-10),
+        ("float16", 0.0, 3 * 2.0**-26, 2.0**-24),  # subnormal
+    ],
+)
+def test_stochastic_rounding_is_unbiased(native, dtype, start, step, unit):
+    n = 1 << 18
+    up = oracle.noise(1, 0, 0, n, "rademacher") > 0
+    share = step / unit
+    for isa in native.isas():
+        p = np.repeat(oracle.encode(np.array([start], np.float32), dtype), n)
+        native.axpy(isa, p, p, dtype, [1], [step], [0.0], 0, 0, "rademacher", True, False)
+        got = oracle.decode(p, dtype)[up]
+        assert set(np.unique(got)) == {start, start + unit}
+        assert abs((got > start).mean() - share) < 5 * np.sqrt(share * (1 - share) / len(got))
