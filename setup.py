@@ -102,10 +102,9 @@ class BuildNative(build_ext):
             try:
                 self.build_library(library, target)
                 report[library] = {"built": True}
-            except (Unavailable, subprocess.CalledProcessError, OSError) as error:
-                reason = str(error) if isinstance(error, Unavailable) else f"the build failed: {error}"
-                report[library] = {"built": False, "reason": reason}
-                print(f"leanops: without the {library} library: {reason}", file=sys.stderr)
+            except (Unavailable, OSError) as error:
+                report[library] = {"built": False, "reason": str(error)}
+                print(f"leanops: without the {library} library: {error}", file=sys.stderr)
         for source in glob.glob("csrc/*/*.cuh"):  # compiled at first use where there is a GPU and no CUDA library
             destination = target / source
             destination.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +132,11 @@ class BuildNative(build_ext):
         link = f"{cxx} -shared -s -Wl,-soname,{output.name} -o $out $in {cudart} {torch_flags()[1]}"
         lines += [f"rule link\n command = {link}", f"build {output}: link {outputs}"]
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-        subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-f", folder / "build.ninja"], check=True)
+        done = subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-f", folder / "build.ninja"], capture_output=True, text=True)
+        print(done.stdout, done.stderr, sep="")
+        if done.returncode:
+            errors = [line for line in done.stdout.splitlines() if "error" in line] or done.stdout.splitlines()[-1:]
+            raise Unavailable(f"the build failed: {' | '.join(errors[:3])}")
 
     def get_outputs(self) -> list[str]:
         return sorted(str(f) for f in Path(self.build_lib, "leanops", "lib").rglob("*") if f.is_file())

@@ -66,27 +66,26 @@ def _load_library(library: str) -> Backend:
         return Backend(library, False, reason)
     path = FOLDER / f"libleanops_{library}.so"
     try:
-        if library == "cpu" and (problem := _isa_problem(path)) is not None:
-            raise RuntimeError(problem)
         torch.ops.load_library(path)
     except OSError as error:
         return Backend(library, False, f"the library does not load: {error}")
-    return Backend(library, True, cpu_isa() if library == "cpu" else f"CUDA {torch.version.cuda}")
+    if library == "cuda":
+        return Backend(library, True, f"built with torch's stable ABI, runs on CUDA {torch.version.cuda}")
+    if problem := _ask_cpu_library("leanops_cpu_isa_error"):
+        raise ValueError(f"leanops: {problem}")
+    return Backend(library, True, cpu_isa())
 
 
-def _isa_problem(path: Path) -> str | None:
-    entry = ctypes.CDLL(str(path)).leanops_cpu_isa_problem
+def _ask_cpu_library(question: str) -> str:
+    entry = getattr(ctypes.CDLL(str(FOLDER / "libleanops_cpu.so")), question)
     entry.restype = ctypes.c_char_p
-    text = entry()
-    return None if text is None else text.decode()
+    answer: bytes = entry()
+    return answer.decode()
 
 
 def cpu_isa() -> str:
     """The instruction set that the loaded CPU library chose: ``baseline``, ``avx2`` or ``avx512``."""
-    entry = ctypes.CDLL(str(FOLDER / "libleanops_cpu.so")).leanops_cpu_isa
-    entry.restype = ctypes.c_char_p
-    name: bytes = entry()
-    return name.decode()
+    return _ask_cpu_library("leanops_cpu_isa")
 
 
 def _python_backend(name: str, package: str, serves: str | None) -> Backend:

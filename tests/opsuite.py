@@ -114,7 +114,7 @@ def assert_agrees(
     yardstick: bool = True,
 ) -> None:
     """Exact operators give the reference's bits; others stay within the policy, and (with ``yardstick``) within twice
-    the error that plain PyTorch makes in the same dtype."""
+    the error that plain PyTorch makes in the same dtype. float64 has no wider reference to measure that error with."""
     if spec.exact:
         assert_same_bits(got, run_reference(spec, args), what)
         return
@@ -126,6 +126,6 @@ def assert_agrees(
     magnitude = max(norm(exact), norm(run_reference(spec, absolute, widen=True)))
     bound = policy_bound(spec, args, dtype, magnitude)
     assert seen <= bound, f"{what}: error {seen:.3e} beyond {bound:.3e}"
-    if yardstick and spec.plain is not None:
+    if yardstick and spec.plain is not None and dtype != torch.float64:
         plain = error(run(spec, args, spec.plain), exact)
         assert seen <= 2 * plain + 1e-300, f"{what}: error {seen:.3e} is over twice that of plain PyTorch, {plain:.3e}"

@@ -102,6 +102,8 @@ def test_gradients_are_as_exact_as_those_of_plain_torch(spec, case, dtype, devic
         cotangents = [torch.randn(y.shape, generator=seeds).to(device, dtype).to(y.dtype) for y in results]
         return torch.autograd.grad(results, inputs, cotangents)
 
+    if dtype == torch.float64:
+        return  # no wider reference; gradcheck above is the test
     exact, got, plain = gradients(spec.reference, True), gradients(spec.op, False), gradients(spec.plain, False)
     for g, p, w in zip(got, plain, exact, strict=True):
         assert float((g.double() - w).norm()) <= 3 * float((p.double() - w).norm()) + 1e-300

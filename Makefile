@@ -1,0 +1,60 @@
+# Two commands do all the set-up they need: `make bench` and `make test`. The others are parts of CI.
+# `make VENV=path ...` uses (or makes) a virtual environment of your own.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc pyops optim autotune bench -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: bench test setup lint types format-check sanitize interpreter aot docs isa gpu clean
+
+bench: $(VENV)/.installed
+	$(BIN)/leanops bench --quick
+
+test: $(VENV)/.installed
+	$(PYTEST)
+
+setup: $(VENV)/.installed
+
+# strict editable mode links single files, so a new file needs this again; an edited one does not
+$(VENV)/.installed: constraints.txt pyproject.toml setup.py $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch triton numpy setuptools ninja
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format-check: $(VENV)/.installed
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+types: $(VENV)/.installed
+	$(BIN)/mypy -p leanops
+
+# the generic suites with each instruction set, and with no compiled library at all
+isa: $(VENV)/.installed
+	for isa in baseline avx2; do LEANOPS_CPU_ISA=$$isa $(PYTEST) tests/ops/test_numerics.py tests/ops/test_fuzz.py || exit 1; done
+	LEANOPS_DISABLE=cpu $(PYTEST) tests/ops/test_numerics.py -k "agree or bits"
+
+sanitize: $(VENV)/.installed
+	$(BIN)/python tests/native/sanitize.py
+
+interpreter: $(VENV)/.installed
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton
+
+aot: $(VENV)/.installed
+	$(BIN)/python tests/aot/aot.py
+
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict
+
+# on a machine with a CUDA GPU, torch, triton and nvcc, and without network
+gpu:
+	$(PYTHON) tests/gpu/run.py
+
+clean:
+	rm -rf build dist site .venv *.egg-info
