@@ -81,6 +81,7 @@ def _bench(options: argparse.Namespace) -> int:
     targets = {"json": options.json, "csv": options.csv, "html": options.html}
     if not any(targets.values()):
         targets |= {"json": "results/bench.json", "html": "results/bench.html"}
+    runner.plan(settings)  # a mistake in the arguments is found before anything is written
     for target in targets.values():
         _writable(target)
     with report.progress(sys.stderr) as progress:

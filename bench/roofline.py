@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -45,6 +46,20 @@ class Roofline:
             return Floor(memory, f"memory ({pattern}); no {dtype} GEMM rate")
         arithmetic = cost.flops / self.gemm[dtype]
         return Floor(memory, f"memory ({pattern})") if memory > arithmetic else Floor(arithmetic, f"GEMM {dtype}")
+
+    def best(self, other: Roofline) -> Roofline:
+        """The better of two measurements, rate by rate: what a neighbour slowed down is no ceiling."""
+
+        def better(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+            return {name: max(a[name], b[name]) for name in a}
+
+        bandwidth, gemm = better(self.bandwidth, other.bandwidth), better(self.gemm, other.gemm)
+        return Roofline(self.device, self.threads, bandwidth, gemm, min(self.dispatch_s, other.dispatch_s))
+
+    def drift(self, other: Roofline) -> float:
+        """By how much the bandwidths of two measurements differ, as a fraction: |geometric mean of ratios - 1|."""
+        logs = [math.log(rate / self.bandwidth[name]) for name, rate in other.bandwidth.items()]
+        return math.expm1(abs(sum(logs) / len(logs)))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -7,6 +7,7 @@ import gc
 import inspect
 import math
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from leanops.bench.peers import Args, Peer, Subject, Unavailable, subjects
 
 SCHEMA = "leanops-bench/1"
 COPIES = 8  # of a small case's inputs at most, so that they do not all lie in the cache
+QUICK_S = 95  # seconds after which --quick starts no further case
 REFERENCE_LIMIT = 1 << 18  # elements x seeds: beyond this the reference is too slow to be timed
 
 
@@ -47,7 +49,7 @@ class Settings:
     @property
     def peer_limit_s(self) -> float:
         """A peer whose single call takes longer is left out."""
-        return 1.0 if self.quick else 20.0
+        return 0.6 if self.quick else 20.0
 
 
 @dataclass
@@ -84,6 +86,9 @@ class Row:
     high_s: float | None = None
     noise: float | None = None  # |ratio of the operator to itself - 1| in this row
     elements: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+    flops: int = 0
     ns_per_element: float | None = None
     gb_per_s: float | None = None
     gflop_per_s: float | None = None
@@ -166,8 +171,9 @@ def run(settings: Settings, progress: Progress, command: Sequence[str] = ()) -> 
     counts = list(dict.fromkeys(job.threads for job in jobs))
     threads_before = torch.get_num_threads()
     progress.start(len(jobs) + 2 * len(counts))
+    started = time.monotonic()
     rooflines: dict[int, roofline.Roofline] = {}
-    rows, drifts = [], []
+    taken, drifts = [], []
     samples = 5 if settings.quick else 11
     try:
         for threads in counts:
@@ -177,17 +183,26 @@ def run(settings: Settings, progress: Progress, command: Sequence[str] = ()) -> 
         dispatch: dict[Any, float] = {}
         for job in jobs:
             torch.set_num_threads(job.threads)
-            row = job.row(device)
-            progress.step(row.key)
-            rows.append(Measurement(job, settings, device, rooflines[job.threads], row, dispatch).result())
+            measurement = Measurement(job, settings, device, dispatch)
+            taken.append(measurement)
+            progress.step(measurement.row.key)
+            if settings.quick and time.monotonic() - started > QUICK_S:
+                measurement.row.status = "skipped"
+                measurement.row.reason = f"not reached within the {QUICK_S} s of --quick"
+                continue
+            measurement.take()
             gc.collect()
         for threads in counts:
             torch.set_num_threads(threads)
             progress.step(f"roofline again, {threads} threads")
-            again = roofline.measure(device, threads, dtypes[:1], samples=samples)
-            drifts += [abs(math.log(rate / rooflines[threads].bandwidth[k])) for k, rate in again.bandwidth.items()]
+            again = roofline.measure(device, threads, dtypes, samples=samples)
+            drifts.append(rooflines[threads].drift(again))
+            rooflines[threads] = rooflines[threads].best(again)
     finally:
         torch.set_num_threads(threads_before)
+    for measurement in taken:
+        measurement.place(rooflines[measurement.job.threads])
+    rows = [measurement.row for measurement in taken]
     noises = sorted(row.noise for row in rows if row.noise is not None)
     return {
         "schema": SCHEMA,
@@ -223,19 +238,18 @@ class Measurement:
         job: Job,
         settings: Settings,
         device: torch.device,
-        roof: roofline.Roofline,
-        row: Row,
         dispatch: dict[Any, float],
     ) -> None:
-        self.job, self.settings, self.device, self.roof, self.row = job, settings, device, roof, row
+        self.job, self.settings, self.device, self.row = job, settings, device, job.row(device)
+        self.cost: _registry.Cost | None = None
+        self.pattern = ""
         self.dispatch = dispatch  # already measured, by operator, dtype and thread count
 
-    def result(self) -> Row:
+    def take(self) -> None:
         try:
             self._measure()
         except Unavailable as reason:
             self.row.status, self.row.reason = "skipped", str(reason)
-        return self.row
 
     def _inputs(self) -> Args:
         if self.job.case is None:
@@ -324,17 +338,23 @@ class Measurement:
             if wanted is None or any(part.lower() in peer.label.lower() for part in wanted):
                 yield peer
 
-    def _rates(self, args: Args, time: Interval) -> None:
+    def _rates(self, args: Args, taken: Interval) -> None:
         row, spec = self.row, self.job.spec
-        row.median_s, row.low_s, row.high_s = time.value, time.low, time.high
-        cost = spec.cost(*args)
+        row.median_s, row.low_s, row.high_s = taken.value, taken.low, taken.high
+        cost = self.cost = spec.cost(*args)
+        self.pattern = roofline.pattern(cost, roofline.tensor_bytes(args), spec.mutates)
+        row.read_bytes, row.written_bytes, row.flops = cost.read, cost.written, cost.flops
         row.elements = elements(spec, args)
-        row.ns_per_element = time.value * 1e9 / row.elements if row.elements else None
-        row.gb_per_s = (cost.read + cost.written) / time.value * 1e-9
-        row.gflop_per_s = cost.flops / time.value * 1e-9 if cost.flops else None
-        floor = self.roof.floor(cost, roofline.pattern(cost, roofline.tensor_bytes(args), spec.mutates))
-        row.floor_s, row.bound = floor.seconds, floor.bound
-        row.percent_of_roofline = 100 * floor.seconds / time.value
+        row.ns_per_element = taken.value * 1e9 / row.elements if row.elements else None
+        row.gb_per_s = (cost.read + cost.written) / taken.value * 1e-9
+        row.gflop_per_s = cost.flops / taken.value * 1e-9 if cost.flops else None
+
+    def place(self, roof: roofline.Roofline) -> None:
+        """Set the row against what the machine can do."""
+        if self.row.median_s is not None and self.cost is not None:
+            floor = roof.floor(self.cost, self.pattern)
+            self.row.floor_s, self.row.bound = floor.seconds, floor.bound
+            self.row.percent_of_roofline = 100 * floor.seconds / self.row.median_s
 
     def _dispatch(self) -> float:
         """The time of a call with next to no work: the dispatcher, the checks and the kernel's own entry."""

@@ -1,0 +1,177 @@
+"""The command line as a user meets it: in a process of its own, in an empty folder."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from leanops import _native
+from leanops.bench import cli, html, report
+from leanops.bench.runner import SCHEMA, PeerResult, Row
+
+
+def leanops(*arguments, cwd, **environment):
+    command = [sys.executable, "-m", "leanops.bench.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=170, env=os.environ | environment)
+
+
+def one_line_error(status, out, error):
+    assert status == 2
+    assert out == ""
+    assert error.startswith("leanops")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "zo_nothing"], "no operator named zo_nothing; there are zo_noise_"),
+        (["bench", "--dtype", "int8"], "got int8"),
+        (["bench", "--threads", "two"], "--threads must be numbers, got two"),
+        (["bench", "--threads", "0"], "--threads must be 1 or more"),
+        (["bench", "--case", "("], "no regular expression"),
+        (["bench", "--case", "matches nothing at all"], "no case matches"),
+        (["bench", "--device", "tpu"], "invalid choice: 'tpu'"),
+        (["bench", "--json", "."], "is a folder"),
+        (["compare", "only-one.json"], "required: NEW.json"),
+        (["compare", "a.json", "b.json"], "No such file"),
+        (["replay", "a.safetensors", "b.zolog", "-o", "c.safetensors"], "no file a.safetensors"),
+        (["tune"], "invalid choice: 'tune'"),
+        ([], "required: command"),
+    ],
+)
+def test_an_error_is_one_line_on_standard_error_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status = cli.main(arguments)
+    assert message in one_line_error(status, *capsys.readouterr())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_in_a_process_of_its_own(tmp_path):
+    done = leanops("compare", "a.json", "b.json", cwd=tmp_path)
+    assert "No such file" in one_line_error(done.returncode, done.stdout, done.stderr)
+
+
+def test_info_says_who_serves_each_operator_and_why_a_backend_is_absent(tmp_path):
+    done = leanops("info", "--json", cwd=tmp_path, LEANOPS_DISABLE="cpu")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["backends"]["cpu"] == {"loaded": False, "detail": "switched off by LEANOPS_DISABLE"}
+    assert told["operators"]["zo_axpy_"]["cpu"] == "reference"
+    for name in ("cpu", "cuda", "triton", "nvrtc"):
+        assert told["backends"][name]["detail"]
+    assert told["software"]["torch"]
+    assert told["cpu"]["name"]
+    assert told["cpu"]["cores"] >= 1
+    text = leanops("info", cwd=tmp_path, LEANOPS_DISABLE="cpu")
+    assert text.returncode == 0
+    assert "absent: switched off by LEANOPS_DISABLE" in text.stdout
+    assert re.search(r"zo_axpy_ +cpu: reference", text.stdout)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """One small real run: (results, folder, process)."""
+    if not _native.backends()["cpu"].loaded:
+        pytest.skip(f"needs the CPU library: {_native.backends()['cpu'].detail}")
+    folder = tmp_path_factory.mktemp("bench")
+    done = leanops(
+        "bench", "zo_axpy_", "--quick", "--dtype", "bf16", "--threads", 1, "--case", "axpy_/rademacher-16M",
+        "--json", "-", "--csv", "out/r.csv", "--html", "out/r.html", "--peers", "alpha,mezo", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), folder, done
+
+
+def test_json_on_standard_output_is_only_json_and_complete(measured):
+    results, _, done = measured
+    assert done.stdout.count("\n") == 1
+    assert results["schema"] == SCHEMA
+    assert set(results) == {
+        "schema", "created", "leanops", "command", "settings", "fingerprint", "backends", "roofline", "noise_floor",
+        "drift", "peak_how", "rows",
+    }  # fmt: skip
+    (row,) = results["rows"]
+    assert set(row) == {f.name for f in dataclasses.fields(Row)}
+    assert row["key"] == "zo_axpy_/rademacher-16M/bfloat16/cpu/1t"
+    assert row["status"] == "ok", row["reason"]
+    assert row["elements"] == 1 << 24
+    assert len(row["samples_s"]) >= 5
+    assert row["low_s"] <= row["median_s"] <= row["high_s"]
+    assert row["ns_per_element"] == pytest.approx(row["median_s"] * 1e9 / row["elements"])
+    assert row["gb_per_s"] == pytest.approx(4 * row["elements"] / row["median_s"] * 1e-9)
+    assert row["bound"] == "memory (in-place add)"
+    floor = 4 * row["elements"] / results["roofline"][0]["bandwidth"]["in-place add"]
+    assert row["percent_of_roofline"] == pytest.approx(100 * floor / row["median_s"])
+    (peer,) = row["peers"]
+    assert set(peer) == {f.name for f in dataclasses.fields(PeerResult)}
+    assert peer["name"] == "torch.add alpha"
+    assert len(peer["samples_s"]) == len(row["samples_s"])
+    assert results["fingerprint"]["sources"]["zo_axpy_"]
+    # an in-place pass takes no memory to speak of; where the high-water mark cannot be reset, nothing is claimed
+    assert row["peak_bytes"] is None or row["peak_bytes"] < 8 << 20
+
+
+def test_a_run_compared_with_itself_is_the_same(measured, tmp_path):
+    report.write_json(measured[0], str(tmp_path / "r.json"))
+    done = leanops("compare", "r.json", "r.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "0 slower, 0 faster, 1 the same" in done.stdout
+
+
+def test_csv_has_a_line_for_each_peer(measured):
+    results, folder, _ = measured
+    with (folder / "out" / "r.csv").open() as file:
+        (line,) = csv.DictReader(file)
+    assert float(line["median_s"]) == results["rows"][0]["median_s"]
+    assert float(line["peer_ratio"]) == results["rows"][0]["peers"][0]["ratio"]
+
+
+class Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.outside = set(), []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.outside += [(tag, name, value) for name, value in attrs if name in ("src", "href", "srcset", "data")]
+
+
+def test_html_needs_nothing_from_outside(measured):
+    text = (measured[1] / "out" / "r.html").read_text()
+    page = Links()
+    page.feed(text)
+    assert page.outside == []
+    assert {"svg", "table"} <= page.tags
+    assert not {"script", "link", "iframe", "img", "object"} & page.tags
+    assert "url(" not in text
+    assert "@import" not in text
+    assert len(text) < 5 << 20
+    plots = re.findall(r"<svg.*?</svg>", text, re.S)
+    assert len(plots) == 3
+    for plot in plots:
+        ElementTree.fromstring(plot)
+
+
+def test_a_wrong_row_has_no_time_in_any_report(measured, capsys, tmp_path):
+    results = json.loads(json.dumps(measured[0]))
+    row = dataclasses.asdict(Row("op/<case>", "zo_axpy_", "<case>", "float32", "cpu", 1, "cpu", "wrong", "off by <b>"))
+    row["gate"] = {"passed": False, "error": 0.5, "bound": 0.0, "against": "reference", "reason": "off"}
+    results["rows"] = [row]
+    page = html.render(results)
+    assert "WRONG" in page
+    assert "off by &lt;b&gt;" in page
+    assert "<svg" not in page
+    report.print_table(results, sys.stdout)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "<case>" in line]
+    assert lines
+    assert not re.search(r"\d (ms|µs|s)\b|GB/s|%", lines[0])

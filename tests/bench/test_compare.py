@@ -1,0 +1,86 @@
+"""``leanops compare`` exits 1 exactly when a case is slower beyond its interval."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+from leanops.bench import cli, compare
+from leanops.bench.runner import SCHEMA
+
+
+def results(times, noise=0.01, drift=0.0, cpu="a", bandwidth=10e9):
+    rows = []
+    for seed, (key, (status, seconds)) in enumerate(times.items()):
+        spread = 1 + 0.005 * np.random.default_rng(seed).standard_normal(30)
+        rows.append({"key": key, "status": status, "samples_s": list(seconds * spread) if status == "ok" else []})
+    return {
+        "schema": SCHEMA,
+        "fingerprint": {"cpu": {"name": cpu}},
+        "noise_floor": noise,
+        "drift": drift,
+        "roofline": [{"device": "cpu", "threads": 1, "bandwidth": {"copy": bandwidth}}],
+        "rows": rows,
+    }
+
+
+@pytest.fixture
+def run(tmp_path):
+    def compared(base, new):
+        paths = []
+        for name, content in (("base.json", base), ("new.json", new)):
+            paths.append(str(tmp_path / name))
+            (tmp_path / name).write_text(json.dumps(content))
+        out = io.StringIO()
+        return compare.main(*paths, out), out.getvalue()
+
+    return compared
+
+
+@pytest.mark.parametrize(
+    ("factor", "noise", "drift", "status", "verdict"),
+    [
+        (1.0, 0.01, 0.0, 0, "same"),
+        (1.2, 0.01, 0.0, 1, "slower"),
+        (1.2, 0.30, 0.0, 0, "same"),  # within the runs' own noise
+        (1.2, 0.01, 0.4, 0, "same"),  # the machine itself drifted more
+        (0.8, 0.01, 0.0, 0, "faster"),
+    ],
+)
+def test_exit_status_follows_the_interval(run, factor, noise, drift, status, verdict):
+    base = results({"x": ("ok", 1e-3), "y": ("ok", 1e-3)}, noise, drift)
+    code, text = run(base, results({"x": ("ok", 1e-3), "y": ("ok", factor * 1e-3)}, noise, drift))
+    assert code == status
+    assert any(line.split()[:2] == ["y", verdict] for line in text.splitlines())
+    assert any(line.split()[:2] == ["x", "same"] for line in text.splitlines())
+
+
+def test_cases_of_one_file_only_and_wrong_ones_are_said_and_are_not_slower(run):
+    base = results({"gone": ("ok", 1e-3), "broken": ("ok", 1e-3), "skipped": ("skipped", 0)})
+    code, text = run(base, results({"added": ("ok", 9.0), "broken": ("wrong", 0), "skipped": ("skipped", 0)}))
+    words = {line.split()[0]: line.split()[1] for line in text.splitlines() if "," not in line}
+    assert code == 0
+    assert (words["gone"], words["added"], words["broken"], words["skipped"]) == ("missing", "new", "wrong", "skipped")
+
+
+def test_fingerprints_that_differ_are_said(run):
+    base, new = results({"x": ("ok", 1.0)}), results({"x": ("ok", 1.0)}, cpu="b", bandwidth=5e9)
+    _, text = run(base, new)
+    assert "fingerprint differs: cpu.name: a -> b" in text
+    assert "new over base: 0.500" in text
+    assert "fingerprint" not in run(base, base)[1]
+
+
+def test_a_file_that_is_no_result_is_one_line_and_status_2(tmp_path, capsys):
+    good, bad, other = tmp_path / "good.json", tmp_path / "bad.json", tmp_path / "other.json"
+    good.write_text(json.dumps(results({})))
+    bad.write_text("{")
+    other.write_text('{"schema": "something/9"}')
+    for path, message in ((bad, "is not JSON"), (other, "got something/9"), (tmp_path / "none", "No such file")):
+        assert cli.main(["compare", str(good), str(path)]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert message in captured.err
+        assert captured.err.count("\n") == 1
