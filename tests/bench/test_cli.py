@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+
 from leanops import _native
 from leanops.bench import cli, html, report
 from leanops.bench.runner import SCHEMA, PeerResult, Row

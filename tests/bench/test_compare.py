@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+
 from leanops.bench import cli, compare
 from leanops.bench.runner import SCHEMA
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from leanops.autotune import measure
 from leanops.autotune.measure import interleave, median, paired_ratio, unpaired_ratio
 
