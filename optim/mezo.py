@@ -296,8 +296,9 @@ class MeZO(Optimizer):
             if beta and settings["momentum_mode"] == "store":
                 momenta = [self._momentum(s) for s in moved]
                 accumulate_(moved, momenta, step_seeds, scalars, beta, distribution)
-                descend_(moved, momenta, lr, decay, rounding, step_seeds[0])
-            elif moved:
+                if lr:  # a step of zero length changes no bit, the sign of a zero included
+                    descend_(moved, momenta, lr, decay, rounding, step_seeds[0])
+            elif moved and lr:
                 apply_(moved, *terms(self._record.history, lr, beta), decay, distribution, rounding)
 
     def _momentum(self, slot: Slot) -> Tensor:

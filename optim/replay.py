@@ -36,7 +36,7 @@ class Update:
     lr: float
     beta: float
     decay: float
-    write: bool = True  # False: before `start`, only stored momentum takes part
+    write: bool = True  # False: before `start` or with lr 0, only stored momentum takes part
 
 
 @dataclass
@@ -76,12 +76,11 @@ def programs(log: ZoLog, start: int = 0, stop: int | None = None) -> list[Progra
             history.pop()
         for program, values in zip(found, step.groups, strict=True):
             lr, beta = values["lr"], values["momentum"]
-            if step.index < start and not (stored and beta):
+            write = step.index >= start and lr != 0.0
+            if not write and not (stored and beta):
                 continue
             both = terms(history, lr, beta)
-            program.updates.append(
-                Update(seeds, step.scalars, both, lr, beta, lr * values["weight_decay"], step.index >= start)
-            )
+            program.updates.append(Update(seeds, step.scalars, both, lr, beta, lr * values["weight_decay"], write))
             program.frozen.append(step.frozen)
     return found
 

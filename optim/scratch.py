@@ -8,9 +8,10 @@ graphs, scripted modules, C++ code) is found at the first evaluation and held pe
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -94,6 +95,7 @@ class _Mode(TorchFunctionMode):
         super().__init__()
         self._slots = owner.slots
         self._seen = owner.seen
+        self._all = {id(s.param) for s in owner.all}
         self._arenas = owner.arenas
         self._distribution = owner.distribution
         self._seed, self._scale = torch.tensor([seed - (seed >> 63 << 64)]), torch.tensor([scale], dtype=torch.float64)
@@ -108,7 +110,7 @@ class _Mode(TorchFunctionMode):
         if kwargs:
             self._find(kwargs.values(), found)
         if self._trace is not None:
-            _fingerprint(self._trace, args, found)
+            _fingerprint(self._trace, args, self._all)
         if not found or func in _METADATA:
             return func(*args, **kwargs)
         if getattr(func, "__name__", "") in ("__get__", "__set__", "__delete__"):
@@ -201,12 +203,12 @@ def _replace(values: Any, replaced: dict[int, Tensor]) -> Any:
     return values
 
 
-def _fingerprint(trace: list[Tensor], args: Any, found: dict[int, Slot]) -> None:
+def _fingerprint(trace: list[Tensor], args: Any, managed: set[int]) -> None:
     """Note a sum of every tensor argument that is no managed parameter: what hidden weights change shows here."""
     for leaf in tree_leaves(args):
         if (
             isinstance(leaf, Tensor)
-            and id(leaf) not in found
+            and id(leaf) not in managed
             and leaf.layout == torch.strided
             and not leaf.is_complex()
         ):
@@ -256,7 +258,7 @@ class Scratch:
     def _run(self, closure: Closure, seed: int, scale: float, trace: list[Tensor] | None = None) -> object:
         if self.held is not None:
             self.held.place(seed, scale)
-        with _Mode(self, seed, scale, trace):
+        with _eager(), _Mode(self, seed, scale, trace):
             return closure()
 
     def _check(
@@ -285,13 +287,21 @@ class Scratch:
             self.held = held
             self._stack.push(stack.pop_all())
         warnings.warn(
-            "MeZO: these parameters reach the loss without passing a torch function (compiled, scripted or C++ code); "
-            "they are perturbed in place and restored from a copy: "
+            "MeZO: of these parameters some reach the loss without passing a torch function (scripted modules, C++ code, "
+            "views made beforehand); they are perturbed in place and restored from a copy: "
             + ", ".join(s.name for s in unseen[:8])
             + (f" and {len(unseen) - 8} more" if len(unseen) > 8 else ""),
             stacklevel=2,
         )
         return second
+
+
+def _eager() -> AbstractContextManager[object]:
+    """Compiled functions run as they were written, so that the mode sees into them."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def _same(a: object, b: object) -> bool:

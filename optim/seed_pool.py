@@ -35,8 +35,8 @@ class SeedPool:
 
         \theta = \theta_0 - \eta \sum_k a_k\, z(s_k), \qquad a_k \leftarrow a_k + \sum_c w_c\, a_{k,c}
 
-    A client samples candidates from the server's pool, takes steps along them (:meth:`step_`) that note (k, g) in an empty
-    pool of its own, and returns that; the server merges with weights :math:`w_c = n_c / \sum n`. Candidates that
+    A client samples candidates from the server's pool, takes steps along them (:meth:`step_`) that note (k, g) in an
+    empty pool of its own, and returns that; the server merges with weights :math:`w_c = n_c / \sum n`. Candidates that
     mattered are sampled more often:
 
     .. math::

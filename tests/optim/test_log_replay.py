@@ -1,0 +1,255 @@
+"""The log keeps a run in 4 bytes a step, refuses what is damaged, and replays to the same bits."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import leanops as lo
+from leanops.optim import LogError, MeZO, ZoLog, replay_, replay_file, seeds
+from leanops.optim import replay as replay_module
+from leanops.zo import reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "momentum": {"momentum": 0.6},
+    "stored momentum": {"momentum": 0.6, "momentum_mode": "store"},
+    "directions": {"directions": 3},
+    "rademacher": {"distribution": "rademacher", "variant": "sign"},
+    "fzoo": {"distribution": "rademacher", "variant": "fzoo", "directions": 2},
+}
+
+
+def model_of(dtype: torch.dtype) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 1)).to(dtype)
+
+
+def run(dtype: torch.dtype, steps: int = 9, **options: Any) -> tuple[nn.Module, nn.Module, MeZO]:
+    """Start weights, end weights and optimizer of a run with a schedule, a frozen phase and a skipped step."""
+    model = model_of(dtype)
+    start = copy.deepcopy(model)
+    x = torch.randn(16, 5, dtype=torch.float64).to(dtype)
+    opt = MeZO(model.parameters(), lr=1e-2, weight_decay=0.1, model=model, on_nonfinite="skip", seed=-3, **options)
+    for step in range(steps):
+        opt.param_groups[0]["lr"] = 1e-2 / (1 + step // 3)
+        model[0].bias.requires_grad_(step not in (4, 5))
+        bad = math.nan if step == 2 else 1.0
+        opt.step(lambda bad=bad: (model(x).double() ** 2).mean() * bad)
+    return start, model, opt
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_replay_gives_the_bits_of_the_run(dtype: torch.dtype, options: dict[str, Any], rounding: str) -> None:
+    start, end, opt = run(dtype, rounding=rounding, **options)
+    assert not same(start, end)
+    halfway = copy.deepcopy(start)
+    replay_(start, opt.log)
+    assert same(start, end)
+    replay_(list(halfway.parameters()), opt.log, stop=5)
+    assert not same(halfway, end)
+    replay_(dict(halfway.named_parameters()), ZoLog.from_bytes(opt.log.to_bytes()), start=5)
+    assert same(halfway, end)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_replay_reads_the_weights_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, end, opt = run(dtype, steps=40)
+    calls: list[int] = []
+
+    def counted(tensors: Any, seeds: Any, *args: Any, **kwargs: Any) -> None:
+        calls.append(len(seeds))
+        lo.zo_axpy_(tensors, seeds, *args, **kwargs)
+
+    monkeypatch.setattr(replay_module, "zo_axpy_", counted)
+    replay_(start, opt.log)
+    assert same(start, end)
+    assert sorted(calls) == [37, 39]  # one call for what was frozen for two steps, one for the others
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
+def test_fused_replay_is_the_same_sum(options: dict[str, Any]) -> None:
+    start, end, opt = run(torch.float64, **options)
+    replay_(start, opt.log, fused=True)
+    for p, q in zip(start.parameters(), end.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
+
+
+def test_a_step_costs_four_bytes_a_direction() -> None:
+    for directions in (1, 3):
+        p = nn.Parameter(torch.zeros(2))
+        opt = MeZO([p], directions=directions)
+        sizes = []
+        for _ in range(40):
+            opt.step(lambda: p.sum())
+            sizes.append(len(opt.log.to_bytes()))
+        assert {b - a for a, b in zip(sizes[10:], sizes[11:], strict=False)} == {4 * directions}
+    log = ZoLog({"directions": 1, "groups": 1, "params": []})
+    for step in range(20_000):
+        log.append([float(step)])
+    assert len(log.to_bytes()) < 80_000 + 1000
+    assert ZoLog.from_bytes(log.to_bytes()).scalars()[:, 0].tolist() == list(range(20_000))
+
+
+def test_the_header_says_what_the_run_was() -> None:
+    _, _, opt = run(torch.bfloat16, variant="one_sided", rounding="stochastic")
+    header = ZoLog.from_bytes(opt.log.to_bytes()).header
+    assert header["params"][0] == {"name": "0.weight", "id": 0, "shape": [9, 5], "dtype": "bfloat16", "group": 0}
+    assert header["zo"] == reference.VERSION
+    assert header["seed"] == 2**64 - 3
+    assert (header["variant"], header["rounding"], header["eps"]) == ("one_sided", "stochastic", 1e-3)
+
+
+def test_changes_are_recorded_when_they_happen() -> None:
+    _, _, opt = run(torch.float32)
+    steps = list(opt.log.steps())
+    assert [round(1e-2 / s.groups[0]["lr"]) for s in steps] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert [s.index for s in steps if s.frozen] == [4, 5]
+    assert steps[4].frozen == {1}
+    assert [s.index for s in steps if s.scalars is None] == [2]
+    assert [s.index for s in steps if s.restart] == [4, 6]
+
+
+def test_groups_that_join_replay_too() -> None:
+    a, b = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(4))
+    start = [a.detach().clone(), b.detach().clone()]
+    opt = MeZO([a], lr=1e-2, momentum=0.5)
+    for step in range(6):
+        if step == 3:
+            opt.add_param_group({"params": [b], "lr": 0.5})
+        opt.step(lambda: (a**2).sum() + (b**2).sum())
+    replay_(start, ZoLog.from_bytes(opt.log.to_bytes()))
+    assert torch.equal(start[0], a)
+    assert torch.equal(start[1], b)
+
+
+def test_a_file_grows_with_the_run_and_survives_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "run.zolog"
+    p = nn.Parameter(torch.ones(3))
+    opt = MeZO([p], lr=1e-2, log_file=path)
+    for step in range(5):
+        opt.step(lambda: p.sum())
+        with pytest.warns(UserWarning, match=f"did not close its log; {step + 1} steps"):
+            assert len(ZoLog.load(path)) == step + 1
+    cut = path.read_bytes()[:-2]  # a crash in the middle of a write
+    with pytest.warns(UserWarning, match="4 steps were recovered"):
+        assert len(ZoLog.from_bytes(cut)) == 4
+    opt.log.close()
+    assert ZoLog.load(path).to_bytes() == opt.log.to_bytes()
+    with pytest.raises(FileExistsError, match="a log is there already"):
+        MeZO([p], log_file=path).step(lambda: p.sum())
+    resumed = MeZO([p], lr=1e-2, log_file=path)
+    resumed.load_state_dict(opt.state_dict())
+    resumed.step(lambda: p.sum())
+    resumed.log.close()
+    assert len(ZoLog.load(path)) == 6
+
+
+def test_damage_is_noticed(tmp_path: Path) -> None:
+    _, _, opt = run(torch.float32)
+    good = opt.log.to_bytes()
+    path = tmp_path / "run.zolog"
+    opt.log.save(path)
+    assert path.read_bytes() == good
+    with pytest.raises(LogError, match="not a log"):
+        ZoLog.from_bytes(b"hello" * 10)
+    with pytest.raises(LogError, match="version 02"):
+        ZoLog.from_bytes(good[:6] + b"\x02" + good[7:])
+    for end in (12, 40, len(good) - 4, len(good) - 40):
+        with pytest.raises(LogError, match="truncated"):
+            ZoLog.from_bytes(good[:end])
+    start = len(good) - len(opt.log._body) - 16
+    for at in [20, *range(start, len(good), 3)]:
+        data = bytearray(good)
+        data[at] ^= 0x40
+        with pytest.raises(LogError):
+            ZoLog.from_bytes(bytes(data))
+    with pytest.raises(LogError, match="after the end"):
+        ZoLog.from_bytes(good + b"more")
+
+
+def test_replay_refuses_other_parameters_and_changes_nothing() -> None:
+    start, _, opt = run(torch.float32)
+    before = copy.deepcopy(start)
+    named = dict(start.named_parameters())
+    with pytest.raises(LogError, match=r"not there: 2\.bias"):
+        replay_({n: p for n, p in named.items() if n != "2.bias"}, opt.log)
+    with pytest.raises(LogError, match="has 4 parameters, got 3"):
+        replay_(list(named.values())[:3], opt.log)
+    with pytest.raises(LogError, match=r"2\.bias must be float32 \[1\], got float32 \[2\]"):
+        replay_({**named, "2.bias": torch.zeros(2)}, opt.log)
+    with pytest.raises(LogError, match=r"2\.bias must be float32 \[1\], got float64 \[1\]"):
+        replay_({**named, "2.bias": torch.zeros(1, dtype=torch.float64)}, opt.log)
+    with pytest.raises(ValueError, match="start and stop"):
+        replay_(start, opt.log, start=3, stop=99)
+    other = ZoLog({**opt.log.header, "zo": "zo/9"})
+    with pytest.raises(LogError, match="zo/9"):
+        replay_(start, other)
+    assert same(start, before)
+
+
+@pytest.mark.parametrize("options", [{}, {"directions": 2}, {"momentum": 0.5, "momentum_mode": "store"}])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_file_is_replayed_to_the_same_bits(
+    dtype: torch.dtype, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay_module, "_FILE_SLICE", 2)  # 16 bytes at a time
+    start, end, opt = run(dtype, rounding="stochastic", **options)
+    base, log, out = tmp_path / "base.safetensors", tmp_path / "run.zolog", tmp_path / "out.safetensors"
+    buffers = {"count": torch.arange(5), "empty": torch.empty(0)}
+    save_file({**{n: p.detach() for n, p in start.named_parameters()}, **buffers}, base, metadata={"format": "pt"})
+    opt.log.save(log)
+    seen: list[tuple[int, int]] = []
+    replay_file(base, log, out, progress=lambda done, total: seen.append((done, total)))
+    got = load_file(out)
+    for name, p in end.named_parameters():
+        assert torch.equal(got[name], p)
+    assert all(torch.equal(got[n], t) for n, t in buffers.items())
+    assert seen[-1][0] == seen[-1][1] == sum(t.nbytes for t in got.values())
+
+
+def test_file_errors_leave_no_output(tmp_path: Path) -> None:
+    start, _, opt = run(torch.float32)
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    tensors = {n: p.detach() for n, p in start.named_parameters()}
+    for change, message in (
+        ({"0.weight": torch.zeros(9, 5).half()}, "got float16"),
+        ({"0.weight": torch.zeros(5, 9)}, r"got float32 \[5, 9\]"),
+    ):
+        save_file({**tensors, **change}, base)
+        with pytest.raises(LogError, match=message):
+            replay_file(base, opt.log, out)
+    save_file({n: t for n, t in tensors.items() if n != "2.bias"}, base)
+    with pytest.raises(LogError, match=r"2\.bias, which is not in the file"):
+        replay_file(base, opt.log, out)
+    save_file(tensors, base)
+    base.write_bytes(base.read_bytes()[:-3])
+    with pytest.raises(LogError, match="truncated"):
+        replay_file(base, opt.log, out)
+    base.write_bytes(b"no safetensors at all")
+    with pytest.raises(LogError, match="not a safetensors file"):
+        replay_file(base, opt.log, out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base.safetensors"]
+
+
+def test_seeds_follow_the_stated_rule() -> None:
+    for base, step, direction in ((0, 0, 0), (7, 3, 2), (2**64 - 1, 2**40 + 5, 9)):
+        counter = (step & 0xFFFFFFFF, step >> 32, direction, 3)
+        words = reference.philox(counter, (base & 0xFFFFFFFF, base >> 32))
+        assert seeds.derive(base, step, direction) == int(words[0]) + (int(words[1]) << 32)
+    many = seeds.derive_many(5, range(50), 1, stream=4)
+    assert [int(s) % 2**64 for s in many] == [seeds.derive(5, k, 1, stream=4) for k in range(50)]

@@ -1,0 +1,145 @@
+"""FedKSeed's pool: sums, history, sampling, one-pass application, and the bytes that travel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import leanops as lo
+from leanops.optim import SeedPool
+
+
+def learned(size: int = 64, n: int = 40, seed: int = 0) -> SeedPool:
+    rng = np.random.default_rng(seed)
+    pool = SeedPool(size, seed=9)
+    for k, g in zip(rng.integers(size, size=n).tolist(), rng.normal(size=n).tolist(), strict=True):
+        pool.add(k, g)
+    return pool
+
+
+def test_merging_adds_weighted_sums_and_the_unweighted_history() -> None:
+    server, a, b = SeedPool(4), SeedPool(4), SeedPool(4)
+    a.add(1, 2.0)
+    a.add(1, -5000.0)
+    b.add(2, 4.0)
+    server.merge(a, 0.25)
+    server.merge(b, 0.75)
+    assert server.sums.tolist() == [0.0, 0.25 * -4998.0, 3.0, 0.0]
+    amplitude = np.array([0.0, (2.0 + 1000.0) / 2, 4.0, 0.0])
+    weights = np.exp((amplitude - 0.0) / (501.0 + 1e-10 - 0.0))
+    np.testing.assert_allclose(server.probabilities(), weights / weights.sum(), rtol=1e-12)
+
+
+def test_sampling_is_uniform_without_history_and_follows_the_probabilities_with_it() -> None:
+    pool = SeedPool(8)
+    assert pool.probabilities().tolist() == [1 / 8] * 8
+    for history in (False, True):
+        if history:
+            pool.add(3, 10.0)
+            pool.add(5, 5.0)
+        p = pool.probabilities()
+        counts = np.bincount(pool.sample(20_000, generator=1), minlength=8)
+        assert (((counts - 20_000 * p) ** 2) / (20_000 * p)).sum() < 30  # chi squared, 7 degrees of freedom
+    assert p.argmax() == 3
+    assert pool.sample(5, generator=2) == pool.sample(5, generator=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_applying_is_one_fused_pass_over_what_requires_grad(dtype: torch.dtype) -> None:
+    pool = learned()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).to(dtype)
+    model[0].bias.requires_grad_(False)
+    before = [p.detach().clone() for p in model.parameters()]
+    pool.apply_(model, 1e-2)
+    used = np.flatnonzero(pool.sums)
+    for i, (p, old) in enumerate(zip(model.parameters(), before, strict=True)):
+        if i == 1:
+            assert torch.equal(p, old)
+            continue
+        coeffs = (-1e-2 * pool.sums[used].astype(np.float64)).tolist()
+        lo.zo_axpy_([old], pool.seeds[used].tolist(), coeffs, tensor_ids=[i])
+        assert torch.equal(p, old)
+
+
+def test_client_and_server_agree() -> None:
+    """A client's local steps and the application of what it sent differ by rounding only."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 1).double()
+    x, y = torch.randn(20, 5).double(), torch.randn(20, 1).double()
+    start = [p.detach().clone() for p in model.parameters()]
+    server, client = SeedPool(32, seed=4), SeedPool(32, seed=4)
+    losses = [float(nn.functional.mse_loss(model(x), y))]
+    for k in server.sample(60, generator=0):
+        client.step_(model.parameters(), lambda: nn.functional.mse_loss(model(x), y), k, lr=1e-2)
+    losses.append(float(nn.functional.mse_loss(model(x), y)))
+    assert losses[1] < losses[0]
+    server.merge(SeedPool.from_bytes(client.to_bytes()))
+    server.apply_(start, 1e-2)
+    for a, b in zip(start, model.parameters(), strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-6)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(FloatingPointError):
+        client.step_(model.parameters(), lambda: model(x).sum() * float("nan"), 3)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("history", [True, False])
+@pytest.mark.parametrize("merged", [True, False])
+def test_bytes_round_trip(history: bool, merged: bool) -> None:
+    pool = learned(n=500)
+    if merged:
+        server = SeedPool(64, seed=9)
+        server.merge(pool, 0.5)
+        pool = server
+    copy = SeedPool.from_bytes(pool.to_bytes(history=history))
+    assert np.array_equal(copy.sums, pool.sums)
+    assert np.array_equal(copy.seeds, pool.seeds)
+    if history:
+        assert np.array_equal(copy.probabilities(), pool.probabilities())
+    else:
+        assert not copy.counts.any()
+
+
+@pytest.mark.parametrize(("size", "history"), [(4096, False), (1024, True)])
+def test_a_round_stays_under_18_kilobytes_at_the_published_settings(size: int, history: bool) -> None:
+    server, client = SeedPool(size), SeedPool(size)
+    server.merge(learned_full(size))
+    for k in server.sample(200, generator=0):
+        client.add(k, 1.5)
+    down, up = len(server.to_bytes(history=history)), len(client.to_bytes())
+    assert up < 1300
+    assert down + up < 18_000
+
+
+def learned_full(size: int) -> SeedPool:
+    pool = SeedPool(size)
+    for k in range(size):
+        pool.add(k, k - 7.5)
+    return pool
+
+
+def test_bad_input_is_refused() -> None:
+    pool = SeedPool(8)
+    for call, message in (
+        (lambda: SeedPool(0), "size"),
+        (lambda: SeedPool(4, distribution="normal"), "distribution"),
+        (lambda: SeedPool(4, rounding="up"), "rounding"),
+        (lambda: SeedPool(4, clip=0.0), "clip"),
+        (lambda: pool.add(8, 1.0), r"\[0, 8\), got 8"),
+        (lambda: pool.add(1, float("nan")), "finite"),
+        (lambda: pool.add(1, 1e300), "finite"),
+        (lambda: pool.sample(-1), "n must be"),
+        (lambda: pool.merge(SeedPool(9)), "size must be 8"),
+        (lambda: pool.merge(SeedPool(8, seed=1)), "seed must be 0"),
+        (lambda: pool.merge(SeedPool(8), float("inf")), "weight"),
+        (lambda: pool.apply_([torch.zeros(2)], float("nan")), "lr"),
+        (lambda: pool.apply_([torch.zeros(2)], 1.0, tensor_ids=[1, 2]), "tensor_ids"),
+        (lambda: SeedPool.from_bytes(b"something else"), "not a pool"),
+        (lambda: SeedPool.from_bytes(pool.to_bytes()[:-1] + b"\xff"), "damaged"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not pool.counts.any()
