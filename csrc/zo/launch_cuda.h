@@ -22,6 +22,17 @@ __global__ void __launch_bounds__(128) upload_kernel(const __grid_constant__ Upl
   copy_words(from);
 }
 
+template <class T>
+__global__ void __launch_bounds__(256) combine_kernel(u64 y_plus, u64 y_minus, u64 a, u64 b, u64 bias,
+                                                      double scale, i64 rows, i64 n, i64 first, i64 width) {
+  combine<T>(y_plus, y_minus, a, b, bias, scale, rows, n, first, width);
+}
+
+template <class T>
+__global__ void __launch_bounds__(256) add_bias_kernel(u64 y, u64 bias, i64 rows, i64 n) {
+  add_bias<T>(y, bias, rows, n);
+}
+
 // Units are aligned to logical indices, so a tensor's first and last may be partial.
 inline i64 units_of(i64 offset, i64 numel, i64 unit) {
   return numel == 0 ? 0 : (offset + numel - 1) / unit - offset / unit + 1;

@@ -39,17 +39,6 @@ struct Device {
 
 Distribution distribution_of(const std::string& name) { return name == "rademacher" ? RADEMACHER : GAUSSIAN; }
 
-template <class T>
-__global__ void __launch_bounds__(256) combine_kernel(u64 y_plus, u64 y_minus, u64 a, u64 b, u64 bias,
-                                                      double scale, i64 rows, i64 n, i64 first, i64 width) {
-  combine<T>(y_plus, y_minus, a, b, bias, scale, rows, n, first, width);
-}
-
-template <class T>
-__global__ void __launch_bounds__(256) add_bias_kernel(u64 y, u64 bias, i64 rows, i64 n) {
-  add_bias<T>(y, bias, rows, n);
-}
-
 u64 address(const Tensor& t) { return (u64)t.data_ptr(); }
 
 template <class F>

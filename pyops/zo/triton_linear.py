@@ -139,9 +139,9 @@ def linear(
     sizes = config(tokens, x.dtype, distribution, aligned)
     grid = (triton.cdiv(tokens, sizes["BLOCK_T"]) * triton.cdiv(n, sizes["BLOCK_N"]),)
     linear_kernel[grid](
-        x, minus, weight, weight if bias is None else bias.contiguous(), y_plus, y_minus, seed, scale, tensor_id, offset,
-        tokens, n, m,
+        x, minus, weight, weight if bias is None else bias.contiguous(), y_plus, y_minus, seed, scale, tensor_id,
+        offset, tokens, n, m,
         PAIR=x_minus is not None, BIAS=bias is not None, IS_RADEMACHER=distribution == "rademacher", ALIGNED=aligned,
-        **sizes,
+        **sizes, enable_fp_fusion=False,
     )  # fmt: skip
     return y_plus, y_minus

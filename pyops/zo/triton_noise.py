@@ -1,7 +1,7 @@
 """The noise of zo/1 in Triton, and its rounding: ``reference`` step by step.
 
-No product and sum that the definition rounds separately may be fused, so every kernel that uses these functions is launched
-with ``enable_fp_fusion=False``; the fused ones are written ``tl.fma``.
+No product and sum that the definition rounds separately may be fused, so every kernel that uses these functions is
+launched with ``enable_fp_fusion=False``; the fused ones are written ``tl.fma``.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def box_muller(a, b):
 def in_order(x0, x1, x2, x3):
     """Four [..., n] to one [..., n, 4]."""
     pairs = tl.join(tl.join(x0, x2), tl.join(x1, x3))
-    return tl.reshape(pairs, x0.shape + [4])
+    return tl.reshape(pairs, x0.shape + [4])  # noqa: RUF005
 
 
 @triton.jit

@@ -1,0 +1,260 @@
+"""Compiles every CUDA and Triton kernel of zo for GPUs that are not here, and reports registers, spills and instructions.
+
+    python tests/aot/aot.py [--json FILE] [--markdown FILE] [--arch 90]
+
+"instructions" is what one element costs in a kernel's main loop with its share of the loop around it, counted in the
+machine code; see sass.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script, whose folder would hide the package of the same name
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+from aot import sass
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHS = (80, 90, 100)
+_UNIT = 4096 // 32  # elements that a lane sees of a long unit; see csrc/zo/call.cuh
+_NAMES = {"leanops::bf16": "bf16", "leanops::fp16": "fp16"}
+_MODES = ("noise", "axpy", "axpy of many", "pair")
+_INSTANCES = """#include "zo/launch_cuda.h"
+namespace leanops { namespace zo {
+#define INSTANCE(T)                                                                                               \\
+  template cudaError_t launch<T>(const Call&, Distribution, Mode, bool, int, cudaStream_t);                       \\
+  template __global__ void combine_kernel<T>(u64, u64, u64, u64, u64, double, i64, i64, i64, i64);                \\
+  template __global__ void add_bias_kernel<T>(u64, u64, i64, i64);
+INSTANCE(float) INSTANCE(double) INSTANCE(bf16) INSTANCE(fp16)
+}}
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel on one architecture."""
+
+    backend: str
+    kernel: str
+    arch: int
+    registers: int
+    spill_bytes: int
+    instructions: float | None = None  # an element
+
+
+def find_nvcc() -> str | None:
+    return shutil.which("nvcc") or (p if Path(p := "/usr/local/cuda/bin/nvcc").exists() else None)
+
+
+def find_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _ptxas_rows(log: str) -> Iterable[tuple[str, int, int]]:
+    """(mangled name, registers, bytes spilled) from ptxas -v."""
+    name, spilled = "", 0
+    for line in log.splitlines():
+        if match := re.search(r"Compiling entry function '(\S+)'", line):
+            name, spilled = match[1], 0
+        elif match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            spilled = int(match[1]) + int(match[2])
+        elif match := re.search(r"Used (\d+) registers", line):
+            yield name, int(match[1]), spilled
+
+
+def _readable(mangled: str) -> str:
+    text = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
+    match = re.search(r"zo_kernel<(\S+), (\d), (\d), (\w+)>", text)
+    if match is None:
+        inner = re.search(r"(\w+)(?:_kernel)?(?:<(?:leanops::)?(\w+)>)?\(", text)
+        return " ".join(filter(None, (inner[1], inner[2]))) if inner else text
+    dtype, distribution, mode = _NAMES.get(match[1], match[1]), int(match[2]), int(match[3])
+    words = [_MODES[mode], dtype, ("gaussian", "rademacher")[distribution]]
+    return " ".join(words + (["stochastic"] if match[4] == "true" else []))
+
+
+def _per_element(mangled: str, code: list[tuple[int, str]]) -> float | None:
+    """Instructions an element, for the kernels whose elements pass through one loop (not the loops over many terms)."""
+    match = re.search(r"zo_kernelI(?:N7leanops|NS_|N.*?)?.*", mangled)
+    name = _readable(mangled)
+    if match is None or not name.startswith(("noise", "axpy", "pair")) or name.startswith("axpy of many"):
+        return None
+    inner = sass.main_loop(code)
+    if inner is None or inner.wide_stores == 0:
+        return None
+    size = {"float": 4, "double": 8}.get(name.split()[1], 2)
+    elements = inner.wide_stores * 16 / size / (2 if name.startswith("pair") else 1)
+    outer = sass.loop_around(code, inner)
+    share = (outer.instructions - inner.instructions) / _UNIT if outer else 0.0
+    return round(inner.instructions / elements + share, 2)
+
+
+def nvcc_rows(arch: int, folder: Path) -> list[Row]:
+    """The ahead-of-time build of the CUDA core."""
+    nvcc = find_nvcc()
+    assert nvcc is not None, "nvcc not found"
+    source, cubin = folder / "instances.cu", folder / f"zo.{arch}.cubin"
+    source.write_text(_INSTANCES)
+    command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", f"-I{ROOT / 'csrc'}"]
+    log = subprocess.run([*command, "-o", str(cubin), str(source)], check=True, capture_output=True, text=True).stderr
+    listing = sass.disassemble(cubin) if sass.find_cuobjdump() else {}
+    return [
+        Row("nvcc", _readable(name), arch, registers, spilled, _per_element(name, listing[name]) if listing else None)
+        for name, registers, spilled in _ptxas_rows(log)
+    ]
+
+
+def _triton_sources() -> Iterable[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """(name, kernel, signature, constants, options) of what the launchers launch."""
+    import triton.language as tl
+    from leanops.zo import triton as kernels
+    from leanops.zo import triton_linear
+
+    types = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "fp64": tl.float64}
+    head = dict(zip(("table", "tensors", "seeds", "coeffs", "decays", "terms", "decay_count"),
+                    ("*i64", "i32", "*i64", "*fp64", "*fp64", "i32", "i32"), strict=True))  # fmt: skip
+    head |= {"seed": "i64", "coeff_bits": "i64", "decay_bits": "i64"}
+    for dtype, kind in types.items():
+        for distribution in ("gaussian", "rademacher"):
+            for mode in ("noise", "axpy", "axpy stochastic", "axpy of many", "axpy in order stochastic"):
+                if "stochastic" in mode and dtype in ("fp32", "fp64"):
+                    continue
+                constants = {
+                    "IN_ORDER": "in order" in mode,
+                    "INLINE": mode in ("noise", "axpy", "axpy stochastic"),
+                    "NOISE": mode == "noise",
+                    "DTYPE": kind,
+                    "WORK": tl.float64 if dtype == "fp64" else tl.float32,
+                    "IS_RADEMACHER": distribution == "rademacher",
+                    "STOCHASTIC": "stochastic" in mode,
+                    "TILE": kernels.TILE[distribution],
+                    "ALIGNED": True,
+                }
+                yield f"{mode} {dtype} {distribution}", kernels.update, head, constants, {"num_warps": 4}
+    import torch
+
+    torch_types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    for dtype, torch_type in torch_types.items():
+        for distribution in ("gaussian", "rademacher"):
+            for pair in (False, True):
+                pointers = ("x", "x_minus", "weight", "bias", "y_plus", "y_minus")
+                signature = dict.fromkeys(pointers, f"*{dtype}") | {"seed_at": "*i64", "scale": "fp32"}
+                signature |= dict.fromkeys(("tensor_id", "offset", "t", "n", "m"), "i64")
+                sizes = triton_linear.config(512, torch_type, distribution, True)
+                options = {k: sizes.pop(k) for k in ("num_warps", "num_stages")}
+                constants = {"PAIR": pair, "BIAS": True, "IS_RADEMACHER": distribution == "rademacher", "ALIGNED": True}
+                name = f"linear{' pair' if pair else ''} {dtype} {distribution}"
+                yield name, triton_linear.linear_kernel, signature, constants | sizes, options
+
+
+def triton_rows(arch: int, folder: Path, only: str = "") -> list[Row]:
+    """The Triton kernels, through Triton's own compiler and its ptxas."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    ptxas = next(t for t in (tools / "ptxas-blackwell", tools / "ptxas") if t.exists())  # the newer one reads all PTX
+    rows = []
+    for name, kernel, signature, constants, options in _triton_sources():
+        if only not in name:
+            continue
+        full = signature | dict.fromkeys(constants, "constexpr")
+        aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(full.values()) if t.startswith("*")}
+        source = ASTSource(kernel, full, constexprs=constants, attrs=aligned)
+        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options | {"enable_fp_fusion": False})
+        ptx = folder / "kernel.ptx"
+        ptx.write_text(built.asm["ptx"])
+        target = re.search(r"\.target (sm_\w+)", built.asm["ptx"])
+        assert target is not None
+        command = [str(ptxas), "-v", f"--gpu-name={target[1]}", "-o", str(folder / "kernel.cubin"), str(ptx)]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        rows += [Row("triton", name, arch, registers, spilled) for _, registers, spilled in _ptxas_rows(log)]
+    return rows
+
+
+def find_nvrtc() -> ctypes.CDLL | None:
+    """libnvrtc of the system or of the wheel nvidia-cuda-nvrtc."""
+    places: list[str] = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]
+    for package in ("nvidia.cu13", "nvidia.cuda_nvrtc"):
+        spec = importlib.util.find_spec(package) if importlib.util.find_spec("nvidia") else None
+        for folder in spec.submodule_search_locations or [] if spec else []:
+            places += [str(p) for p in Path(folder).glob("lib/libnvrtc.so.*")]
+    for place in places:
+        try:
+            return ctypes.CDLL(place)
+        except OSError:
+            continue
+    return None
+
+
+def nvrtc_compile(nvrtc: ctypes.CDLL, text: str, arch: int) -> str:
+    """Compile as CuPy would; returns NVRTC's log, raises with it on failure."""
+    program = ctypes.c_void_p()
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"zo.cu", 0, None, None) == 0
+    options = (ctypes.c_char_p * 2)(b"-std=c++17", f"--gpu-architecture=sm_{arch}".encode())
+    status = nvrtc.nvrtcCompileProgram(program, 2, options)
+    size = ctypes.c_size_t()
+    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    if status != 0:
+        raise RuntimeError(log.value.decode())
+    return log.value.decode()
+
+
+def markdown(rows: list[Row]) -> str:
+    """A table: one line a kernel, one column an architecture: registers, bytes spilled, instructions an element."""
+    archs = sorted({r.arch for r in rows})
+    lines = ["| backend | kernel | " + " | ".join(f"sm_{a}" for a in archs) + " |", "| --- | --- |" + " --- |" * len(archs)]
+    kernels = dict.fromkeys((r.backend, r.kernel) for r in rows)
+    by_key = {(r.backend, r.kernel, r.arch): r for r in rows}
+    for backend, kernel in kernels:
+        cells = []
+        for arch in archs:
+            r = by_key[backend, kernel, arch]
+            count = "" if r.instructions is None else f", {r.instructions:g} instr."
+            cells.append(f"{r.registers} reg., {r.spill_bytes} B spilled{count}")
+        lines.append(f"| {backend} | {kernel} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHS)
+    options = parser.parse_args()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as name:
+        for arch in options.arch or ARCHS:
+            if find_nvcc():
+                rows += nvcc_rows(arch, Path(name))
+            if find_triton():
+                rows += triton_rows(arch, Path(name))
+    print(markdown(rows), end="")
+    if options.json:
+        options.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
+    if options.markdown:
+        options.markdown.write_text(markdown(rows))
+    spilled = [r for r in rows if r.spill_bytes]
+    for r in spilled:
+        print(f"spills: {r}", file=sys.stderr)
+    return 1 if spilled or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
