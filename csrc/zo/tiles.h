@@ -103,7 +103,7 @@ static void noise_tile(typename T::Scalar* out, int64_t groups, uint64_t index, 
                        uint32_t tensor_id) {
   Source src;
   prepare_noise<D>(src, seed, tensor_id, index, groups);
-  for_groups(groups, [&](int64_t g, auto unroll) __attribute__((always_inline)) {
+  for_groups(groups, [&](int64_t g, auto unroll) LEANOPS_ALWAYS_INLINE {
     constexpr int U = decltype(unroll)::value;
     F z[2 * U];
     values<D, T::kPairs, U>(z, src, index, g);
@@ -124,7 +124,7 @@ static void one_term(typename T::Scalar* out, const typename T::Scalar* in, int6
   if constexpr (R == Rounding::kStochastic) prepare_rounding(src, terms.seeds[0], tensor_id, index, groups);
   const F c = set_f(static_cast<float>(terms.coeffs[0]));
   const F keep = set_f(static_cast<float>(1.0 - terms.decays[0]));
-  for_groups(groups, [&](int64_t g, auto unroll) __attribute__((always_inline)) {
+  for_groups(groups, [&](int64_t g, auto unroll) LEANOPS_ALWAYS_INLINE {
     constexpr int U = decltype(unroll)::value;
     F z[2 * U];
     values<D, T::kPairs, U>(z, src, index, g);
@@ -160,7 +160,7 @@ static void many_terms(typename T::Scalar* out, const typename T::Scalar* in, in
     }
     const F c = set_f(static_cast<float>(terms.coeffs[k]));
     const F keep = set_f(static_cast<float>(1.0 - terms.decays[terms.decay_count > 1 ? k : 0]));
-    for_groups(groups, [&](int64_t g, auto unroll) __attribute__((always_inline)) {
+    for_groups(groups, [&](int64_t g, auto unroll) LEANOPS_ALWAYS_INLINE {
       constexpr int U = decltype(unroll)::value;
       F z[2 * U];
       values<D, T::kPairs, U>(z, src, index, g);
@@ -200,7 +200,7 @@ static void both_tile(typename T::Scalar* plus, typename T::Scalar* minus, const
   Source src;
   prepare_noise<D>(src, seed, tensor_id, index, groups);
   const F c = set_f(coeff), d = set_f(-coeff);
-  for_groups(groups, [&](int64_t g, auto unroll) __attribute__((always_inline)) {
+  for_groups(groups, [&](int64_t g, auto unroll) LEANOPS_ALWAYS_INLINE {
     constexpr int U = decltype(unroll)::value;
     F z[2 * U];
     values<D, T::kPairs, U>(z, src, index, g);
