@@ -157,10 +157,11 @@ def rotating(calls: Sequence[Call]) -> Call:
 
 
 def calibrate(clock: Clock, call: Call, *, sample_s: float = 2e-3, limit: int = 1 << 16) -> tuple[int, float]:
-    """How many calls make a sample of at least ``sample_s``, and the seconds of one call, after a warm-up call."""
-    call()
+    """How many calls make a sample of at least ``sample_s``, and the seconds of one call. Warms up."""
+    seconds, inner = clock(call), 1  # cold
     clock.settle()
-    inner, seconds = 1, clock(call)
+    if seconds < 20 * sample_s:
+        seconds = clock(call)
     while seconds < sample_s and inner < limit:
         inner = min(limit, max(2 * inner, math.ceil(1.1 * inner * sample_s / seconds)))
         seconds = clock(call, inner)

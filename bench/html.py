@@ -91,7 +91,7 @@ def ratio_plot(rows: list[Row]) -> str:
     def at(ratio: float) -> float:
         return _LABEL + _WIDTH * (math.log(ratio) - left) / (right - left)
 
-    height = 34 + _STEP * len(pairs) + 20 * len(rows)
+    height = 34 + _STEP * len(pairs) + 22 * len(rows)
     body = []
     for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 1000):
         if low <= tick <= high:
@@ -106,7 +106,7 @@ def ratio_plot(rows: list[Row]) -> str:
             continue
         y += 16
         body.append(_text(4, y, _name(row)))
-        y += 4
+        y += 6
         for peer in peers:
             middle = y + _STEP / 2 - 4
             body += [

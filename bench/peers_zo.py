@@ -237,6 +237,10 @@ def _axpy_tiny(into: bool) -> Callable[[torch.device, torch.dtype], Args]:
     return tiny
 
 
+def _quick_axpy() -> str:
+    return "-16M" if isinstance(_minilm_file(), str) else "-minilm-weights"
+
+
 def _axpy_subject(name: str) -> Subject:
     into = name == "zo_axpy_into_"
     coeffs, distribution = (3, 7) if into else (2, 6)
@@ -255,7 +259,7 @@ def _axpy_subject(name: str) -> Subject:
         tiny=_axpy_tiny(into),
         cases=lambda: _minilm_cases(into),
         unavailable_cases=_minilm_absent,
-        quick=lambda case: case.endswith(("-16M", "minilm-weights") if not into else "-16M"),
+        quick=lambda case: case == "gaussian-16M" if into else case.endswith(_quick_axpy()),
     )
 
 

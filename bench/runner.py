@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gc
 import inspect
+import itertools
 import math
 import re
 import time
@@ -154,7 +155,15 @@ def plan(settings: Settings) -> list[Job]:
                         jobs.append(job)
     if not jobs:
         raise ValueError("bench: no case matches")
-    return sorted(jobs, key=lambda job: job.threads)  # the thread count changes as seldom as can be
+    return jobs
+
+
+def in_turns(jobs: Sequence[Job]) -> list[Job]:
+    """The operators in turns, so that a run that ends early has something of each."""
+    queues: dict[str, list[Job]] = {}
+    for job in jobs:
+        queues.setdefault(job.spec.name, []).append(job)
+    return [job for turn in itertools.zip_longest(*queues.values()) for job in turn if job is not None]
 
 
 def thread_counts(settings: Settings) -> tuple[int, ...]:
@@ -181,7 +190,7 @@ def run(settings: Settings, progress: Progress, command: Sequence[str] = ()) -> 
             progress.step(f"roofline, {threads} threads")
             rooflines[threads] = roofline.measure(device, threads, dtypes, samples=samples)
         dispatch: dict[Any, float] = {}
-        for job in jobs:
+        for job in in_turns(jobs):
             torch.set_num_threads(job.threads)
             measurement = Measurement(job, settings, device, dispatch)
             taken.append(measurement)
@@ -202,7 +211,8 @@ def run(settings: Settings, progress: Progress, command: Sequence[str] = ()) -> 
         torch.set_num_threads(threads_before)
     for measurement in taken:
         measurement.place(rooflines[measurement.job.threads])
-    rows = [measurement.row for measurement in taken]
+    by_key = {measurement.row.key: measurement.row for measurement in taken}
+    rows = [by_key[job.row(device).key] for job in jobs]
     noises = sorted(row.noise for row in rows if row.noise is not None)
     return {
         "schema": SCHEMA,
