@@ -11,7 +11,7 @@ namespace zo {
 
 // acc <- acc (+) c z: fused in float; in double the product is rounded separately, as the reference does.
 LEANOPS_DEVICE float accumulate(float acc, float c, float z) { return fma(c, z, acc); }
-LEANOPS_DEVICE double accumulate(double acc, double c, float z) { return add(acc, mul(c, (double)z)); }
+LEANOPS_DEVICE double accumulate(double acc, double c, double z) { return add(acc, mul(c, z)); }
 // z = 1 or -1 by bit 31 of `sign`: c z is exact.
 LEANOPS_DEVICE float accumulate_sign(float acc, float c, u32 sign) {
   return add(acc, as_float((sign & 0x80000000u) ^ as_bits(c)));
@@ -44,7 +44,7 @@ LEANOPS_DEVICE void add_noise(A (*acc)[Element<T>::CHUNK], A c, const u8* signs,
         float z[4];
         gaussian4(seed, (chunk + j * 32) * (V / 4) + e / 4, id, z);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) acc[j][e + i] = accumulate(acc[j][e + i], c, z[i]);
+        for (int i = 0; i < 4; ++i) acc[j][e + i] = accumulate(acc[j][e + i], c, (A)z[i]);
       }
     }
   }

@@ -117,17 +117,21 @@ LEANOPS_DEVICE void work(const Call& call) {
         view.template store<C, STOCHASTIC>(slot.out, acc, seed, chunk, id);
       } else {
         const u8* bits = (const u8*)&signs[warp][DIST == RADEMACHER ? span / 128 : 0];
-        if (MODE == PAIR) {
-          A minus[C][V];
+        if (MODE == PAIR) {  // z once for both
+          A z[C][V], minus[C][V];
+          set_noise<T, DIST, C>(z, bits, seed0, chunk, id, lane);
 #pragma unroll
           for (int j = 0; j < C; ++j)
 #pragma unroll
-            for (int e = 0; e < V; ++e) minus[j][e] = acc[j][e];
-          add_noise<T, DIST, C>(minus, -c0, bits, seed0, chunk, id, lane);
+            for (int e = 0; e < V; ++e) {
+              minus[j][e] = accumulate(acc[j][e], -c0, z[j][e]);
+              acc[j][e] = accumulate(acc[j][e], c0, z[j][e]);
+            }
           view.template store<C, false>(slot.out2, minus, seed0, chunk, id);
-        } else if (keep0 != A(1)) {
-          scale<C, V>(acc, keep0);
+          view.template store<C, false>(slot.out, acc, seed0, chunk, id);
+          continue;
         }
+        if (MODE != NOISE && keep0 != A(1)) scale<C, V>(acc, keep0);
         if (MODE == NOISE) {
           set_noise<T, DIST, C>(acc, bits, seed0, chunk, id, lane);
         } else {

@@ -20,9 +20,13 @@ from leanops.zo.triton_linear import linear
 from leanops.zo.triton_noise import noise, round_to, widen
 from torch import Tensor
 
+
+def tile_of(dtype: torch.dtype, distribution: str) -> int:
+    """Elements of a tile; 128 threads make 16 or 32 of them each."""
+    return 4096 if distribution == "rademacher" and dtype != torch.float64 else 2048
+
+
 _DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_COLUMNS = 6  # of the table: out, in, offset, numel, first tile, tensor id
-TILE = {"gaussian": 2048, "rademacher": 4096}  # elements; 128 threads make 16 or 32 of them each
 
 
 @triton.jit
@@ -86,7 +90,7 @@ def update(
         before = tl.load(table + middle * 6 + 4) <= tile
         low = tl.where(before, middle, low)
         high = tl.where(before, high, middle)
-    row = table + low * 6
+    row = table + low * 6  # out, in, offset, numel, first tile, tensor id
     out = tl.load(row).to(tl.pointer_type(DTYPE))
     source = tl.load(row + 1).to(tl.pointer_type(DTYPE))
     offset = tl.load(row + 2)
@@ -167,7 +171,7 @@ def _launch(
     sequential: bool,
 ) -> None:
     like = pairs[0].target
-    tile = TILE[distribution]
+    tile = tile_of(like.dtype, distribution)
     table, tiles, aligned = _table(pairs, tile, like.device)
     terms = seeds.numel()
     inline = terms == 1 and all(v is None or v.device.type == "cpu" for v in (seeds, coeffs, decays))

@@ -31,6 +31,10 @@ def _z(seed, rows, column, m, offset, tensor_id, IS_RADEMACHER: tl.constexpr, AL
     start = offset + rows * m + column  # [N]
     if not ALIGNED:
         z = noise_at(seed, start[:, None] + tl.arange(0, K)[None, :], tensor_id, IS_RADEMACHER)
+    elif IS_RADEMACHER and K == 32:  # one word of each row's block
+        w0, w1, w2, w3 = philox(seed, start >> 7, tensor_id, RADEMACHER)
+        word = (start >> 5) & 3
+        z = signs(tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3)))
     elif IS_RADEMACHER:
         block = (start[:, None] >> 7) + tl.arange(0, K // 128)[None, :]  # [N, K/128]
         w0, w1, w2, w3 = philox(seed, block, tensor_id, RADEMACHER)
@@ -103,14 +107,22 @@ def linear_kernel(
     tl.store(y_minus + y_at, narrow(minus, DTYPE), mask=y_inside)
 
 
-def config(tokens: int, dtype: torch.dtype, distribution: str, aligned: bool) -> dict[str, int]:
-    """Tile shape and warps. A Philox block spans 128 columns of Rademacher noise."""
-    wide = distribution == "rademacher" and aligned
+def config(tokens: int, dtype: torch.dtype, distribution: str, aligned: bool, pair: bool, major: int) -> dict[str, int]:
+    """Tile shape and warps, chosen so that nothing spills. A Philox block spans 128 columns of Rademacher noise;
+    ``major`` is the device's compute capability."""
+    if dtype == torch.float32:  # no tensor cores: the accumulators and both operands compete for registers
+        return {
+            "BLOCK_T": 16 if tokens <= 16 or pair else 32,
+            "BLOCK_N": 32,
+            "BLOCK_K": 32,
+            "num_warps": 8,
+            "num_stages": 2,
+        }
     return {
         "BLOCK_T": 16 if tokens <= 16 else 64,
         "BLOCK_N": 64,
-        "BLOCK_K": 128 if wide else 32 if dtype == torch.float32 or not aligned else 64,
-        "num_warps": 8 if dtype == torch.float32 else 4,
+        "BLOCK_K": 128 if distribution == "rademacher" and aligned and not pair and major >= 9 else 32,
+        "num_warps": 8,
         "num_stages": 2,
     }
 
@@ -136,7 +148,8 @@ def linear(
     minus = x if x_minus is None else x_minus.contiguous()
     block = 128 if distribution == "rademacher" else 4
     aligned = m % block == 0 and offset % block == 0
-    sizes = config(tokens, x.dtype, distribution, aligned)
+    major = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+    sizes = config(tokens, x.dtype, distribution, aligned, x_minus is not None, major)
     grid = (triton.cdiv(tokens, sizes["BLOCK_T"]) * triton.cdiv(n, sizes["BLOCK_N"]),)
     linear_kernel[grid](
         x, minus, weight, weight if bias is None else bias.contiguous(), y_plus, y_minus, seed, scale, tensor_id,

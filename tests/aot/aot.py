@@ -1,4 +1,4 @@
-"""Compiles every CUDA and Triton kernel of zo for GPUs that are not here, and reports registers, spills and instructions.
+"""Compiles every CUDA and Triton kernel of zo for GPUs that are not here; reports registers, spills, instructions.
 
     python tests/aot/aot.py [--json FILE] [--markdown FILE] [--arch 90]
 
@@ -116,12 +116,14 @@ def nvcc_rows(arch: int, folder: Path) -> list[Row]:
     ]
 
 
-def _triton_sources() -> Iterable[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+def _triton_sources(arch: int) -> Iterable[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """(name, kernel, signature, constants, options) of what the launchers launch."""
+    import torch
     import triton.language as tl
     from leanops.zo import triton as kernels
     from leanops.zo import triton_linear
 
+    torch_types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
     types = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "fp64": tl.float64}
     head = dict(zip(("table", "tensors", "seeds", "coeffs", "decays", "terms", "decay_count"),
                     ("*i64", "i32", "*i64", "*fp64", "*fp64", "i32", "i32"), strict=True))  # fmt: skip
@@ -139,20 +141,17 @@ def _triton_sources() -> Iterable[tuple[str, Any, dict[str, str], dict[str, Any]
                     "WORK": tl.float64 if dtype == "fp64" else tl.float32,
                     "IS_RADEMACHER": distribution == "rademacher",
                     "STOCHASTIC": "stochastic" in mode,
-                    "TILE": kernels.TILE[distribution],
+                    "TILE": kernels.tile_of(torch_types[dtype], distribution),
                     "ALIGNED": True,
                 }
                 yield f"{mode} {dtype} {distribution}", kernels.update, head, constants, {"num_warps": 4}
-    import torch
-
-    torch_types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    for dtype, torch_type in torch_types.items():
+    for dtype in ("fp32", "bf16", "fp16"):
         for distribution in ("gaussian", "rademacher"):
             for pair in (False, True):
                 pointers = ("x", "x_minus", "weight", "bias", "y_plus", "y_minus")
                 signature = dict.fromkeys(pointers, f"*{dtype}") | {"seed_at": "*i64", "scale": "fp32"}
                 signature |= dict.fromkeys(("tensor_id", "offset", "t", "n", "m"), "i64")
-                sizes = triton_linear.config(512, torch_type, distribution, True)
+                sizes = triton_linear.config(512, torch_types[dtype], distribution, True, pair, arch // 10)
                 options = {k: sizes.pop(k) for k in ("num_warps", "num_stages")}
                 constants = {"PAIR": pair, "BIAS": True, "IS_RADEMACHER": distribution == "rademacher", "ALIGNED": True}
                 name = f"linear{' pair' if pair else ''} {dtype} {distribution}"
@@ -168,13 +167,15 @@ def triton_rows(arch: int, folder: Path, only: str = "") -> list[Row]:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     ptxas = next(t for t in (tools / "ptxas-blackwell", tools / "ptxas") if t.exists())  # the newer one reads all PTX
     rows = []
-    for name, kernel, signature, constants, options in _triton_sources():
+    for name, kernel, signature, constants, options in _triton_sources(arch):
         if only not in name:
             continue
         full = signature | dict.fromkeys(constants, "constexpr")
         aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(full.values()) if t.startswith("*")}
         source = ASTSource(kernel, full, constexprs=constants, attrs=aligned)
-        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options | {"enable_fp_fusion": False})
+        built = triton.compile(
+            source, target=GPUTarget("cuda", arch, 32), options=options | {"enable_fp_fusion": False}
+        )
         ptx = folder / "kernel.ptx"
         ptx.write_text(built.asm["ptx"])
         target = re.search(r"\.target (sm_\w+)", built.asm["ptx"])
@@ -219,7 +220,10 @@ def nvrtc_compile(nvrtc: ctypes.CDLL, text: str, arch: int) -> str:
 def markdown(rows: list[Row]) -> str:
     """A table: one line a kernel, one column an architecture: registers, bytes spilled, instructions an element."""
     archs = sorted({r.arch for r in rows})
-    lines = ["| backend | kernel | " + " | ".join(f"sm_{a}" for a in archs) + " |", "| --- | --- |" + " --- |" * len(archs)]
+    lines = [
+        "| backend | kernel | " + " | ".join(f"sm_{a}" for a in archs) + " |",
+        "| --- | --- |" + " --- |" * len(archs),
+    ]
     kernels = dict.fromkeys((r.backend, r.kernel) for r in rows)
     by_key = {(r.backend, r.kernel, r.arch): r for r in rows}
     for backend, kernel in kernels:
