@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -103,6 +104,10 @@ class Evaluator:
         sharded = any(is_sharded(s.param) for s in slots)
         if self._mode == "scratch" and sharded:
             raise ValueError("MeZO: perturb='scratch' cannot be used with sharded parameters; use 'copy' (or 'auto')")
+        if sharded and self._model is None and "torch.distributed.fsdp" in sys.modules:
+            raise ValueError(
+                "MeZO: sharded parameters under FSDP need model=, so that the weights it keeps gathered can be dropped"
+            )
         if self._mode != "auto":
             return self._mode
         return "copy" if sharded or _opaque(self._model) else "scratch"

@@ -84,7 +84,8 @@ class MeZO(Optimizer):
         rounding: of the update, ``"nearest"`` or ``"stochastic"``. In bf16 and fp16 nearest rounding swallows most of a
             small update (a cosine of 0.15 with what was intended at lr 1e-7); stochastic rounding is right on average.
         seed: of the run; the seed of each direction of each step follows from it.
-        model: gives names to the parameters (for the log), and tells ``perturb="auto"`` what it has to deal with.
+        model: gives names to the parameters (for the log), and tells ``perturb="auto"`` what it has to deal with;
+            required with FSDP.
         variant: ``"spsa"``, ``"one_sided"``, ``"sign"`` or ``"fzoo"``.
         momentum_mode: ``"recompute"``: no memory, m is made anew from scalars and seeds of the last steps (those with
             β^j >= 2^-24: 158 steps at 0.9, each as much noise as an update; a change of what moves starts anew);

@@ -287,8 +287,8 @@ class Scratch:
             self.held = held
             self._stack.push(stack.pop_all())
         warnings.warn(
-            "MeZO: of these parameters some reach the loss without passing a torch function (scripted modules, C++ code, "
-            "views made beforehand); they are perturbed in place and restored from a copy: "
+            "MeZO: of these parameters some reach the loss without passing a torch function (scripted modules, "
+            "C++ code, views made beforehand); they are perturbed in place and restored from a copy: "
             + ", ".join(s.name for s in unseen[:8])
             + (f" and {len(unseen) - 8} more" if len(unseen) > 8 else ""),
             stacklevel=2,

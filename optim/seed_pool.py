@@ -105,7 +105,8 @@ class SeedPool:
 
     def add(self, k: int, g: float) -> None:
         """A scalar measured along candidate k. It is rounded to fp32; NaN and infinity are refused."""
-        value = np.float32(g)
+        with np.errstate(over="ignore"):
+            value = np.float32(g)
         if not 0 <= k < self.size:
             raise ValueError(f"SeedPool.add: k must be in [0, {self.size}), got {k}")
         if not np.isfinite(value):

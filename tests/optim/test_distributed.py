@@ -31,9 +31,7 @@ def spawn(job: Callable[[int], None]) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = torch.multiprocessing.start_processes(
-        _worker, (port, job), nprocs=WORLD, join=False, start_method="fork"
-    )
+    context = torch.multiprocessing.start_processes(_worker, (port, job), nprocs=WORLD, join=False, start_method="fork")
     while not context.join(timeout=60):
         pass
 
@@ -161,6 +159,8 @@ def sharded(rank: int) -> None:
             assert torch.equal(p.full_tensor(), q)
         replay_(start, ZoLog.from_bytes(opt.log.to_bytes()))
         assert all(map(torch.equal, start.parameters(), single.parameters()))
+        with pytest.raises(ValueError, match="need model="):
+            MeZO(model.parameters()).step(lambda m=model: nn.functional.mse_loss(m(x), y))
         with torch.no_grad():
             torch.testing.assert_close(model(x), single(x))  # no stale gathered copy after a step
 
@@ -188,7 +188,9 @@ def sharded_replay_and_refusals(rank: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "job", [data_parallel, direction_parallel, skip_together, sharded, sharded_replay_and_refusals], ids=lambda j: j.__name__
+    "job",
+    [data_parallel, direction_parallel, skip_together, sharded, sharded_replay_and_refusals],
+    ids=lambda j: j.__name__,
 )
 def test_two_processes(job: Callable[[int], None]) -> None:
     spawn(job)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,9 @@ def test_a_step_costs_four_bytes_a_direction() -> None:
         opt = MeZO([p], directions=directions)
         sizes = []
         for _ in range(40):
-            opt.step(lambda: p.sum())
+            opt.step(lambda p=p: p.sum())
             sizes.append(len(opt.log.to_bytes()))
-        assert {b - a for a, b in zip(sizes[10:], sizes[11:], strict=False)} == {4 * directions}
+        assert {b - a for a, b in pairwise(sizes[10:])} == {4 * directions}
     log = ZoLog({"directions": 1, "groups": 1, "params": []})
     for step in range(20_000):
         log.append([float(step)])

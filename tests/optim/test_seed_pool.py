@@ -71,10 +71,10 @@ def test_client_and_server_agree() -> None:
     x, y = torch.randn(20, 5).double(), torch.randn(20, 1).double()
     start = [p.detach().clone() for p in model.parameters()]
     server, client = SeedPool(32, seed=4), SeedPool(32, seed=4)
-    losses = [float(nn.functional.mse_loss(model(x), y))]
+    losses = [nn.functional.mse_loss(model(x), y).item()]
     for k in server.sample(60, generator=0):
         client.step_(model.parameters(), lambda: nn.functional.mse_loss(model(x), y), k, lr=1e-2)
-    losses.append(float(nn.functional.mse_loss(model(x), y)))
+    losses.append(nn.functional.mse_loss(model(x), y).item())
     assert losses[1] < losses[0]
     server.merge(SeedPool.from_bytes(client.to_bytes()))
     server.apply_(start, 1e-2)
