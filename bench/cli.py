@@ -128,10 +128,6 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    import importlib.util
-
-    if importlib.util.find_spec("safetensors") is None:
-        raise CommandError("leanops replay: needs safetensors (pip install leanops[bench])")
     from leanops.bench import report
     from leanops.optim.replay import replay_file
 

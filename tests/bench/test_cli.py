@@ -13,10 +13,12 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from leanops import _native
 from leanops.bench import cli, html, report
 from leanops.bench.runner import SCHEMA, PeerResult, Row
+from leanops.optim import MeZO
 
 
 def leanops(*arguments, cwd, **environment):
@@ -176,3 +178,24 @@ def test_a_wrong_row_has_no_time_in_any_report(measured, capsys, tmp_path):
     lines = [line for line in capsys.readouterr().out.splitlines() if "<case>" in line]
     assert lines
     assert not re.search(r"\d (ms|µs|s)\b|GB/s|%", lines[0])
+
+
+def test_replay_gives_the_bits_of_the_run_and_a_bad_log_leaves_nothing(tmp_path, monkeypatch, capsys):
+    files = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Linear(7, 3)
+    files.save_file(dict(model.named_parameters()), "base.safetensors")
+    optimizer = MeZO(model.parameters(), lr=1e-2, seed=5, model=model)
+    x = torch.randn(4, 7)
+    for _ in range(3):
+        optimizer.step(lambda: model(x).square().mean())
+    optimizer.log.save("run.zolog")
+    assert cli.main(["replay", "base.safetensors", "run.zolog", "-o", "end.safetensors"]) == 0
+    assert "wrote end.safetensors" in capsys.readouterr().out
+    end = files.load_file("end.safetensors")
+    for name, p in model.named_parameters():
+        assert torch.equal(end[name], p)
+    (tmp_path / "run.zolog").write_bytes(b"no log")
+    status = cli.main(["replay", "base.safetensors", "run.zolog", "-o", "other.safetensors"])
+    one_line_error(status, *capsys.readouterr())
+    assert not (tmp_path / "other.safetensors").exists()
