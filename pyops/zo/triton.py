@@ -21,9 +21,9 @@ from leanops.zo.triton_noise import noise, round_to, widen
 from torch import Tensor
 
 
-def tile_of(dtype: torch.dtype, distribution: str) -> int:
-    """Elements of a tile; 128 threads make 16 or 32 of them each."""
-    return 4096 if distribution == "rademacher" and dtype != torch.float64 else 2048
+def tile_of(dtype: torch.dtype, distribution: str, terms: int) -> int:
+    """Elements of a tile; 128 threads make 16 or, where registers allow, 32 of them each."""
+    return 4096 if distribution == "rademacher" and dtype != torch.float64 and terms == 1 else 2048
 
 
 _DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -171,7 +171,7 @@ def _launch(
     sequential: bool,
 ) -> None:
     like = pairs[0].target
-    tile = tile_of(like.dtype, distribution)
+    tile = tile_of(like.dtype, distribution, seeds.numel())
     table, tiles, aligned = _table(pairs, tile, like.device)
     terms = seeds.numel()
     inline = terms == 1 and all(v is None or v.device.type == "cpu" for v in (seeds, coeffs, decays))

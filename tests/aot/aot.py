@@ -31,6 +31,7 @@ ARCHS = (80, 90, 100)
 _UNIT = 4096 // 32  # elements that a lane sees of a long unit; see csrc/zo/call.cuh
 _NAMES = {"leanops::bf16": "bf16", "leanops::fp16": "fp16"}
 _MODES = ("noise", "axpy", "axpy of many", "pair")
+MANY_TERMS = ("axpy of many", "axpy in order stochastic")
 _INSTANCES = """#include "zo/launch_cuda.h"
 namespace leanops { namespace zo {
 #define INSTANCE(T)                                                                                               \\
@@ -135,13 +136,13 @@ def _triton_sources(arch: int) -> Iterable[tuple[str, Any, dict[str, str], dict[
                     continue
                 constants = {
                     "IN_ORDER": "in order" in mode,
-                    "INLINE": mode in ("noise", "axpy", "axpy stochastic"),
+                    "INLINE": mode not in MANY_TERMS,
                     "NOISE": mode == "noise",
                     "DTYPE": kind,
                     "WORK": tl.float64 if dtype == "fp64" else tl.float32,
                     "IS_RADEMACHER": distribution == "rademacher",
                     "STOCHASTIC": "stochastic" in mode,
-                    "TILE": kernels.tile_of(torch_types[dtype], distribution),
+                    "TILE": kernels.tile_of(torch_types[dtype], distribution, 2 if mode in MANY_TERMS else 1),
                     "ALIGNED": True,
                 }
                 yield f"{mode} {dtype} {distribution}", kernels.update, head, constants, {"num_warps": 4}

@@ -1,4 +1,4 @@
-"""Every GPU kernel compiles for sm_80, sm_90 and sm_100 without spilling, and stays within its budget of instructions."""
+"""Every GPU kernel compiles for sm_80, sm_90 and sm_100 without spills, and keeps to its budget of instructions."""
 
 from __future__ import annotations
 
