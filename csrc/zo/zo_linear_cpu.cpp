@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <vector>
 
 namespace leanops {
@@ -13,6 +14,7 @@ namespace {
 
 constexpr int64_t kPanelBytes = int64_t{1} << 20;  // of scratch a panel, about a second-level cache
 constexpr int64_t kLeastRows = 64, kRowStep = 64;
+constexpr int64_t kTokens = 1024;  // a block: enough that making z again for each costs a few percent
 
 template <size_t N>
 Tensor call(const char* name, const char* overload, std::array<StableIValue, N> stack) {
@@ -31,12 +33,6 @@ void matmul_into(Tensor& out, const Tensor& x, const Tensor& rows) {  // out = x
   call<3>("aten::mm", "out", {from(x), from(transposed), from(out)});
 }
 
-template <class Run>
-void for_rows(int64_t rows, int64_t columns, const Run& run) {
-  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(columns, 1));
-  torch::stable::parallel_for(0, rows, grain, run);
-}
-
 struct Noise {
   const Kernels& cpu;
   DType dtype;
@@ -46,35 +42,67 @@ struct Noise {
   uint64_t offset;
 };
 
+// One piece of the work: `tokens` rows of x from `token`, `rows` rows of W from `row`.
+struct Block {
+  int64_t token, tokens, row, rows;
+};
+
+// Calls make(), and what it returns for every block. The cut into blocks does not depend on the thread count,
+// and a block's products run on the thread that has the block, so neither do the bits. A region of at least
+// two keeps the BLAS from starting threads of its own where there is a single block.
+template <class Make>
+void for_blocks(int64_t tokens, int64_t n, int64_t panel, const Make& make) {
+  const int64_t columns = (n + panel - 1) / panel, count = (tokens + kTokens - 1) / kTokens * columns;
+  torch::stable::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t from, int64_t to) {
+    if (from >= count) return;
+    const auto run = make();
+    for (int64_t j = from; j < std::min(to, count); ++j) {
+      const int64_t token = j / columns * kTokens, row = j % columns * panel;
+      run(Block{token, std::min(kTokens, tokens - token), row, std::min(panel, n - row)});
+    }
+  });
+}
+
+std::optional<Tensor> part_of(const std::optional<Tensor>& bias, const Block& block) {
+  if (!bias) return std::nullopt;
+  Tensor whole = *bias;
+  return torch::stable::narrow(whole, 0, block.row, block.rows);
+}
+
+Tensor rows_of(const Tensor& t, int64_t first, int64_t count) {
+  Tensor whole = t;
+  return torch::stable::narrow(whole, 0, first, count);
+}
+
+const char* bytes(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
+char* mutable_bytes(const Tensor& t) { return static_cast<char*>(t.mutable_data_ptr()); }
+
 // x (W + c z)^T + b = A + c B and A - c B, with A = x W^T + b and B = x z^T.
 std::tuple<Tensor, Tensor> shared(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                   const Noise& noise, double scale, int64_t panel) {
   const int64_t tokens = x.size(0), m = weight.size(1), n = weight.size(0), size = element_size(noise.dtype);
-  Tensor plus = linear(x, weight, bias);
-  if (!plus.is_contiguous()) plus = torch::stable::contiguous(plus);
-  Tensor minus = torch::stable::new_empty(x, {tokens, n});
-  Tensor z = torch::stable::new_empty(x, {panel, m});
-  Tensor product = torch::stable::new_empty(x, {tokens * panel});
-  char* p = static_cast<char*>(plus.mutable_data_ptr());
-  char* q = static_cast<char*>(minus.mutable_data_ptr());
-  char* zs = static_cast<char*>(z.mutable_data_ptr());
-  const char* b = static_cast<const char*>(product.const_data_ptr());
-  for (int64_t row = 0; row < n; row += panel) {
-    const int64_t rows = std::min(panel, n - row);
-    for_rows(rows, m, [&](int64_t from, int64_t to) {
-      noise.cpu.noise(zs + from * m * size, noise.dtype, (to - from) * m, noise.seed, noise.tensor_id,
-                      noise.offset + static_cast<uint64_t>((row + from) * m), noise.distribution);
-    });
-    Tensor flat = torch::stable::narrow(product, 0, 0, tokens * rows);
-    Tensor out = torch::stable::view(flat, {tokens, rows});
-    matmul_into(out, x, torch::stable::narrow(z, 0, 0, rows));
-    for_rows(tokens, rows, [&](int64_t from, int64_t to) {
-      for (int64_t t = from; t < to; ++t) {
-        const int64_t at = (t * n + row) * size;
-        noise.cpu.spread(p + at, q + at, b + t * rows * size, noise.dtype, rows, scale);
+  Tensor plus = torch::stable::new_empty(x, {tokens, n}), minus = torch::stable::new_empty(x, {tokens, n});
+  char *p = mutable_bytes(plus), *q = mutable_bytes(minus);
+  for_blocks(tokens, n, panel, [&] {
+    Tensor z = torch::stable::new_empty(x, {panel, m});
+    Tensor product = torch::stable::new_empty(x, {std::min(kTokens, tokens) * panel});
+    return [&, z, product](const Block& block) {
+      noise.cpu.noise(mutable_bytes(z), noise.dtype, block.rows * m, noise.seed, noise.tensor_id,
+                      noise.offset + static_cast<uint64_t>(block.row * m), noise.distribution);
+      const Tensor part = rows_of(x, block.token, block.tokens);
+      Tensor b =
+          torch::stable::view(rows_of(product, 0, block.tokens * block.rows), {block.tokens, block.rows});
+      matmul_into(b, part, rows_of(z, 0, block.rows));
+      const Tensor a = torch::stable::contiguous(
+          linear(part, rows_of(weight, block.row, block.rows), part_of(bias, block)));
+      const int64_t line = block.rows * size;
+      for (int64_t t = 0; t < block.tokens; ++t) {
+        const int64_t at = ((block.token + t) * n + block.row) * size;
+        std::memcpy(p + at, bytes(a) + t * line, static_cast<size_t>(line));
+        noise.cpu.spread(p + at, q + at, bytes(b) + t * line, noise.dtype, block.rows, scale);
       }
-    });
-  }
+    };
+  });
   return {plus, minus};
 }
 
@@ -83,30 +111,33 @@ std::tuple<Tensor, Tensor> perturbed(const Tensor& x, const Tensor& x_minus, con
                                      const std::optional<Tensor>& bias, const Noise& noise, double scale,
                                      int64_t panel) {
   const int64_t tokens = x.size(0), m = weight.size(1), n = weight.size(0), size = element_size(noise.dtype);
-  Tensor result[2] = {torch::stable::new_empty(x, {tokens, n}), torch::stable::new_empty(x, {tokens, n})};
-  Tensor tile[2] = {torch::stable::new_empty(x, {panel, m}), torch::stable::new_empty(x, {panel, m})};
-  const char* w = static_cast<const char*>(weight.const_data_ptr());
-  char* up = static_cast<char*>(tile[0].mutable_data_ptr());
-  char* down = static_cast<char*>(tile[1].mutable_data_ptr());
-  for (int64_t row = 0; row < n; row += panel) {
-    const int64_t rows = std::min(panel, n - row);
-    for_rows(rows, m, [&](int64_t from, int64_t to) {
-      const int64_t at = from * m * size, first = (row + from) * m;
-      noise.cpu.both(up + at, down + at, w + first * size, noise.dtype, (to - from) * m, noise.seed, scale,
-                     noise.tensor_id, noise.offset + static_cast<uint64_t>(first), noise.distribution);
-    });
-    std::optional<Tensor> part;
-    if (bias) {
-      Tensor whole = *bias;
-      part = torch::stable::narrow(whole, 0, row, rows);
-    }
-    for (int side = 0; side < 2; ++side) {
-      const Tensor y = linear(side == 0 ? x : x_minus, torch::stable::narrow(tile[side], 0, 0, rows), part);
-      Tensor slot = torch::stable::narrow(result[side], 1, row, rows);
-      torch::stable::copy_(slot, y);
-    }
-  }
-  return {result[0], result[1]};
+  Tensor plus = torch::stable::new_empty(x, {tokens, n}), minus = torch::stable::new_empty(x, {tokens, n});
+  char* result[2] = {mutable_bytes(plus), mutable_bytes(minus)};
+  for_blocks(tokens, n, panel, [&] {
+    Tensor up = torch::stable::new_empty(x, {panel, m}), down = torch::stable::new_empty(x, {panel, m});
+    return [&, up, down](const Block& block) {
+      const int64_t first = block.row * m, line = block.rows * size;
+      noise.cpu.both(mutable_bytes(up), mutable_bytes(down), bytes(weight) + first * size, noise.dtype,
+                     block.rows * m, noise.seed, scale, noise.tensor_id,
+                     noise.offset + static_cast<uint64_t>(first), noise.distribution);
+      for (int side = 0; side < 2; ++side) {
+        const Tensor part = rows_of(side == 0 ? x : x_minus, block.token, block.tokens);
+        const Tensor y = torch::stable::contiguous(
+            linear(part, rows_of(side == 0 ? up : down, 0, block.rows), part_of(bias, block)));
+        for (int64_t t = 0; t < block.tokens; ++t) {
+          const int64_t at = ((block.token + t) * n + block.row) * size;
+          std::memcpy(result[side] + at, bytes(y) + t * line, static_cast<size_t>(line));
+        }
+      }
+    };
+  });
+  return {plus, minus};
+}
+
+// Contiguous, and without a gradient: worker threads do not inherit the caller's "below autograd".
+Tensor plain(const Tensor& t) {
+  using torch::stable::detail::from;
+  return torch::stable::contiguous(call<1>("aten::detach", "", {from(t)}));
 }
 
 }  // namespace
@@ -126,11 +157,13 @@ std::tuple<Tensor, Tensor> zo_linear(Tensor x, std::optional<Tensor> x_minus, Te
   }
   shape.push_back(n);
   const auto finish = [&](const Tensor& y) { return torch::stable::view(y, shape); };
-  const Tensor flat = torch::stable::contiguous(torch::stable::reshape(x, {tokens, m}));
+  const auto rows = [&](const Tensor& t) { return plain(torch::stable::reshape(t, {tokens, m})); };
+  const Tensor flat = rows(x);
   if (tokens == 0 || n == 0 || m == 0) {
     return {finish(linear(flat, weight, bias)), finish(linear(flat, weight, bias))};
   }
-  const Tensor dense = torch::stable::contiguous(weight);
+  const Tensor dense = plain(weight);
+  if (bias) bias = plain(*bias);
   const int64_t fit = kPanelBytes / (m * element_size(dtype)) / kRowStep * kRowStep;
   const int64_t panel = std::min(n, std::max(kLeastRows, fit));
   const Noise noise = {
@@ -142,8 +175,7 @@ std::tuple<Tensor, Tensor> zo_linear(Tensor x, std::optional<Tensor> x_minus, Te
   if (!x_minus && exact) {
     std::tie(plus, minus) = shared(flat, dense, bias, noise, scale, panel);
   } else {
-    const Tensor other =
-        x_minus ? torch::stable::contiguous(torch::stable::reshape(*x_minus, {tokens, m})) : flat;
+    const Tensor other = x_minus ? rows(*x_minus) : flat;
     std::tie(plus, minus) = perturbed(flat, other, dense, bias, noise, scale, panel);
   }
   return {finish(plus), finish(minus)};
