@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from leanops._native import FOLDER
 
 OPTIONS = ("-std=c++17",)

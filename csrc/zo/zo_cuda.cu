@@ -216,7 +216,7 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::optional<Tensor> x_minus, Tenso
         {address(plus), in, address(minus), offset + first * m, width * m, 0, (u64)tensor_id}};
     call.units = plan(slots, mode);
     call.tensors = (int)slots.size();
-    if (call.units) {
+    if (call.units && rows) {
       call.inline_slots[0] = slots[0];
       for_dtype(x.scalar_type(), [&](auto type) {
         STD_CUDA_CHECK(launch<decltype(type)>(call, distribution_of(distribution), mode, false,

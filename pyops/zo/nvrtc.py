@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from leanops import _nvrtc
 from leanops.zo.launch import dense, dense_pairs
-from torch import Tensor
 
 # csrc/zo/call.cuh, byte for byte
 _WARPS, _UNIT_LONG, _UNIT_SHORT, _INLINE_SLOTS, _INLINE_TERMS, _UPLOAD_WORDS = 4, 4096, 1024, 16, 8, 448
@@ -89,7 +90,7 @@ def _place(call: np.ndarray[Any, Any], name: str, values: Tensor, like: Tensor) 
 
 def _run(
     call: np.ndarray[Any, Any],
-    slots: list[tuple[int, ...]],
+    slots: Sequence[tuple[int, ...]],
     like: Tensor,
     distribution: str,
     mode: int,
@@ -199,7 +200,7 @@ def zo_linear(
         plus = x.new_empty(width, m)
         minus = plus if x_minus is None else x.new_empty(width, m)
         source = plus if x_minus is None else w[first : first + width]
-        if m:
+        if m and rows:
             slot = (plus.data_ptr(), source.data_ptr(), minus.data_ptr(), offset + first * m, width * m, tensor_id)
             _run(call, [slot], plus, distribution, _NOISE if x_minus is None else _PAIR, False)
         if x_minus is not None:

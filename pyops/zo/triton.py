@@ -5,6 +5,9 @@ block with another, whatever a shard's offset. The tensors of a call lie in a ta
 whole model.
 """
 
+# Triton reads annotations of kernels as types of its own
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import struct
@@ -15,10 +18,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from leanops.zo.launch import Pair, dense, dense_pairs
 from leanops.zo.triton_linear import linear
 from leanops.zo.triton_noise import noise, round_to, widen
-from torch import Tensor
 
 
 def tile_of(dtype: torch.dtype, distribution: str, terms: int) -> int:

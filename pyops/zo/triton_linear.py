@@ -4,11 +4,16 @@ With one x: A = x W^T and B = x z^T in fp32, y± = A ± c B + b. With two: y± =
 rounded to the weight's type, as a weight written to memory would be.
 """
 
+# Triton reads annotations of kernels as types of its own
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from leanops.zo.triton_noise import (
     GAUSSIAN,
     INTERPRETED,
@@ -21,7 +26,6 @@ from leanops.zo.triton_noise import (
     signs,
     widen,
 )
-from torch import Tensor
 
 
 @triton.jit

@@ -4,10 +4,14 @@ No product and sum that the definition rounds separately may be fused, so every 
 launched with ``enable_fp_fusion=False``; the fused ones are written ``tl.fma``.
 """
 
+# Triton reads annotations of kernels as types of its own
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from leanops.zo import reference
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # where bf16 is truncated, and its subnormals are lost

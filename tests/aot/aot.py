@@ -121,6 +121,7 @@ def _triton_sources(arch: int) -> Iterable[tuple[str, Any, dict[str, str], dict[
     """(name, kernel, signature, constants, options) of what the launchers launch."""
     import torch
     import triton.language as tl
+
     from leanops.zo import triton as kernels
     from leanops.zo import triton_linear
 
@@ -193,8 +194,10 @@ def find_nvrtc() -> ctypes.CDLL | None:
     for package in ("nvidia.cu13", "nvidia.cuda_nvrtc"):
         spec = importlib.util.find_spec(package) if importlib.util.find_spec("nvidia") else None
         for folder in spec.submodule_search_locations or [] if spec else []:
-            places += [str(p) for p in Path(folder).glob("lib/libnvrtc.so.*")]
+            places += [str(p) for p in Path(folder).glob("lib/libnvrtc.so.[0-9]*")]
     for place in places:
+        for builtins in Path(place).parent.glob("libnvrtc-builtins.so.*.*"):
+            ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)  # NVRTC looks for it by its name alone
         try:
             return ctypes.CDLL(place)
         except OSError:

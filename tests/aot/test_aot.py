@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from aot import aot, sass
+
 from leanops import _nvrtc
 from leanops.zo import nvrtc
 

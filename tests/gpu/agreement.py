@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from leanops.zo import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

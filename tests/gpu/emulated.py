@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from leanops import _nvrtc
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from gpu import agreement
 from gpu.agreement import CALLS, DISTRIBUTIONS, DTYPES, OFFSETS, f64, i64
+
 from leanops import _native
 
 pytestmark = [

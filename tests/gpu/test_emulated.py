@@ -10,6 +10,7 @@ import torch
 from gpu import agreement
 from gpu.agreement import CALLS, DISTRIBUTIONS, DTYPES, OFFSETS
 from gpu.emulated import Emulator, build
+
 from leanops import _nvrtc
 from leanops.zo import nvrtc
 
@@ -74,4 +75,4 @@ def test_linear_is_as_close_as_plain_torch(emulator, monkeypatch, dtype, distrib
 
 def test_empty_input(emulator):
     agreement.empty(nvrtc, "cpu")
-    assert all("work" not in name for name in emulator.launches[:-1])
+    assert not any("work" in name for name in emulator.launches)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from gpu import agreement
 from gpu.agreement import DISTRIBUTIONS, DTYPES, OFFSETS
+
 from leanops.zo import triton
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
