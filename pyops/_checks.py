@@ -86,18 +86,19 @@ def _tensors(arguments: Sequence[Any], values: Sequence[Any]) -> Iterator[tuple[
 
 
 def written_memory(op: torch._ops.OpOverload, values: Sequence[Any]) -> None:
-    """Refuse writing to tensors that require grad, that overlap themselves, or that share memory with another argument."""
+    """Refuse to write to a tensor that requires grad, overlaps itself, or shares memory with another argument."""
     name = op._schema.name.split("::")[1]
     grad = torch.is_grad_enabled()
     spans = []
     for argument, t, writes in _tensors(op._schema.arguments, values):
         if writes:
             if grad and t.requires_grad:
-                raise RuntimeError(f"{name}: {argument} requires grad and would be written in place; use torch.no_grad()")
-            if overlaps_itself(t):
-                raise ValueError(
-                    f"{name}: {argument} must not overlap itself, got shape {list(t.shape)} with strides {list(t.stride())}"
+                raise RuntimeError(
+                    f"{name}: {argument} requires grad and would be written in place; use torch.no_grad()"
                 )
+            if overlaps_itself(t):
+                layout = f"shape {list(t.shape)} with strides {list(t.stride())}"
+                raise ValueError(f"{name}: {argument} must not overlap itself, got {layout}")
         if t.device.type != "meta" and t.numel():
             spans.append((*_span(t), writes, argument, t))
     spans.sort(key=lambda span: span[0])

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from leanops import _native, _registry
-from leanops._registry import Case, OpSpec
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+
+from leanops import _native, _registry
+from leanops._registry import Case, OpSpec
 
 SPECS = list(_registry.specs())
 SMALL = [(s, c) for s in SPECS for c in s.cases if not c.bench]
@@ -87,7 +88,9 @@ def assert_same_bits(got: Sequence[Tensor], want: Sequence[Tensor], what: str = 
         if not same.all():
             bad = (~same).nonzero()
             at = tuple(bad[0].tolist())
-            raise AssertionError(f"{what} output {i}: {len(bad)} of {g.numel()} differ, first at {at}: {g[at]} != {w[at]}")
+            raise AssertionError(
+                f"{what} output {i}: {len(bad)} of {g.numel()} differ, first at {at}: {g[at]} != {w[at]}"
+            )
 
 
 def error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:

@@ -27,7 +27,7 @@ def imports(path: Path) -> list[tuple[str, list[str], int]]:
 def layer_of(module: str, names: list[str]) -> str | None:
     if module.split(".")[0] != "leanops":
         return None
-    second = (module.split(".") + [*names, ""])[1] if module == "leanops" else module.split(".")[1]
+    second = [*module.split("."), *names, ""][1]
     return second if second in LAYERS else "pyops"
 
 
@@ -61,7 +61,7 @@ def test_triton_program_ids_are_64_bit_before_any_product():
     for path in (ROOT / "pyops").rglob("triton.py"):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if "program_id(" in line:
-                assert "program_id" in line and ".to(tl.int64)" in line, f"{path}:{number}: {line.strip()}"
+                assert ".to(tl.int64)" in line, f"{path}:{number}: {line.strip()}"
 
 
 def test_cuda_block_products_are_64_bit():

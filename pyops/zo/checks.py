@@ -89,9 +89,7 @@ def _axpy(
     _vector(op, "coeffs", coeffs, torch.float64, device)
     _vector(op, "decay", decays, torch.float64, device)
     k = seeds.numel()
-    require(
-        k == coeffs.numel(), f"{op}: seeds and coeffs must have the same length, got {k} and {coeffs.numel()}"
-    )
+    require(k == coeffs.numel(), f"{op}: seeds and coeffs must have the same length, got {k} and {coeffs.numel()}")
     require(k > 0, f"{op}: seeds must not be empty")
     d = decays.numel()
     if sequential:

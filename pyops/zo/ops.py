@@ -79,11 +79,12 @@ def zo_axpy_(
 ) -> None:
     r"""Add seeded noise to many tensors in place, in one pass.
 
-    .. math:: p \leftarrow \text{round}\Big((1 - \text{decay})\, p + \sum_k c_k\, z(s_k, \text{tensor\_id}, \text{offset} + i)\Big)
+    .. math:: p_i \leftarrow \text{round}\Big((1 - \text{decay})\, p_i
+        + \sum_k c_k\, z(s_k, \text{tensor\_id}, \text{offset} + i)\Big)
 
-    Accumulated in fp32 (fp64 for fp64 tensors) with one fma a term, in the order of ``k``, and rounded once. Perturbing,
-    restoring, the update of MeZO, an update from many directions and the replay of thousands of seeds are all this
-    call; the weights are read and written once, however many seeds there are.
+    Accumulated in fp32 (fp64 for fp64 tensors) with one fma a term, in the order of ``k``, and rounded once.
+    Perturbing, restoring, the update of MeZO, an update from many directions and the replay of thousands of seeds are
+    all this call; the weights are read and written once, however many seeds there are.
 
     Args:
         tensors: tensors of float32, bfloat16, float16 or float64, of any shape and strides, not overlapping.
@@ -93,9 +94,9 @@ def zo_axpy_(
         offsets: index of each tensor's first element in its whole logical tensor (for shards), by default 0.
         decay: weight decay of the call; with ``sequential``, one number or ``K``.
         distribution: ``"gaussian"`` or ``"rademacher"``.
-        rounding: ``"nearest"`` (ties to even), or ``"stochastic"`` for bf16 and fp16: 16 random bits, from the first seed
-            of the call (of each term with ``sequential``), are added below the last bit that stays.
-            fp32 and fp64 tensors are not affected.
+        rounding: ``"nearest"`` (ties to even), or ``"stochastic"`` for bf16 and fp16: 16 random bits, from the first
+            seed of the call (of each term with ``sequential``), are added below the last bit that stays. fp32
+            and fp64 tensors are not affected.
         sequential: round after every term, so that the result is bit-equal to ``K`` calls of one seed each.
 
     Raises:
@@ -134,7 +135,8 @@ def zo_axpy_into_(
 ) -> None:
     r"""As :func:`zo_axpy_`, from ``tensors`` into ``out``; ``tensors`` are only read.
 
-    .. math:: o \leftarrow \text{round}\Big((1 - \text{decay})\, p + \sum_k c_k\, z(s_k, \text{tensor\_id}, \text{offset} + i)\Big)
+    .. math:: o_i \leftarrow \text{round}\Big((1 - \text{decay})\, p_i
+        + \sum_k c_k\, z(s_k, \text{tensor\_id}, \text{offset} + i)\Big)
 
     This is how weights are perturbed without being written: ``out`` is scratch.
 

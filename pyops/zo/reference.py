@@ -244,7 +244,7 @@ def zo_linear(
 ) -> tuple[Tensor, Tensor]:
     z = torch.empty(weight.shape, dtype=torch.float64, device=weight.device)
     zo_noise_(z, seed, tensor_id, offset, distribution)
-    # W ± scale z is formed in fp64 (fp32 for the half types on devices is not enough), the product runs in x's dtype or wider
+    # W ± scale z is formed in fp64; the product runs in fp32, or in fp64 for fp64
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     b = None if bias is None else bias.to(wide)
     minus = x if x_minus is None else x_minus

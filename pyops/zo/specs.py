@@ -269,7 +269,9 @@ def _axpy_bad(name: str) -> tuple[BadInput, ...]:
 
     def make(**change: Any) -> Callable[[torch.device], tuple[Any, ...]]:
         def build(device: torch.device) -> tuple[Any, ...]:
-            values: dict[str, Any] = {"out": [torch.ones(8, device=device), torch.ones(4, device=device)]} if into else {}
+            values: dict[str, Any] = (
+                {"out": [torch.ones(8, device=device), torch.ones(4, device=device)]} if into else {}
+            )
             values |= {"tensors": [torch.ones(8, device=device), torch.ones(4, device=device)]}
             values |= {"seeds": _i64(1, 2), "coeffs": _f64(1.0, 2.0), "decays": _f64(0.0), "ids": [0, 1]}
             values |= {"offsets": [0, 0], "dist": "gaussian", "rounding": "nearest", "sequential": False}

@@ -1,4 +1,4 @@
-"""Every operator on inputs that hypothesis chooses: shapes with zeros, strides, storage offsets, dtypes, extreme values."""
+"""Every operator on inputs that hypothesis chooses: empty shapes, strides, storage offsets, dtypes, extreme values."""
 
 from __future__ import annotations
 

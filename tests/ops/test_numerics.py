@@ -1,4 +1,4 @@
-"""Every operator: backends agree with the reference, outputs are written whole, and the same inputs give the same bits."""
+"""Every operator: backends agree with the reference, outputs are written whole, equal inputs give equal bits."""
 
 from __future__ import annotations
 
