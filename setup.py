@@ -2,7 +2,7 @@
 
 Each native library is a plain shared object over torch's stable ABI with no Python symbol in it, so one wheel serves
 every Python and every torch from 2.10 on. What cannot be built is left out, with the reason in leanops/lib/build.json
-(see `leanops info`). CXX and CUDA_HOME say which compilers, LEANOPS_CUDA_ARCHS which architectures ("": no CUDA library).
+(see `leanops info`). CXX and CUDA_HOME say which compilers, LEANOPS_CUDA_ARCHS which architectures (empty: no CUDA).
 """
 
 from __future__ import annotations

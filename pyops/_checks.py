@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def _span(t: Tensor) -> tuple[int, int]:
     """First byte and one past the last byte that the tensor touches."""
     start = t.data_ptr()
     if t.is_contiguous():
-        return start, start + t.numel() * t.element_size()
+        return start, start + t.nbytes
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
     return start, start + (last + 1) * t.element_size()
 
@@ -74,39 +74,52 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
     return bool((touched > 1).any())
 
 
-def _tensors(arguments: Sequence[Any], values: Sequence[Any]) -> Iterator[tuple[str, Tensor, bool]]:
-    for argument, value in zip(arguments, values, strict=False):
-        writes = argument.alias_info is not None and argument.alias_info.is_write
-        if isinstance(value, Tensor):
-            yield argument.name, value, writes
-        elif isinstance(value, (list, tuple)):
-            for i, item in enumerate(value):
-                if isinstance(item, Tensor):
-                    yield f"{argument.name}[{i}]", item, writes
+class WrittenMemory:
+    """Refuses to write to a tensor that requires grad, overlaps itself, or shares memory with another argument."""
 
+    def __init__(self, op: str, arguments: Sequence[Any]) -> None:
+        self.op = op
+        self.written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
+        self.names = [a.name for a in arguments]
 
-def written_memory(op: torch._ops.OpOverload, values: Sequence[Any]) -> None:
-    """Refuse to write to a tensor that requires grad, overlaps itself, or shares memory with another argument."""
-    name = op._schema.name.split("::")[1]
-    grad = torch.is_grad_enabled()
-    spans = []
-    for argument, t, writes in _tensors(op._schema.arguments, values):
-        if writes:
-            if grad and t.requires_grad:
-                raise RuntimeError(
-                    f"{name}: {argument} requires grad and would be written in place; use torch.no_grad()"
-                )
-            if overlaps_itself(t):
-                layout = f"shape {list(t.shape)} with strides {list(t.stride())}"
-                raise ValueError(f"{name}: {argument} must not overlap itself, got {layout}")
-        if t.device.type != "meta" and t.numel():
-            spans.append((*_span(t), writes, argument, t))
-    spans.sort(key=lambda span: span[0])
-    open_spans: list[Any] = []  # spans that reach past the start of the present one
-    for span in spans:
-        if open_spans:
-            open_spans = [s for s in open_spans if s[1] > span[0]]
-            for other in open_spans:
-                if (span[2] or other[2]) and _share_memory(span[4], other[4]):
-                    raise ValueError(f"{name}: {other[3]} and {span[3]} must not overlap in memory")
-        open_spans.append(span)
+    def check(self, values: Sequence[Any]) -> None:
+        grad = torch.is_grad_enabled()
+        starts: list[tuple[int, int, bool, int, int]] = []  # first byte, one past the last, written, argument, item
+        for place, value in enumerate(values):
+            writes = self.written[place]
+            items = value if isinstance(value, (list, tuple)) else (value,)
+            for i, t in enumerate(items):
+                if not isinstance(t, Tensor):
+                    break
+                start = t.data_ptr()
+                if t.is_contiguous():
+                    end = start + t.nbytes
+                elif writes and overlaps_itself(t):
+                    text = f"{self._name(values, place, i)} must not overlap itself, got shape {list(t.shape)}"
+                    raise ValueError(f"{self.op}: {text} with strides {list(t.stride())}")
+                else:
+                    end = _span(t)[1]
+                if writes and grad and t.requires_grad:
+                    text = f"{self._name(values, place, i)} requires grad and would be written in place"
+                    raise RuntimeError(f"{self.op}: {text}; use torch.no_grad()")
+                if start and end > start:  # neither meta nor empty
+                    starts.append((start, end, writes, place, i))
+        starts.sort()
+        reach = 0
+        for n, span in enumerate(starts):
+            if span[0] < reach:
+                self._compare(values, span, starts[:n])
+            reach = max(reach, span[1])
+
+    def _compare(self, values: Sequence[Any], span: tuple[Any, ...], before: Sequence[tuple[Any, ...]]) -> None:
+        for other in before:
+            if other[1] > span[0] and (span[2] or other[2]):
+                a, b = (values[s[3]] for s in (other, span))
+                if _share_memory(
+                    a if isinstance(a, Tensor) else a[other[4]], b if isinstance(b, Tensor) else b[span[4]]
+                ):
+                    names = (self._name(values, s[3], s[4]) for s in (other, span))
+                    raise ValueError(f"{self.op}: {' and '.join(names)} must not overlap in memory")
+
+    def _name(self, values: Sequence[Any], place: int, i: int) -> str:
+        return self.names[place] if isinstance(values[place], Tensor) else f"{self.names[place]}[{i}]"

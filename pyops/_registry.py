@@ -7,9 +7,8 @@ them by being described.
 How a call travels, from the outside in::
 
     Autograd          the spec's backward (register_autograd), or a fallthrough
-    ADInplaceOrView   mutating operators only: run, then bump the version counter of what was written
-    BackendSelect     the spec's check, and for mutating operators the check of the memory that would be written:
-                      bad input is refused here, before any backend has run
+    BackendSelect     bad input is refused, before any backend has run; after it, a mutating operator's version counters
+                      are bumped (one Python kernel for both, since each costs as much as a small operator)
     CPU / CUDA / ...  a native library or a Triton launcher where one is loaded, else the reference
 """
 
@@ -17,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -116,7 +116,7 @@ class OpSpec:
     def mutates(self) -> bool:
         return "(a!)" in self.schema
 
-    @property
+    @cached_property
     def op(self) -> torch._ops.OpOverload:
         """The torch operator, ``torch.ops.leanops.<name>.default``."""
         return getattr(getattr(torch.ops, NAMESPACE), self.name).default
@@ -124,10 +124,14 @@ class OpSpec:
     def mutated(self, args: Sequence[Any]) -> list[Tensor]:
         """The tensors among ``args`` that a call writes."""
         written: list[Tensor] = []
-        for argument, value in zip(self.op._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                written.extend([value] if isinstance(value, Tensor) else value)
+        for place in self._written_places:
+            written.extend([args[place]] if isinstance(args[place], Tensor) else args[place])
         return written
+
+    @cached_property
+    def _written_places(self) -> list[int]:
+        arguments = self.op._schema.arguments
+        return [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
 
 
 def specs() -> Iterator[OpSpec]:
@@ -137,10 +141,6 @@ def specs() -> Iterator[OpSpec]:
 
 def spec(name: str) -> OpSpec:
     return _specs[name]
-
-
-def _after(key: torch._C.DispatchKey) -> torch._C.DispatchKeySet:
-    return torch._C._dispatch_keyset_full_after(key)
 
 
 def register(spec: OpSpec) -> OpSpec:
@@ -162,25 +162,28 @@ def register(spec: OpSpec) -> OpSpec:
 
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
-    below_check = _after(torch._C.DispatchKey.BackendSelect)
+    below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
+    redispatch = op._handle.redispatch_boxed
 
     def checked(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         spec.check(*args, **kwargs)
-        if spec.mutates:
-            _checks.written_memory(op, args)
-        return op.redispatch(keyset & below_check, *args, **kwargs)
+        return redispatch(keyset & below, *args, **kwargs)
 
-    _library.impl(name, checked, "BackendSelect", with_keyset=True)
+    def checked_and_bumped(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
+        spec.check(*args)
+        memory.check(args)
+        redispatch(keyset & below, *args)
+        # native kernels do not bump the version counter; autograd relies on it to notice a changed saved tensor
+        written = spec.mutated(args)
+        if any(t.is_inference() for t in written):  # these have none
+            written = [t for t in written if not t.is_inference()]
+        torch._C._increment_version(written)
 
     if spec.mutates:
-        below_view = _after(torch._C.DispatchKey.ADInplaceOrView)
-
-        def bumped(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
-            op.redispatch(keyset & below_view, *args)
-            # C++ kernels do not bump the version counter; autograd relies on it to notice a changed saved tensor
-            torch.autograd.graph.increment_version([t for t in spec.mutated(args) if not t.is_inference()])
-
-        _library.impl(name, bumped, "ADInplaceOrView", with_keyset=True)
+        memory = _checks.WrittenMemory(name, op._schema.arguments)
+        _library.impl(name, checked_and_bumped, "BackendSelect", with_keyset=True)
+    else:
+        _library.impl(name, checked, "BackendSelect", with_keyset=True)
     if spec.autograd is None:
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     else:
