@@ -1,0 +1,66 @@
+"""Every Python block of the README, CONTRIBUTING and the site runs as it stands, page by page, in one namespace a page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from leanops import _registry
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+_FENCE = re.compile(r"^```python(?P<info>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> list[tuple[int, str, str]]:
+    """(line of the first statement, the fence's info, code) of each block."""
+    text = page.read_text()
+    return [(text[: m.start()].count("\n") + 2, m["info"].strip(), m["code"]) for m in _FENCE.finditer(text)]
+
+
+CASES = [(page, i) for page in PAGES for i in range(len(blocks(page)))]
+
+
+class Page:
+    """A page's namespace, and how many of its blocks have run."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self.path, self.folder, self.done = path, folder, 0
+        self.namespace: dict[str, Any] = {"__name__": "page"}
+
+    def run_to(self, last: int) -> None:
+        for line, info, code in blocks(self.path)[self.done : last + 1]:
+            self.done += 1
+            if not info:
+                # the compiled lines get the page's own numbers, so that a traceback points into the page
+                exec(compile("\n" * (line - 1) + code, str(self.path), "exec"), self.namespace)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, Page]]:
+    known = dict(_registry._specs)  # CONTRIBUTING registers an operator; the suites have not asked for it
+    yield {p: Page(p, tmp_path_factory.mktemp(p.stem)) for p in PAGES}
+    _registry._specs.clear()
+    _registry._specs.update(known)
+
+
+@pytest.mark.parametrize(("path", "index"), CASES, ids=[f"{p.relative_to(ROOT)}-{i}" for p, i in CASES])
+def test_block_runs(path: Path, index: int, pages: dict[Path, Page], monkeypatch: pytest.MonkeyPatch) -> None:
+    info = blocks(path)[index][1]
+    if info:
+        reason = re.fullmatch(r'title="not run here: (.+)"', info)
+        assert reason, f"{path.name}: the fence says {info!r}; to skip, write title=\"not run here: why\""
+        pytest.skip(reason[1])
+    page = pages[path]
+    monkeypatch.chdir(page.folder)
+    torch.manual_seed(0)
+    page.run_to(index)
+
+
+def test_the_pages_that_promise_examples_have_them() -> None:
+    assert len(blocks(ROOT / "README.md")) >= 7
+    assert len(blocks(ROOT / "CONTRIBUTING.md")) >= 3
