@@ -1,7 +1,7 @@
-"""Real text that is on any machine with Python: which part of Python does a passage of its documentation describe?
+"""Real text that is on any machine with Python: does a passage come from the language reference or from a docstring?
 
-Passages are the docstrings of standard-library modules, and paragraphs of the language reference (``pydoc_data.topics``).
-A third of them, chosen by a checksum of their text, is held out.
+The language reference is in ``pydoc_data.topics``, which ``help()`` reads; the docstrings are the standard
+library's. A third of the passages, chosen by a checksum of their text, is held out.
 """
 
 from __future__ import annotations
@@ -10,17 +10,23 @@ import ast
 import random
 import sysconfig
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-LANGUAGE = "the Python language"
-LABELS = (
-    *("asyncio", "decimal", "doctest", "email", "http", "importlib", "inspect", "ipaddress", "logging", "mailbox"),
-    *("multiprocessing", "pathlib", "tarfile", "threading", "typing", "unittest", "urllib", "xml"),
-    LANGUAGE,
-)
-PER_LABEL = 150  # at most, so that no label dominates
+LABELS = ("a docstring", "the Python language reference")
+PER_LABEL = 1200
 MIN_WORDS = 8
+_LEFT_OUT = {
+    "site-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "distutils",
+    "tkinter",
+    "turtledemo",
+}  # not everywhere
 
 
 class Passages(NamedTuple):
@@ -28,37 +34,37 @@ class Passages(NamedTuple):
     labels: list[int]
 
 
-def _docstrings(module: str) -> list[str]:
+def _docstrings() -> Iterator[str]:
     library = Path(sysconfig.get_path("stdlib"))
-    single = library / ("_pydecimal.py" if module == "decimal" else f"{module}.py")
-    found = []
-    for file in [single] if single.exists() else sorted((library / module).rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for file in sorted(library.rglob("*.py")):
+        if _LEFT_OUT & set(file.relative_to(library).parts):
+            continue
+        try:
+            tree = ast.parse(file.read_bytes())
+        except SyntaxError:
+            continue  # a template
+        for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                found.append(ast.get_docstring(node) or "")
-    return found
+                yield ast.get_docstring(node) or ""
 
 
-def _reference() -> list[str]:
+def _reference() -> Iterator[str]:
     from pydoc_data.topics import topics
 
-    paragraphs = [p for text in topics.values() for p in text.split("\n\n")]
-    random.Random(0).shuffle(paragraphs)
-    return paragraphs
+    for text in topics.values():
+        yield from text.split("\n\n")
 
 
 def load() -> tuple[Passages, Passages]:
-    """Training and held-out passages, no text in both."""
+    """Training and held-out passages, equally many of each label, no text in both."""
     train, held_out = Passages([], []), Passages([], [])
     seen: set[str] = set()
-    for label, name in enumerate(LABELS):
-        count = 0
-        for text in _reference() if name == LANGUAGE else _docstrings(name):
-            passage = " ".join(text.split())
-            if len(passage.split()) < MIN_WORDS or passage in seen or count == PER_LABEL:
-                continue
-            seen.add(passage)
-            count += 1
+    for label, source in enumerate((_docstrings(), _reference())):
+        passages = sorted({" ".join(text.split()) for text in source} - seen)
+        passages = [p for p in passages if len(p.split()) >= MIN_WORDS]
+        random.Random(0).shuffle(passages)
+        seen.update(passages)
+        for passage in passages[:PER_LABEL]:
             part = held_out if zlib.crc32(passage.encode()) % 3 == 0 else train
             part.texts.append(passage)
             part.labels.append(label)

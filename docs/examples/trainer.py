@@ -1,8 +1,9 @@
 """MeZO through ``transformers.Trainer``: one subclass, two methods.
 
-Trainer's loop calls ``training_step`` and then ``optimizer.step()``. Here ``training_step`` takes the whole MeZO step, and the
-optimizer that Trainer sees passes over the ``step()`` that follows. Schedules, logging, evaluation and checkpoints (the optimizer's
-state with its log included) are Trainer's own. Gradient accumulation and clipping have no meaning without gradients and are refused.
+Trainer's loop calls ``training_step`` and then ``optimizer.step()``. Here ``training_step`` takes the whole
+MeZO step, and the optimizer that Trainer sees passes over the ``step()`` that follows. Schedules, logging,
+evaluation and checkpoints (the optimizer's state with its log included) are Trainer's own. Gradient
+accumulation and clipping have no meaning without gradients and are refused.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class MeZOTrainer(Trainer):
     """Trainer that fine-tunes by forward passes alone.
 
     Args:
-        mezo: options of :class:`leanops.optim.MeZO`. The learning rate, weight decay and seed are those of TrainingArguments.
-        Everything else is Trainer's.
+        mezo: options of :class:`leanops.optim.MeZO`; learning rate, weight decay and seed are TrainingArguments'.
+            Everything else is Trainer's.
     """
 
     def __init__(self, *args: Any, mezo: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
@@ -45,14 +46,16 @@ class MeZOTrainer(Trainer):
     @property
     def mezo(self) -> MeZO:
         """The optimizer, under what accelerate wraps around it."""
-        wrapped = self.optimizer
+        wrapped: Any = self.optimizer
         while not isinstance(wrapped, MeZO):
             wrapped = wrapped.optimizer
         return wrapped
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            model = self.model if model is None else model
+            model = model or self.model
+            if model is None:
+                raise ValueError("MeZOTrainer: create_optimizer needs a model")
             decaying = set(self.get_decay_parameter_names(model))
             pairs = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
             groups = [
@@ -76,7 +79,8 @@ class MeZOTrainer(Trainer):
 
         def loss() -> Tensor:
             with self.compute_loss_context_manager():
-                value: Tensor = self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
+                value = self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
+            assert isinstance(value, Tensor)  # a pair only where outputs are asked for
             return value.mean()
 
         return torch.as_tensor(self.mezo.step(loss), device=self.args.device)

@@ -1,4 +1,4 @@
-"""Every Python block of the README, CONTRIBUTING and the site runs as it stands, page by page, in one namespace a page."""
+"""Every Python block of the README, CONTRIBUTING and the site runs as it stands, in one namespace a page."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from leanops import _registry
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +54,7 @@ def test_block_runs(path: Path, index: int, pages: dict[Path, Page], monkeypatch
     info = blocks(path)[index][1]
     if info:
         reason = re.fullmatch(r'title="not run here: (.+)"', info)
-        assert reason, f"{path.name}: the fence says {info!r}; to skip, write title=\"not run here: why\""
+        assert reason, f'{path.name}: the fence says {info!r}; to skip, write title="not run here: why"'
         pytest.skip(reason[1])
     page = pages[path]
     monkeypatch.chdir(page.folder)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from leanops.optim import MeZO, replay_
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
+
+from leanops.optim import MeZO, replay_
 
 accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'leanops[dev]'")
 

@@ -31,15 +31,17 @@ def test_the_example_prints_its_table_and_replays_its_log(tmp_path: Path) -> Non
     assert mezo["record_bytes"] == 4 * mezo["steps"]
     assert mezo["log_bytes"] > mezo["record_bytes"]
     start = rows["pretrained, forward passes only"]
-    assert start["accuracy"] > 0.4, "the pretrained model does better than chance, zero-shot"
+    assert start["accuracy"] > 0.55, "the pretrained model does better than chance, zero-shot"
     assert rows["AdamW, same forward passes"]["steps"] == 2 * mezo["steps"] // 3
     assert mezo["added_mib"] < 0.5 * rows["AdamW, same forward passes"]["added_mib"]
 
 
 def test_the_passages_are_split_by_their_text() -> None:
-    code = "import passages; a, b = passages.load(); print(len(a.texts), len(b.texts), len(set(a.texts) & set(b.texts)))"
+    code = (
+        "import passages; a, b = passages.load(); print(len(a.texts), len(b.texts), len(set(a.texts) & set(b.texts)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, capture_output=True, text=True, check=True)
     train, held_out, both = map(int, done.stdout.split())
     assert both == 0
     assert train > 800
-    assert 0.3 < held_out / train < 0.8
+    assert 0.4 < held_out / train < 0.6

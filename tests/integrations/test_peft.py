@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from leanops.optim import MeZO, replay_
 
 peft = pytest.importorskip("peft", reason="needs peft: pip install 'leanops[dev]'")

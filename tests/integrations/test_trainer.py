@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from leanops.optim import ZoLog, replay_
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'leanops[dev]'")
@@ -20,7 +21,8 @@ EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "trainer.py"
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
     spec = importlib.util.spec_from_file_location("leanops_trainer_example", EXAMPLE)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
