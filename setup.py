@@ -30,15 +30,15 @@ ISA_FLAGS["avx512"] = ISA_FLAGS["avx2"] + " -mavx512f -mavx512bw -mavx512vl -mav
 Objects = list[tuple[str, str, str]]  # of each: source, name, command
 
 
-class Unavailable(Exception):
-    """A library cannot be built here; the text says why."""
+class Unavailable(Exception): ...  # a library cannot be built here; the text says why
 
 
 def find_nvcc() -> Path:
-    homes = [f"{os.environ[name]}/bin" for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    if nvcc := shutil.which("nvcc", path=os.pathsep.join([*homes, "/usr/local/cuda/bin", os.environ.get("PATH", "")])):
-        return Path(nvcc)
-    raise Unavailable("no nvcc found at CUDA_HOME, CUDA_PATH, /usr/local/cuda or on PATH")
+    home = os.environ.get("CUDA_HOME")
+    folders = f"{home}/bin" if home else f"/usr/local/cuda/bin{os.pathsep}{os.environ.get('PATH', '')}"
+    if nvcc := shutil.which("nvcc", path=folders):
+        return Path(nvcc).resolve()
+    raise Unavailable(f"no nvcc found (looked at {f'CUDA_HOME={home}' if home else '/usr/local/cuda and PATH'})")
 
 
 def find_cxx() -> str:
@@ -98,8 +98,8 @@ def build(objects: Objects, link: str, folder: Path, output: Path) -> None:
     for source, name, command in objects:
         lines.append(f"rule {name}\n command = {command}\n depfile = $out.d\n deps = gcc")
         lines.append(f"build {folder}/{name}.o: {name} {source}")
-    outputs = " ".join(f"{folder}/{name}.o" for _, name, _ in objects)
     lines.append(f"rule link\n command = {find_cxx()} -shared -s -Wl,-soname,{output.name} -o $out $in {link}")
+    outputs = " ".join(f"{folder}/{name}.o" for _, name, _ in objects)
     (folder / "build.ninja").write_text("\n".join([*lines, f"build {output}: link {outputs}\n"]))
     done = subprocess.run([ninja, "-f", folder / "build.ninja"], capture_output=True, text=True)
     print(done.stdout, done.stderr, sep="")

@@ -33,7 +33,12 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     bench = commands.add_parser("bench", help="measure the operators against their peers and the roofline")
-    bench.add_argument("ops", nargs="*", metavar="op", help="operators to measure (all by default)")
+    bench.add_argument(
+        "ops",
+        nargs="*",
+        metavar="op",
+        help="operators to measure (all by default), or mezo-step: a whole step beside its forward passes",
+    )
     bench.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     bench.add_argument("--dtype", default="fp32,bf16", help="comma-separated: fp32, bf16, fp16, fp64 (fp32,bf16)")
     bench.add_argument("--threads", default="", help="comma-separated thread counts (1 and all)")
@@ -76,6 +81,8 @@ def _bench(options: argparse.Namespace) -> int:
         re.compile(options.case)
     except re.error as error:
         raise CommandError(f"leanops bench: --case is no regular expression: {error}") from None
+    if "mezo-step" in options.ops:
+        return _mezo_step(options, dtypes, threads)
     peers = {"all": None, "none": ()}.get(options.peers, _split(options.peers))
     settings = runner.Settings(tuple(options.ops), options.device, dtypes, threads, peers, options.case, options.quick)
     targets = {"json": options.json, "csv": options.csv, "html": options.html}
@@ -98,6 +105,21 @@ def _bench(options: argparse.Namespace) -> int:
     if wrong:
         print(f"leanops bench: wrong results, no speed shown: {', '.join(wrong)}", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _mezo_step(options: argparse.Namespace, dtypes: tuple[str, ...], threads: tuple[int, ...]) -> int:
+    from leanops.bench import mezo_step
+
+    if len(options.ops) > 1 or options.csv or options.html or options.case or options.json == "-":
+        raise CommandError(
+            "leanops bench: mezo-step stands alone, with --device, --dtype, --threads, --quick, --json F"
+        )
+    target = options.json or "results/mezo-step.json"
+    _writable(target)
+    results = mezo_step.run(dtypes, threads, options.device, options.quick, sys.argv)
+    Path(target).write_text(json.dumps(results, indent=1) + "\n")
+    print(f"JSON: {Path(target).resolve()}")
+    return 0
 
 
 def _writable(target: str | None) -> None:

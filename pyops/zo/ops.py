@@ -14,12 +14,14 @@ def seed_tensor(seeds: int | Sequence[int] | Tensor) -> Tensor:
     """Seeds as the operators take them: int64 [K], the bits of numbers in [-2^63, 2^64)."""
     if isinstance(seeds, Tensor):
         return seeds.reshape(-1)
-    if isinstance(seeds, int):
-        seeds = (seeds,)
-    try:
-        return torch.tensor([s - (1 << 64) if s >= 1 << 63 else s for s in seeds], dtype=torch.int64)
-    except (RuntimeError, OverflowError) as error:
-        raise ValueError(f"zo: seeds must be integers in [-2^63, 2^64), got {list(seeds)}") from error
+    return torch.tensor([_wrapped(s) for s in ((seeds,) if isinstance(seeds, int) else seeds)], dtype=torch.int64)
+
+
+def _wrapped(seed: int) -> int:
+    """The int64 with the bits of a seed."""
+    if not isinstance(seed, (int, torch.SymInt)) or not -(1 << 63) <= seed < 1 << 64:
+        raise ValueError(f"zo: a seed must be an integer in [-2^63, 2^64), got {seed}")
+    return seed - (1 << 64) if seed >= 1 << 63 else seed
 
 
 def _scalars(values: float | Sequence[float] | Tensor) -> Tensor:
@@ -60,9 +62,8 @@ def zo_noise(
     Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11.
     """
     sizes = (shape,) if isinstance(shape, int) else tuple(shape)
-    if isinstance(seed, int) and seed >= 1 << 63:
-        seed -= 1 << 64
-    return _ops.zo_noise(sizes, seed, tensor_id, offset, distribution, dtype, torch.device(device) if device else None)
+    place = torch.device(device) if device is not None else None
+    return _ops.zo_noise(sizes, _wrapped(seed), tensor_id, offset, distribution, dtype, place)
 
 
 def zo_axpy_(

@@ -216,7 +216,7 @@ def _axpy_cases(into: bool) -> tuple[Case, ...]:
         for d in DISTRIBUTIONS
         for r, k, s in (("nearest", 1, False), ("stochastic", 3, False), ("stochastic", 3, True))
     ]
-    real = {
+    real: dict[str, list[tuple[int, ...]]] = {
         "16M": [(1 << 24,)],
         "opt-125m": [shape for shape, count in OPT_125M.items() for _ in range(count)],
         "llama-3.2-1b": [shape for shape, count in LLAMA_1B.items() for _ in range(count)],

@@ -1,0 +1,161 @@
+"""``leanops bench mezo-step``: a MeZO step beside its two forward passes, on a transformer of 100M parameters.
+
+Interleaved: two forward passes; a step of :class:`leanops.optim.MeZO`, for each way to perturb; and the published eager
+loop (re-expressed: torch.normal per parameter, then add; three perturbations and the update).
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leanops import _native
+from leanops.autotune import fingerprint
+from leanops.autotune.measure import interleave, median, paired_ratio
+from leanops.optim import MeZO
+
+SCHEMA = "leanops-mezo-step/1"
+DISTRIBUTION = {torch.float32: "gaussian", torch.bfloat16: "rademacher", torch.float16: "rademacher"}
+
+
+class Block(nn.Module):
+    """A pre-norm decoder block: causal attention and an MLP four times as wide."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    """A language model with tied embeddings; 100.9M parameters at the default size."""
+
+    def __init__(self, vocabulary: int = 20000, width: int = 768, layers: int = 12, heads: int = 12) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.position = nn.Embedding(512, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens) + self.position.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.norm(x), self.embed.weight)
+
+
+def eager_step(parameters: Sequence[Tensor], closure: Callable[[], Tensor], eps: float, lr: float) -> None:
+    """MeZO as published: three passes of noise in place, and a fourth for the update."""
+
+    def perturb(seed: int, scale: float) -> None:
+        torch.manual_seed(seed)
+        for p in parameters:
+            p.add_(scale * torch.normal(0.0, 1.0, size=p.shape, dtype=p.dtype, device=p.device))
+
+    with torch.no_grad():
+        perturb(1, eps)
+        plus = closure()
+        perturb(1, -2 * eps)
+        minus = closure()
+        perturb(1, eps)
+        perturb(1, -lr * float(plus - minus) / (2 * eps))
+
+
+def measure(
+    dtype: torch.dtype,
+    threads: int,
+    *,
+    device: str = "cpu",
+    tokens: int = 2048,
+    rounds: int = 7,
+    model: nn.Module | None = None,
+) -> dict[str, Any]:
+    """Times of one dtype and thread count, and the ratio of each step to the two forward passes."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = (model or Transformer()).to(device, dtype).eval()
+    length = min(256, tokens)
+    data = torch.randint(0, model.embed.num_embeddings, (tokens // length, length), device=device)  # type: ignore[arg-type,union-attr]
+
+    def closure() -> Tensor:
+        logits = model(data)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), data[:, 1:].flatten())
+
+    def forwards() -> None:
+        with torch.no_grad():
+            closure()
+            closure()
+
+    parameters = list(model.parameters())
+    calls: dict[str, Callable[[], object]] = {"two forward passes": forwards}
+    for perturb in ("scratch", "copy", "inplace"):
+        opt = MeZO(parameters, lr=1e-7, distribution=DISTRIBUTION[dtype], perturb=perturb)
+        opt.step(closure)  # a first step looks for hidden uses of parameters
+        calls[f"leanops MeZO, {perturb}"] = lambda opt=opt: opt.step(closure)  # type: ignore[misc]
+    calls["MeZO eager (re-expressed)"] = lambda: eager_step(parameters, closure, 1e-3, 1e-7)
+    taken = interleave(calls, device=device, budget_s=0.0, rounds=(rounds, rounds))
+    base = taken.seconds["two forward passes"]
+    rows = []
+    for name, samples in taken.seconds.items():
+        time, ratio = median(samples), paired_ratio(samples, base)
+        rows.append(
+            {
+                "name": name,
+                "median_s": time.value,
+                "samples_s": samples,
+                "ratio": ratio.value,
+                "ratio_low": ratio.low,
+                "ratio_high": ratio.high,
+            }
+        )
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "distribution": DISTRIBUTION[dtype],
+        "threads": threads,
+        "parameters": sum(p.numel() for p in parameters),
+        "tokens": tokens,
+        "noise": abs(taken.noise_floor().value - 1),
+        "rows": rows,
+    }
+
+
+def run(dtypes: Sequence[str], threads: Sequence[int], device: str, quick: bool, command: list[str]) -> Any:
+    """Every dtype and thread count, as the JSON file holds it; prints a table as it goes."""
+    before = torch.get_num_threads()
+    cases = []
+    try:
+        for dtype in dtypes:
+            for count in threads or (fingerprint.cores(),):
+                case = measure(getattr(torch, dtype), count, device=device, rounds=3 if quick else 7)
+                cases.append(case)
+                print(
+                    f"{case['parameters'] / 1e6:.1f}M parameters, {case['tokens']} tokens, {case['dtype']}, "
+                    f"{case['distribution']}, {count} threads, A/A noise {100 * case['noise']:.1f}%"
+                )
+                for row in case["rows"]:
+                    interval = f"[{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
+                    print(f"  {row['name']:28} {row['median_s']:8.3f} s  {row['ratio']:6.3f} x {interval}", flush=True)
+    finally:
+        torch.set_num_threads(before)
+    return {
+        "schema": SCHEMA,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "leanops": _native.version(),
+        "command": command,
+        "fingerprint": fingerprint.fingerprint(torch.device(device), {}),
+        "cases": cases,
+    }
