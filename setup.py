@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -123,7 +122,7 @@ class BuildNative(build_ext):
                 report[library] = {"built": True}
             except (Unavailable, OSError) as error:
                 report[library] = {"built": False, "reason": str(error)}
-                print(f"leanops: without the {library} library: {error}", file=sys.stderr)
+                print(f"leanops: without the {library} library: {error}")
         for source in glob.glob("csrc/*/*.cuh"):  # compiled at first use where there is a GPU and no CUDA library
             (target / source).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target / source)
