@@ -165,6 +165,8 @@ def worker(a: argparse.Namespace) -> dict[str, Any]:
     """One method in a process of its own."""
     model = Classifier()
     train, held_out = passages.load()
+    stride = -(-len(held_out.texts) // a.held_out)
+    held_out = passages.Passages(*(part[::stride] for part in held_out))
     data = batches(model, train, a.batch)
     report: dict[str, Any] = {}
     if a.worker == "forward":
@@ -177,7 +179,13 @@ def worker(a: argparse.Namespace) -> dict[str, Any]:
         for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
             if not torch.equal(p.view(torch.int32), q.view(torch.int32)):
                 raise AssertionError(f"replay: {name} differs from the run's weights")
-        report = {"log_bytes": Path(a.log).stat().st_size, "record_bytes": 4 * steps, "replayed": True}
+        report = {
+            "train": len(train.texts),
+            "held_out": len(held_out.texts),
+            "log_bytes": Path(a.log).stat().st_size,
+            "record_bytes": 4 * steps,
+            "replayed": True,
+        }
     else:
         steps, mib, seconds = added_memory(lambda: tune_adamw(model, data, a, a.seconds))
     return {"steps": steps, "seconds": seconds, "added_mib": mib, **quality(model, held_out), **report}
@@ -200,6 +208,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-4, help="of MeZO")
     parser.add_argument("--eps", type=float, default=1e-3)
+    parser.add_argument("--held-out", type=int, default=10_000, help="use at most so many held-out passages")
     parser.add_argument("--adamw-lr", type=float, default=5e-5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -214,7 +223,7 @@ def main() -> None:
         print(json.dumps(worker(a)))
         return
     if a.quick:
-        a.steps, a.batch = 6, 8
+        a.steps, a.batch, a.held_out = 6, 8, 100
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         log = str(Path(folder, "run.zolog"))
@@ -222,8 +231,7 @@ def main() -> None:
         rows["MeZO"] = mezo = run_worker("mezo", a, log)
         rows["AdamW, same forward passes"] = run_worker("adamw", a, log)
         rows["AdamW, same time"] = run_worker("adamw", a, log, mezo["seconds"])
-    train, held_out = passages.load()
-    print(f"{len(train.texts)} passages to train on, {len(held_out.texts)} held out; ", end="")
+    print(f"{mezo['train']} passages to train on, {mezo['held_out']} held out; ", end="")
     print(f"batch {a.batch}, {a.threads} threads, torch {torch.__version__}, Python {platform.python_version()}\n")
     print("| method | steps | seconds | memory added, MiB | held-out accuracy | held-out loss |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
