@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 from leanops import _native
 from leanops.zo import zo_axpy_, zo_axpy_into_, zo_linear, zo_noise
 
@@ -10,3 +13,10 @@ __version__ = _native.version()
 __all__ = ["__version__", "zo_axpy_", "zo_axpy_into_", "zo_linear", "zo_noise"]
 
 _native.load()
+
+
+def __getattr__(name: str) -> ModuleType:
+    """``leanops.optim`` is imported at its first use."""
+    if name == "optim":
+        return importlib.import_module("leanops.optim")
+    raise AttributeError(f"module 'leanops' has no attribute {name!r}")
