@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -113,7 +114,7 @@ def tune_mezo(model: Classifier, data: Iterator[dict[str, Tensor]], a: argparse.
 
 def tune_adamw(model: Classifier, data: Iterator[dict[str, Tensor]], a: argparse.Namespace, seconds: float) -> int:
     """Until ``seconds`` are over, or where they are 0, for as many forward passes as MeZO had."""
-    opt = torch.optim.AdamW(model.parameters(), lr=a.adamw_lr, weight_decay=0.0)
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=a.adamw_lr, weight_decay=0.0)
     steps = 2 * a.steps // 3
     start = time.perf_counter()
     for step in count():
@@ -176,6 +177,8 @@ def worker(a: argparse.Namespace) -> dict[str, Any]:
     stride = -(-len(held_out.texts) // a.held_out)
     held_out = passages.Passages(*(part[::stride] for part in held_out))
     data = batches(model, train, a.batch)
+    for name, p in model.named_parameters():
+        p.requires_grad_(re.search(a.only, name) is not None)
     report: dict[str, Any] = {}
     first_use()
     if a.worker == "forward":
@@ -213,12 +216,13 @@ def run_worker(method: str, a: argparse.Namespace, log: str, seconds: float = 0.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it works")
-    parser.add_argument("--steps", type=int, default=600, help="of MeZO")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=2e-4, help="of MeZO")
+    parser.add_argument("--steps", type=int, default=500, help="of MeZO")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-4, help="of MeZO")
     parser.add_argument("--eps", type=float, default=1e-3)
     parser.add_argument("--held-out", type=int, default=10_000, help="use at most so many held-out passages")
     parser.add_argument("--adamw-lr", type=float, default=5e-5)
+    parser.add_argument("--only", default="", metavar="REGEX", help="tune only parameters whose names match (all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", metavar="F", help="also write the results there")

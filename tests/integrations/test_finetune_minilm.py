@@ -31,7 +31,7 @@ def test_the_example_prints_its_table_and_replays_its_log(tmp_path: Path) -> Non
     assert mezo["record_bytes"] == 4 * mezo["steps"]
     assert mezo["log_bytes"] > mezo["record_bytes"]
     start = rows["pretrained, forward passes only"]
-    assert start["accuracy"] > 0.55, "the pretrained model does better than chance, zero-shot"
+    assert start["accuracy"] > 0.5, "the pretrained model does better than chance, zero-shot"
     assert rows["AdamW, same forward passes"]["steps"] == 2 * mezo["steps"] // 3
     assert mezo["added_mib"] < 0.5 * rows["AdamW, same forward passes"]["added_mib"]
 
