@@ -24,8 +24,7 @@ PACKAGES = {f"leanops.{folder}": folder for folder in ("optim", "autotune", "ben
 PACKAGES |= {"leanops": "pyops"} | {f"leanops.{family}": f"pyops/{family}" for family in FAMILIES}
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra"
-ISA_FLAGS = {"baseline": "", "avx2": "-mavx2 -mfma -mf16c"}
-ISA_FLAGS["avx512"] = ISA_FLAGS["avx2"] + " -mavx512f -mavx512bw -mavx512vl -mavx512dq"
+ISA_FLAGS = {"baseline": "", "avx2": "-mavx2 -mfma -mf16c", "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq"}
 Objects = list[tuple[str, str, str]]  # of each: source, name, command
 
 
@@ -67,6 +66,7 @@ def cpu_library() -> tuple[Objects, str]:
         (source, f"{Path(source).stem}.{isa}", f"{command} -Icsrc {flags} -DLEANOPS_ISA={isa}")
         for source in sorted(glob.glob("csrc/*/*_kernels.cpp"))
         for isa, flags in ISA_FLAGS.items()
+        if not flags or os.uname().machine == "x86_64"
     ]
     for source in sorted(glob.glob("csrc/common/*.cpp") + glob.glob("csrc/*/*_cpu.cpp")):
         objects.append((source, Path(source).stem, f"{command} {include}"))

@@ -24,6 +24,7 @@ from leanops.optim.perturb import Closure, Copy
 
 _ALIGN = 64
 _ROW = 16384  # a row of its own costs an operator as much as this many elements (about 10 us; measured on Zen 5)
+_PIECE = 1 << 18  # elements of an intermediate result that are summed at a time
 _VALUES = frozenset({"data", "T", "H", "mT", "mH", "real", "imag"})  # attributes that read the weights
 _INERT = (int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout)  # share no memory
 
@@ -91,7 +92,7 @@ class _Arena:
 class _Mode(TorchFunctionMode):
     """Shows ``W + scale z(seed)`` to torch functions in place of W; at ``scale`` 0 W itself, through the same path."""
 
-    def __init__(self, owner: Scratch, seed: int, scale: float, trace: list[Tensor] | None) -> None:
+    def __init__(self, owner: Scratch, seed: int, scale: float, trace: list[float] | None) -> None:
         super().__init__()
         self._slots = owner.slots
         self._seen = owner.seen
@@ -203,7 +204,7 @@ def _replace(values: Any, replaced: dict[int, Tensor]) -> Any:
     return values
 
 
-def _fingerprint(trace: list[Tensor], args: Any, managed: set[int]) -> None:
+def _fingerprint(trace: list[float], args: Any, managed: set[int]) -> None:
     """Note a sum of every tensor argument that is no managed parameter: what hidden weights change shows here."""
     for leaf in tree_leaves(args):
         if (
@@ -213,7 +214,8 @@ def _fingerprint(trace: list[Tensor], args: Any, managed: set[int]) -> None:
             and not leaf.is_complex()
         ):
             wide = torch.float64 if leaf.is_floating_point() else torch.int64
-            trace.append(leaf.detach().sum(dtype=wide).cpu())
+            # in pieces: a sum in a wider dtype makes a copy of what it sums
+            trace.extend(float(piece.sum(dtype=wide)) for piece in leaf.detach().reshape(-1).split(_PIECE))
 
 
 class Scratch:
@@ -245,7 +247,7 @@ class Scratch:
     def evaluate(self, closure: Closure, seed: int, scale: float, again: Callable[[], None]) -> object:
         if self._checked or scale == 0.0:
             return self._run(closure, seed, scale)
-        trace: list[Tensor] = []
+        trace: list[float] = []
         loss = self._run(closure, seed, scale, trace)
         unseen = [s for s in self.all if id(s.param) not in self.seen]
         if not bool(torch.isfinite(torch.as_tensor(loss)).all()):
@@ -255,7 +257,7 @@ class Scratch:
         self._checked = True
         return loss
 
-    def _run(self, closure: Closure, seed: int, scale: float, trace: list[Tensor] | None = None) -> object:
+    def _run(self, closure: Closure, seed: int, scale: float, trace: list[float] | None = None) -> object:
         if self.held is not None:
             self.held.place(seed, scale)
         with _eager(), _Mode(self, seed, scale, trace):
@@ -268,14 +270,14 @@ class Scratch:
         scale: float,
         again: Callable[[], None],
         unseen: list[Slot],
-        trace: list[Tensor],
+        trace: list[float],
         loss: object,
     ) -> object:
         first = loss.detach().clone() if isinstance(loss, Tensor) else loss
         held = Copy(unseen, self.distribution)
         for s in unseen:
             del self.slots[id(s.param)]
-        second_trace: list[Tensor] = []
+        second_trace: list[float] = []
         with ExitStack() as stack:
             stack.enter_context(held.session())
             held.place(seed, scale)
