@@ -8,6 +8,7 @@ every Python and every torch from 2.10 on. What cannot be built is left out, wit
 from __future__ import annotations
 
 import glob
+import importlib.util
 import json
 import os
 import shutil
@@ -47,15 +48,14 @@ def find_cxx() -> str:
 
 
 def torch_flags() -> tuple[str, str]:
-    try:
-        from torch.utils import cpp_extension
-    except ImportError as error:
-        text = "torch is not installed where the build runs; install it, then: pip install --no-build-isolation"
-        raise Unavailable(f"{text} ({error})") from error
-    include = " ".join(f"-isystem {p}" for p in cpp_extension.include_paths())
-    link = " ".join(f"-L{p}" for p in cpp_extension.library_paths())
+    # an isolated build does not import the environment's packages, but torch's headers are all it needs of them
+    found = importlib.util.find_spec("torch")
+    torch = Path(found.origin).parent if found and found.origin else Path(sysconfig.get_path("purelib"), "torch")
+    if not (torch / "include").exists():
+        raise Unavailable("torch is not installed; install torch, then leanops again")
+    include = f"-isystem {torch}/include -isystem {torch}/include/torch/csrc/api/include"  # not this project's warnings
     # libtorch depends on whatever backends this torch has; --no-as-needed keeps them in the symbol search
-    return f"-Icsrc {include} {STABLE_ABI}", f"{link} -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10"
+    return f"-Icsrc {include} {STABLE_ABI}", f"-L{torch}/lib -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10"
 
 
 def cpu_library() -> tuple[Objects, str]:

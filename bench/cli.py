@@ -47,6 +47,9 @@ def _parser() -> Parser:
     bench.add_argument("--quick", action="store_true", help="fewer and smaller cases, under two minutes")
     bench.add_argument("--json", metavar="F", help="results with raw samples; - writes only JSON to standard output")
     bench.add_argument("--csv", metavar="F")
+    bench.add_argument(
+        "--markdown", metavar="F", help="the table with its machine and command, as a section of Markdown"
+    )
     bench.add_argument("--html", metavar="F", help="one file with plots, readable without a network")
 
     compare = commands.add_parser("compare", help="exit status 1 when a case became slower")
@@ -65,7 +68,7 @@ def _parser() -> Parser:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from leanops.bench import html, report, runner
+    from leanops.bench import html, markdown, report, runner
 
     try:
         dtypes = tuple(DTYPES[name] for name in _split(options.dtype))
@@ -85,7 +88,7 @@ def _bench(options: argparse.Namespace) -> int:
         return _mezo_step(options, dtypes, threads)
     peers = {"all": None, "none": ()}.get(options.peers, _split(options.peers))
     settings = runner.Settings(tuple(options.ops), options.device, dtypes, threads, peers, options.case, options.quick)
-    targets = {"json": options.json, "csv": options.csv, "html": options.html}
+    targets = {"json": options.json, "csv": options.csv, "html": options.html, "markdown": options.markdown}
     if not any(targets.values()):
         targets |= {"json": "results/bench.json", "html": "results/bench.html"}
     runner.plan(settings)  # a mistake in the arguments is found before anything is written
@@ -95,7 +98,7 @@ def _bench(options: argparse.Namespace) -> int:
         results = runner.run(settings, progress, sys.argv)
     only_json = options.json == "-"
     report.print_table(results, sys.stderr if only_json else sys.stdout)
-    writers = {"json": report.write_json, "csv": report.write_csv, "html": html.write}
+    writers = {"json": report.write_json, "csv": report.write_csv, "html": html.write, "markdown": markdown.write}
     for name, target in targets.items():
         if target:
             writers[name](results, target)
@@ -108,17 +111,20 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _mezo_step(options: argparse.Namespace, dtypes: tuple[str, ...], threads: tuple[int, ...]) -> int:
-    from leanops.bench import mezo_step
+    from leanops.bench import markdown, mezo_step
 
     if len(options.ops) > 1 or options.csv or options.html or options.case or options.json == "-":
-        raise CommandError(
-            "leanops bench: mezo-step stands alone, with --device, --dtype, --threads, --quick, --json F"
-        )
+        known = "--device, --dtype, --threads, --quick, --json F, --markdown F"
+        raise CommandError(f"leanops bench: mezo-step stands alone, with {known}")
     target = options.json or "results/mezo-step.json"
-    _writable(target)
+    for path in (target, options.markdown):
+        _writable(path)
     results = mezo_step.run(dtypes, threads, options.device, options.quick, sys.argv)
     Path(target).write_text(json.dumps(results, indent=1) + "\n")
     print(f"JSON: {Path(target).resolve()}")
+    if options.markdown:
+        markdown.write(results, options.markdown)
+        print(f"MARKDOWN: {Path(options.markdown).resolve()}")
     return 0
 
 

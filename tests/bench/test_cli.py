@@ -89,7 +89,8 @@ def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     done = leanops(
         "bench", "zo_axpy_into_", "--quick", "--dtype", "bf16", "--threads", 1, "--case", "gaussian-16M",
-        "--json", "-", "--csv", "out/r.csv", "--html", "out/r.html", "--peers", "alpha", cwd=folder,
+        "--json", "-", "--csv", "out/r.csv", "--html", "out/r.html", "--peers", "alpha",
+        "--markdown", "out/r.md", cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), folder, done
@@ -137,6 +138,35 @@ def test_csv_has_a_line_for_each_peer(measured):
         (line,) = csv.DictReader(file)
     assert float(line["median_s"]) == results["rows"][0]["median_s"]
     assert float(line["peer_ratio"]) == results["rows"][0]["peers"][0]["ratio"]
+
+
+def test_markdown_says_machine_command_spread_and_ratio(measured):
+    results, folder, _ = measured
+    text = (folder / "out" / "r.md").read_text()
+    row = results["rows"][0]
+    assert "leanops bench zo_axpy_into_ --quick" in text
+    assert f"torch {results['fingerprint']['software']['torch']}" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| gaussian-16M")]
+    assert report.spread(row) in line
+    assert f"{row['peers'][0]['ratio']:.2f}x" in line
+    assert line.count("|") == 10
+
+
+def test_a_mezo_step_is_measured_beside_its_forward_passes(tmp_path):
+    from leanops.bench import markdown, mezo_step
+
+    tiny = mezo_step.Transformer(vocabulary=64, width=32, layers=1, heads=2)
+    case = mezo_step.measure(torch.float32, 1, tokens=32, rounds=3, model=tiny)
+    names = [row["name"] for row in case["rows"]]
+    assert names[0] == "two forward passes"
+    assert case["rows"][0]["ratio"] == 1.0
+    assert all(row["median_s"] > 0 and len(row["samples_s"]) == 3 for row in case["rows"])
+    mark = {"cpu": {"name": "a processor"}, "software": {"torch": torch.__version__}}
+    results = {"command": ["x", "bench", "mezo-step"], "created": "2026-01-01", "fingerprint": mark, "cases": [case]}
+    markdown.write(results, str(tmp_path / "step.md"))
+    text = (tmp_path / "step.md").read_text()
+    assert text.startswith("`leanops bench mezo-step`, 2026-01-01")
+    assert all(name in text for name in names)
 
 
 class Links(HTMLParser):
