@@ -85,11 +85,11 @@ void axpy_double(double* out, const double* in, int64_t n, const Terms& terms, u
   for_tiles(n, index, [&](int64_t done, uint64_t at, int64_t count) {
     double acc[kTile];
     float z[kTile];
-    for (int64_t j = 0; j < count; ++j) acc[j] = in[done + j];
+    const double start = terms.sequential ? 1.0 : 1.0 - terms.decays[0];
+    for (int64_t j = 0; j < count; ++j) acc[j] = in[done + j] * start;
     for (int64_t k = 0; k < terms.count; ++k) {
       noise_run<Float32, D>(z, count, terms.seeds[k], tensor_id, at);
-      const double keep =
-          terms.sequential || k == 0 ? 1.0 - terms.decays[terms.decay_count > 1 ? k : 0] : 1.0;
+      const double keep = terms.sequential ? 1.0 - terms.decays[terms.decay_count > 1 ? k : 0] : 1.0;
       const double c = terms.coeffs[k];
       for (int64_t j = 0; j < count; ++j) {
         const double step = c * static_cast<double>(z[j]);

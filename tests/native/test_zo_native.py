@@ -231,3 +231,14 @@ def test_stochastic_rounding_is_unbiased(native, dtype, start, step, unit):
         got = oracle.decode(p, dtype)[up]
         assert set(np.unique(got)) == {start, start + unit}
         assert abs((got > start).mean() - share) < 5 * np.sqrt(share * (1 - share) / len(got))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decay_applies_without_a_term(native, dtype):
+    p = weights(33, dtype, 3)
+    want = oracle.axpy(p, dtype, [], [], [0.25], 0, 0, "gaussian", False, False)
+    assert not oracle.same(p, want, dtype)
+    for isa in native.isas():
+        held = p.copy()
+        native.axpy(isa, held, held, dtype, [], [], [0.25], 0, 0, "gaussian", False, False)
+        assert oracle.same(held, want, dtype)
