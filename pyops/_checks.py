@@ -77,16 +77,14 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
 class WrittenMemory:
     """Refuses to write to a tensor that requires grad, overlaps itself, or shares memory with another argument."""
 
-    def __init__(self, op: str, arguments: Sequence[Any]) -> None:
-        self.op = op
-        self.written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
-        self.names = [a.name for a in arguments]
+    def __init__(self, op: str, names: Sequence[str], written: Collection[int]) -> None:
+        self.op, self.names, self.written = op, names, frozenset(written)
 
     def check(self, values: Sequence[Any]) -> None:
         grad = torch.is_grad_enabled()
         starts: list[tuple[int, int, bool, int, int]] = []  # first byte, one past the last, written, argument, item
         for place, value in enumerate(values):
-            writes = self.written[place]
+            writes = place in self.written
             items = value if isinstance(value, (list, tuple)) else (value,)
             for i, t in enumerate(items):
                 if not isinstance(t, Tensor):
@@ -113,13 +111,15 @@ class WrittenMemory:
 
     def _compare(self, values: Sequence[Any], span: tuple[Any, ...], before: Sequence[tuple[Any, ...]]) -> None:
         for other in before:
-            if other[1] > span[0] and (span[2] or other[2]):
-                a, b = (values[s[3]] for s in (other, span))
-                if _share_memory(
-                    a if isinstance(a, Tensor) else a[other[4]], b if isinstance(b, Tensor) else b[span[4]]
-                ):
-                    names = (self._name(values, s[3], s[4]) for s in (other, span))
-                    raise ValueError(f"{self.op}: {' and '.join(names)} must not overlap in memory")
+            if other[1] <= span[0] or not (span[2] or other[2]):
+                continue  # apart, or both only read
+            if _share_memory(self._tensor(values, *other[3:]), self._tensor(values, *span[3:])):
+                names = (self._name(values, *s[3:]) for s in (other, span))
+                raise ValueError(f"{self.op}: {' and '.join(names)} must not overlap in memory")
+
+    def _tensor(self, values: Sequence[Any], place: int, i: int) -> Tensor:
+        tensor: Tensor = values[place] if isinstance(values[place], Tensor) else values[place][i]
+        return tensor
 
     def _name(self, values: Sequence[Any], place: int, i: int) -> str:
         return self.names[place] if isinstance(values[place], Tensor) else f"{self.names[place]}[{i}]"

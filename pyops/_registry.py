@@ -76,7 +76,7 @@ class Draw(Protocol):
 
 @dataclass(frozen=True)
 class Autograd:
-    """Arguments of :func:`torch.library.register_autograd`, plus which arguments are differentiable."""
+    """Arguments of :func:`torch.library.register_autograd`."""
 
     setup_context: Callable[..., None]
     backward: Callable[..., Any]
@@ -180,7 +180,7 @@ def register(spec: OpSpec) -> OpSpec:
         torch._C._increment_version(written)
 
     if spec.mutates:
-        memory = _checks.WrittenMemory(name, op._schema.arguments)
+        memory = _checks.WrittenMemory(name, [a.name for a in op._schema.arguments], spec._written_places)
         _library.impl(name, checked_and_bumped, "BackendSelect", with_keyset=True)
     else:
         _library.impl(name, checked, "BackendSelect", with_keyset=True)
