@@ -6,11 +6,22 @@ import importlib
 from types import ModuleType
 
 from leanops import _native
+from leanops.sm3 import sm3_cover, sm3_cover_axes, sm3_momentum, sm3_step_
 from leanops.zo import zo_axpy_, zo_axpy_into_, zo_linear, zo_noise
 
 __version__ = _native.version()
 
-__all__ = ["__version__", "zo_axpy_", "zo_axpy_into_", "zo_linear", "zo_noise"]
+__all__ = [
+    "__version__",
+    "sm3_cover",
+    "sm3_cover_axes",
+    "sm3_momentum",
+    "sm3_step_",
+    "zo_axpy_",
+    "zo_axpy_into_",
+    "zo_linear",
+    "zo_noise",
+]
 
 _native.load()
 

@@ -41,6 +41,8 @@ def clone(args: Any) -> Any:
     def copy(t: Tensor) -> Tensor:
         if t.is_meta:
             return t
+        if t.layout != torch.strided:
+            return t.clone()
         storage = t.untyped_storage().clone()
         return torch.empty(0, dtype=t.dtype, device=t.device).set_(storage, t.storage_offset(), t.shape, t.stride())
 

@@ -10,17 +10,17 @@ from torch import Tensor
 _ops = torch.ops.leanops
 
 
-def seed_tensor(seeds: int | Sequence[int] | Tensor) -> Tensor:
-    """Seeds as the operators take them: int64 [K], the bits of numbers in [-2^63, 2^64)."""
+def seed_tensor(seeds: int | Sequence[int] | Tensor, op: str = "zo") -> Tensor:
+    """Seeds as the operators take them: int64 [K], the bits of numbers in [-2^63, 2^64). ``op`` is for the message."""
     if isinstance(seeds, Tensor):
         return seeds.reshape(-1)
-    return torch.tensor([_wrapped(s) for s in ((seeds,) if isinstance(seeds, int) else seeds)], dtype=torch.int64)
+    return torch.tensor([_wrapped(s, op) for s in ((seeds,) if isinstance(seeds, int) else seeds)], dtype=torch.int64)
 
 
-def _wrapped(seed: int) -> int:
+def _wrapped(seed: int, op: str = "zo") -> int:
     """The int64 with the bits of a seed."""
     if not isinstance(seed, (int, torch.SymInt)) or not -(1 << 63) <= seed < 1 << 64:
-        raise ValueError(f"zo: a seed must be an integer in [-2^63, 2^64), got {seed}")
+        raise ValueError(f"{op}: a seed must be an integer in [-2^63, 2^64), got {seed}")
     return seed - (1 << 64) if seed >= 1 << 63 else seed
 
 

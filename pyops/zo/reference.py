@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from leanops._exact import fma, sqrt
+
 VERSION = "zo/1"
 
 _MASK = 0xFFFFFFFF
@@ -51,23 +53,6 @@ def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> list[Tensor
     return [c0, c1, c2, c3]
 
 
-def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
-    """round(a * b + c) for fp32, rounded once.
-
-    The product of two fp32 numbers is exact in fp64. The fp64 sum is rounded to odd (an inexact sum gets a last bit
-    of 1), after which rounding to fp32 gives the correctly rounded result (Boldo and Melquiond, 2008).
-    """
-    product = a.double() * b
-    addend = torch.as_tensor(c, dtype=torch.float64, device=a.device).expand_as(product)
-    total = product + addend
-    tail = total - product
-    error = (product - (total - tail)) + (addend - tail)  # TwoSum: total + error is exact
-    bits = total.view(torch.int64)
-    inexact = (error != 0) & (bits & 1 == 0) & torch.isfinite(total)
-    toward = torch.where((error > 0) == (total > 0), 1, -1)
-    return torch.where(inexact, bits + toward, bits).view(torch.float64).float()
-
-
 def _horner(coefficients: list[float], x: Tensor) -> Tensor:
     p = torch.full_like(x, coefficients[-1])
     for c in reversed(coefficients[:-1]):
@@ -95,7 +80,7 @@ def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     e = (i >> 23).float()
     f = ((i & 0x7FFFFF) + 0x3F400000).int().view(torch.float32) - 1.0
     t = fma(e, _MINUS_2_LN2, f * _horner(_LOG, f))
-    rho = t.double().sqrt().float()  # correctly rounded; torch.sqrt of fp32 on a CPU is not (MKL, last bit)
+    rho = sqrt(t)
     y = (((b >> 8) & 0x7FFFFF) | 0x3F800000).int().view(torch.float32) - 1.5
     s = y * y
     rho = torch.where(b & 0x80000000 != 0, -rho, rho)

@@ -1,0 +1,149 @@
+"""SM3: one step of the optimizer on many tensors, and the state that it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from leanops._checks import one_of
+from leanops.sm3.reference import axes_of, scale_shape
+from leanops.zo.ops import seed_tensor
+
+_ops = torch.ops.leanops
+
+
+def _list(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def sm3_step_(
+    params: Tensor | Sequence[Tensor],
+    grads: Tensor | Sequence[Tensor],
+    covers: Tensor | Sequence[Tensor],
+    momenta: Tensor | Sequence[Tensor] = (),
+    scales: Tensor | Sequence[Tensor] = (),
+    *,
+    lr: float | Tensor,
+    momentum: float = 0.0,
+    beta: float = 1.0,
+    eps: float = 1e-30,
+    weight_decay: float = 0.0,
+    decoupled: bool = True,
+    maximize: bool = False,
+    stochastic_rounding: bool = False,
+    seed: int | Tensor = 0,
+    tensor_ids: Sequence[int] | None = None,
+    offsets: Sequence[int] | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    r"""One step of SM3 on many tensors in place, in one pass.
+
+    .. math::
+        \nu &= \beta \min_k \mu_k[i_k] + (1 - \beta)\, g^2 \quad (\beta < 1), \qquad
+        \nu = \min_k \mu_k[i_k] + g^2 \quad (\beta = 1) \\
+        u &= g / \sqrt{\nu + \epsilon} \ \text{ and } 0 \text{ where } \nu = 0, \qquad
+        \mu_k[j] \leftarrow \max_{i_k = j} \nu \\
+        m &\leftarrow \beta_m\, m + (1 - \beta_m)\, u, \qquad
+        w \leftarrow w\,(1 - \eta \lambda) - \eta\, m
+
+    A parameter of shape ``[n_0, n_1, ...]`` keeps one accumulator :math:`\mu_k` of length ``n_k`` for every axis, and
+    no second moment. Coupled decay adds :math:`\lambda w` to ``g`` first and leaves out the factor of ``w``; without
+    momentum ``u`` takes the place of ``m``. Definition ``sm3/1`` (docs/sm3.md) fixes every rounding: the results are
+    the same bits on every device, for any number of threads.
+
+    Args:
+        params: tensors of float32, bfloat16, float16 or float64, of any rank and strides, not overlapping.
+        grads: one for each parameter, of its shape, dtype and device; any strides, only read.
+        covers: one for each parameter, as :func:`sm3_cover` makes it: float32 ``[sum of n_k]``, contiguous.
+        momenta: none without momentum; else one for each parameter, of its shape, contiguous, in float32, bfloat16 or
+            int8, as :func:`sm3_momentum` makes it.
+        scales: one for each momentum, float32: for int8 the scales of its blocks, for others ``[0]``, the default.
+        lr: learning rate :math:`\eta`, a number or a one-element tensor of float32 or float64.
+        momentum: :math:`\beta_m` in [0, 1). beta: :math:`\beta` in (0, 1]; 1 sums, less than 1 averages.
+        eps: :math:`\epsilon \ge 0`. weight_decay: :math:`\lambda \ge 0`. decoupled: how the decay is applied.
+        maximize: step against the gradient's sign reversed; ``grads`` stay as they are.
+        stochastic_rounding: round bf16 and fp16 parameters stochastically, as :func:`zo_axpy_` does, with ``seed`` (a
+            number in [-2^63, 2^64) or a one-element int64 tensor), ``tensor_ids`` (by default the positions in the
+            list) and ``offsets`` (index of each tensor's first element in its whole tensor, for shards; by default 0).
+        grad_scale: one-element float32 tensor; gradients are multiplied by its reciprocal.
+        found_inf: one-element float32 tensor; where it is not 0, nothing is written.
+
+    ``lr``, ``seed``, ``grad_scale`` and ``found_inf`` may be on the CPU or on the parameters' device. A NaN or an
+    infinity in a gradient reaches the weight, the covers and the momentum (an int8 block that holds one reads NaN).
+
+    Raises:
+        ValueError: lengths, shapes, dtypes, devices or layouts that do not fit, a number out of its range, overlapping
+            memory.
+        RuntimeError: a tensor that requires grad while grad is enabled.
+        Nothing is written when an error is raised.
+
+    Source: Anil et al., "Memory-Efficient Adaptive Optimization" (1901.11150), SM3-II.
+    """
+    written, moments, factors = _list(params), _list(momenta), _list(scales)
+    if not factors:
+        factors = [m.new_empty(0, dtype=torch.float32) for m in moments]
+    _ops.sm3_step_(
+        written,
+        _list(grads),
+        _list(covers),
+        moments,
+        factors,
+        lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+        seed_tensor(seed, "sm3_step_"),
+        grad_scale,
+        found_inf,
+        list(range(len(written))) if tensor_ids is None else list(tensor_ids),
+        [0] * len(written) if offsets is None else list(offsets),
+        momentum,
+        beta,
+        eps,
+        weight_decay,
+        decoupled,
+        maximize,
+        stochastic_rounding,
+    )
+
+
+def sm3_cover(param: Tensor) -> Tensor:
+    r"""The accumulators :math:`\mu = 0` of a parameter before its first step, float32 ``[sum of n_k]``.
+
+    They lie one after another in the order of the axes; :func:`sm3_cover_axes` takes them apart. A 0-d parameter counts
+    as shape ``(1,)``.
+    """
+    return param.new_zeros(sum(axes_of(param.shape)), dtype=torch.float32)
+
+
+def sm3_cover_axes(cover: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """Views of the accumulators :math:`\\mu_k` of a parameter of this shape, ``[n_k]`` each, in the order of the axes.
+
+    Raises:
+        ValueError: a cover that does not have as many elements as the shape asks for.
+    """
+    sizes = axes_of(shape)
+    if cover.shape != (sum(sizes),):
+        seen = list(cover.shape)
+        raise ValueError(f"sm3_cover_axes: cover must have shape [{sum(sizes)}] for {list(shape)}, got {seen}")
+    return cover.split(list(sizes))
+
+
+def sm3_momentum(param: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    r"""The momentum :math:`m = 0` of a parameter, contiguous and of its shape, and its scales, float32.
+
+    Args:
+        param: any parameter.
+        dtype: float32, bfloat16, or int8: codes in [-127, 127], with one scale for each block of up to 256 elements in
+            a row of axis 0 (of the whole tensor at rank 0 and 1), so that ``m = code * scale``. The scales then are
+            ``[n_0, ceil(C / 256)]`` where ``C`` is a row's length; for the other dtypes they are empty, ``[0]``.
+
+    Raises:
+        ValueError: another dtype.
+    """
+    one_of("sm3_momentum", "dtype", dtype, (torch.float32, torch.bfloat16, torch.int8))
+    scales = scale_shape(param.shape) if dtype == torch.int8 else (0,)
+    return (
+        param.new_zeros(param.shape, dtype=dtype),
+        param.new_zeros(scales, dtype=torch.float32),
+    )

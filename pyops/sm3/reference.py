@@ -1,0 +1,166 @@
+"""SM3 in pure PyTorch: the specification that every kernel is compared with, bit for bit.
+
+``sm3/1`` defines one step as a fixed sequence of fp32 operations, each rounded to nearest even, with every fma
+written out. Minima and maxima are exact and do not depend on their order, so neither do the results: not on threads,
+tiles or the split of the axes, and not on shards of axis 0, once a maximum combines their covers of the other axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from leanops._exact import divide, fma, fp32, sqrt
+from leanops.zo.reference import round_to
+
+VERSION = "sm3/1"
+
+BLOCK = 256  # elements that share one scale of an int8 momentum; blocks lie within rows of axis 0
+_SMALL = 2.0**-120  # a block with no larger magnitude is stored as zeros, so that no scale underflows
+_CHUNK = 1 << 18  # elements worked on at a time, so that the temporaries stay small (a multiple of BLOCK)
+
+
+def axes_of(shape: Sequence[int]) -> tuple[int, ...]:
+    """The sizes of a parameter's accumulators; a 0-d parameter counts as shape (1,)."""
+    return tuple(shape) or (1,)
+
+
+def scale_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """The shape of an int8 momentum's scales: rows of axis 0, and blocks within one (at rank 0 and 1 one row)."""
+    rows = shape[0] if len(shape) > 1 else 1
+    columns = math.prod(shape[1:] if len(shape) > 1 else shape)
+    return rows, (columns + BLOCK - 1) // BLOCK
+
+
+def encode(m: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes [R, C] and scales [R, blocks] of fp32 values [R, C]; a block with a NaN or an infinity reads NaN."""
+    rows, columns = m.shape
+    blocks = F.pad(m, (0, -columns % BLOCK)).view(rows, -1, BLOCK)
+    a = blocks.abs().amax(2)
+    finite = a.isfinite()
+    zero = a < _SMALL
+    scale = torch.where(finite, torch.where(zero, 0.0, divide(a, 127.0, m)), torch.nan)
+    inverse = torch.where(zero, 0.0, divide(127.0, a, m))
+    codes = torch.where(finite[..., None], (blocks * inverse[..., None]).round(), 1.0)  # ties to even
+    return codes.to(torch.int8).view(rows, -1)[:, :columns], scale
+
+
+def decode(codes: Tensor, scales: Tensor) -> Tensor:
+    """The fp32 values [R, C] of codes [R, C] and scales [R, blocks]."""
+    return codes.float() * scales.repeat_interleave(BLOCK, 1)[:, : codes.shape[1]]
+
+
+def _slabs(sizes: Sequence[int]) -> Iterator[slice]:
+    """Runs of axis 0, of about _CHUNK elements."""
+    step = max(1, _CHUNK // math.prod(sizes[1:]))
+    return (slice(start, min(start + step, sizes[0])) for start in range(0, sizes[0], step))
+
+
+def _along(axis: Tensor, k: int, rank: int) -> Tensor:
+    """An accumulator as a tensor that broadcasts along every other axis."""
+    return axis.view([-1 if j == k else 1 for j in range(rank)])
+
+
+def _maximum(nu: Tensor, k: int) -> Tensor:
+    """The largest nu of every slice across axis k, NaN where there is one."""
+    return nu.movedim(k, 0).reshape(nu.shape[k], -1).amax(1)
+
+
+def _update(nu: Tensor, g: Tensor, eps: float) -> Tensor:
+    """u = g / sqrt(nu + eps), and 0 where nu is 0."""
+    return torch.where(nu == 0, 0.0, divide(g, sqrt(nu + fp32(eps)), g))
+
+
+def _average(stored: Tensor, scales: Tensor | None, u: Tensor, momentum: float) -> Tensor:
+    """m = (1 - momentum) u + momentum m, in fp32 and stored; int8 takes rows [R, C] and their scales [R, blocks]."""
+    new = u.reshape(stored.shape)
+    old = stored.float() if scales is None else decode(stored, scales)
+    m = fma(new, fp32(1.0 - momentum), old * fp32(momentum))
+    if scales is None:
+        stored.copy_(m)
+    else:
+        codes, fresh = encode(m)
+        stored.copy_(codes)
+        scales.copy_(fresh)
+    return m.reshape(u.shape)
+
+
+def _moved(w: Tensor, step: Tensor, lr: float, decay: float) -> Tensor:
+    """w (1 - lr decay) - lr step, in fp32 with one fma, in fp64 with two roundings."""
+    if w.dtype == torch.float64:
+        return (w * (1.0 - lr * decay) if decay else w) - lr * step.double()
+    shrunk = w * fp32(1.0 - lr * decay) if decay else w
+    return fma(step, -fp32(lr), shrunk)
+
+
+def sm3_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    covers: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    lr: Tensor,
+    seed: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    tensor_ids: Sequence[int],
+    offsets: Sequence[int],
+    momentum: float,
+    beta: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    stochastic_rounding: bool,
+) -> None:
+    if found_inf is not None and float(found_inf) != 0:
+        return
+    rounding, key, rate = "stochastic" if stochastic_rounding else "nearest", int(seed), float(lr)
+    coupled = 0.0 if decoupled else weight_decay
+    for i, (param, grad, cover, tensor_id, offset) in enumerate(
+        zip(params, grads, covers, tensor_ids, offsets, strict=True)
+    ):
+        if param.numel() == 0:
+            continue
+        sizes = axes_of(param.shape)
+        rank, row = len(sizes), math.prod(sizes[1:])
+        whole, gradient = param.view(sizes), grad.view(sizes)
+        old = cover.split(list(sizes))
+        new = [torch.zeros_like(axis) for axis in old]
+        for rows in _slabs(sizes):
+            p, g = whole[rows], gradient[rows].float()
+            if grad_scale is not None:
+                g = g * divide(1.0, grad_scale.to(g.device).reshape(()), g)
+            if maximize:
+                g = -g
+            if coupled:
+                g = fma(p.float(), fp32(coupled), g)
+
+            parts = [old[0][rows], *old[1:]]
+            c = reduce(torch.minimum, (_along(axis, k, rank) for k, axis in enumerate(parts)))  # NaN if any is
+            nu = fma(g, g, c) if beta == 1 else fma(g * g, fp32(1.0 - beta), c * fp32(beta))
+            new[0][rows] = _maximum(nu, 0)
+            for k in range(1, rank):
+                new[k] = torch.maximum(new[k], _maximum(nu, k))
+
+            step = _update(nu, g, eps)
+            if momentum:
+                stored = momenta[i].view(sizes)[rows]
+                if stored.dtype != torch.int8:
+                    step = _average(stored, None, step, momentum)
+                elif rank == 1:
+                    blocks = slice(rows.start // BLOCK, (rows.stop + BLOCK - 1) // BLOCK)
+                    step = _average(stored.view(1, -1), scales[i][:, blocks], step, momentum)
+                else:
+                    step = _average(stored.view(-1, row), scales[i][rows], step, momentum)
+
+            w = _moved(p if p.dtype == torch.float64 else p.float(), step, rate, weight_decay if decoupled else 0.0)
+            index = torch.arange(offset + rows.start * row, offset + rows.stop * row, device=p.device)
+            p.copy_(round_to(w.reshape(-1), p.dtype, rounding, index, key, tensor_id).view(p.shape))
+        for axis, fresh in zip(old, new, strict=True):
+            axis.copy_(fresh)

@@ -1,0 +1,51 @@
+"""The OpSpec of SM3."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanops._registry import Cost, OpSpec, register
+from leanops.sm3 import checks, reference
+from leanops.sm3.cases import step_bad, step_cases, step_fuzz, step_large
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _cost(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    covers: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    *_: Any,
+) -> Cost:
+    """Weights, covers and momenta are read and written once, gradients read."""
+    kept = sum(map(_bytes, (params, covers, momenta, scales)))
+    return Cost(read=kept + _bytes(grads), written=kept)
+
+
+register(
+    OpSpec(
+        name="sm3_step_",
+        schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] covers, Tensor(c!)[] momenta, Tensor(d!)[] scales, "
+        "Tensor lr, Tensor seed, Tensor? grad_scale, Tensor? found_inf, int[] tensor_ids, int[] offsets, "
+        "float momentum, float beta, float eps, float weight_decay, bool decoupled, bool maximize, "
+        "bool stochastic_rounding) -> ()",
+        reference=reference.sm3_step_,
+        fake=lambda *args: None,
+        check=checks.step_,
+        cases=step_cases(),
+        fuzz=step_fuzz,
+        bad_inputs=step_bad(),
+        cost=_cost,
+        dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+        exact=True,
+        large=step_large,
+    )
+)
