@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_MANY = 16  # tensors from which the vectorized test is the faster one
 
 
 def require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
@@ -74,6 +78,23 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
     return bool((touched > 1).any())
 
 
+def _clearly_apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are contiguous and no two share a byte; 0.3 us a tensor where a loop that names them takes 0.7."""
+    if not all(map(Tensor.is_contiguous, tensors)):
+        return False
+    starts = _int64(map(Tensor.data_ptr, tensors))
+    sizes = _int64(map(attrgetter("nbytes"), tensors))
+    occupied = (starts != 0) & (sizes != 0)  # neither meta nor empty
+    starts, sizes = starts[occupied], sizes[occupied]
+    order = np.argsort(starts)
+    starts, sizes = starts[order], sizes[order]
+    return bool((starts[:-1] + sizes[:-1] <= starts[1:]).all())
+
+
+def _int64(values: Iterable[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.fromiter(values, dtype=np.int64)
+
+
 class WrittenMemory:
     """Refuses to write to a tensor that requires grad, overlaps itself, or shares memory with another argument."""
 
@@ -81,6 +102,13 @@ class WrittenMemory:
         self.op, self.names, self.written = op, names, frozenset(written)
 
     def check(self, values: Sequence[Any]) -> None:
+        lists = [v if isinstance(v, (list, tuple)) else (v,) for v in values]
+        tensors = [t for items in lists if items and isinstance(items[0], Tensor) for t in items]
+        refusable = torch.is_grad_enabled() and any(map(attrgetter("requires_grad"), tensors))
+        if len(tensors) < _MANY or refusable or not _clearly_apart(tensors):
+            self._check_each(values)
+
+    def _check_each(self, values: Sequence[Any]) -> None:
         grad = torch.is_grad_enabled()
         starts: list[tuple[int, int, bool, int, int]] = []  # first byte, one past the last, written, argument, item
         for place, value in enumerate(values):

@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 from opsuite import SPECS, assert_same_bits, clone, make, outputs, over_cases, over_specs, run, tensors
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 
 @over_cases()
@@ -38,6 +39,18 @@ def test_runs_under_inference_mode(spec, case, dtype, device):
         spec.op(*args)
         got = outputs(spec, args, None)
         assert_same_bits([g.clone() for g in got], [w.clone() for w in want])
+
+
+@over_cases(where=lambda spec: spec.mutates)
+def test_launch_is_the_call_without_its_checks(spec, case, dtype, device):
+    args = make(case, device, dtype)
+    want, versions = run(spec, args), [t._version for t in spec.mutated(args)]
+    spec.launch(device, *args)
+    assert_same_bits(outputs(spec, args, None), want)
+    assert all(t._version > v for t, v in zip(spec.mutated(args), versions, strict=True))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = tree_map_only(torch.Tensor, mode.from_tensor, args)
+        spec.launch(device, *fake)  # to the fake kernel: the backend must not see these
 
 
 BAD = [pytest.param(s, b, id=f"{s.name}-{b.name}") for s in SPECS for b in s.bad_inputs]
