@@ -189,11 +189,22 @@ def register(spec: OpSpec) -> OpSpec:
     below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
     redispatch = op._handle.redispatch_boxed
 
+    lists = [i for i, a in enumerate(op._schema.arguments) if isinstance(a.type, torch.ListType)]
+
+    def whole(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """AOTInductor's executor leaves an empty list out, as None (pytorch/pytorch#194324 tells of integers)."""
+        for i in lists:
+            if i < len(args) and args[i] is None:
+                args = (*args[:i], [], *args[i + 1 :])
+        return args
+
     def checked(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        args = whole(args)
         spec.check(*args, **kwargs)
         return redispatch(keyset & below, *args, **kwargs)
 
     def checked_and_bumped(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
+        args = whole(args)
         spec.check(*args)
         memory.check(args)
         redispatch(keyset & below, *args)

@@ -137,10 +137,8 @@ def _momentum_names() -> dict[str, torch.dtype | None]:
 
 def step_fuzz(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
     device = draw.device
-    shapes = [
-        tuple(draw.choice((draw.integer(0, 9), draw.integer(1, 40))) for _ in range(draw.integer(0, 4)))
-        for _ in range(draw.integer(0, 3))
-    ]
+    ranks = [draw.integer(0, 4) for _ in range(draw.integer(0, 3))]
+    shapes = [tuple(draw.integer(0, (1, 300, 30, 9, 6)[rank]) for _ in range(rank)) for rank in ranks]
     if draw.choice((False, True)):
         shapes.append((draw.integer(1, 3), draw.integer(200, 800)))
     state = draw.choice(MOMENTA)
@@ -266,7 +264,11 @@ def step_bad() -> tuple[BadInput, ...]:
         ("sparse grad", {"grads": second(lambda t: t.to_sparse())}, r"grads\[1\] .*dense.*sparse_coo"),
         ("complex grad", {"grads": second(lambda t: t + 0j)}, r"grads\[1\] .*complex64"),
         ("covers length", {"covers": one}, r"covers .*\(2\).*1"),
-        ("cover size", {"covers": first(lambda t: t[:302])}, r"covers\[0\] .*\[303\] for params\[0\] .*\[302\]"),
+        (
+            "cover size",
+            {"covers": first(lambda t: t[:302])},
+            r"covers\[0\] .*\[303\] for params\[0\] of shape \[3, 300\], got \[302\]",
+        ),
         ("cover shape", {"covers": second(lambda t: t.view(2, 2))}, r"covers\[1\] .*\[4\].*\[2, 2\]"),
         ("cover dtype", {"covers": second(lambda t: t.bfloat16())}, r"covers\[1\] .*float32.*bfloat16"),
         ("cover strides", {"covers": second(lambda t: t.repeat(2)[::2])}, r"covers\[1\] .*contiguous.*\[2\]"),

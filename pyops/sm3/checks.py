@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from leanops._checks import in_range, same_layout
-from leanops.sm3.reference import axes_of, scale_shape
+from leanops.sm3.reference import scale_shape
 
 _OP = "sm3_step_"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -28,21 +28,24 @@ def _dense(name: str, t: Tensor, dtypes: Sequence[torch.dtype], device: torch.de
         raise ValueError(f"{_OP}: {name} must be on {device} as {like}, got {t.device}")
 
 
-def _state(name: str, t: Tensor, dtypes: Sequence[torch.dtype], shape: Sequence[int], param: Tensor, like: str) -> None:
-    """A tensor that the optimizer keeps: contiguous, of the shape that the parameter asks for."""
-    _dense(name, t, dtypes, param.device, like)
+def _kept(t: Tensor, dtype: torch.dtype, shape: Sequence[int], device: torch.device) -> bool:
+    """Whether a tensor of the optimizer's state fits: dense, contiguous, of that dtype, shape and device."""
+    fits = t.dtype == dtype and t.shape == shape and t.device == device
+    return fits and t.layout == torch.strided and t.is_contiguous()
+
+
+def _refuse(name: str, t: Tensor, dtypes: Sequence[torch.dtype], shape: Sequence[int], param: Tensor, why: str) -> None:
+    """Say what is wrong with a tensor of the optimizer's state."""
+    _dense(name, t, dtypes, param.device, "params[0]")
     if t.shape != torch.Size(shape):
-        seen = f"{list(param.shape)} {param.dtype}"
-        raise ValueError(f"{_OP}: {name} must have shape {list(shape)} for {like} ({seen}), got {list(t.shape)}")
-    if not t.is_contiguous():
-        raise ValueError(f"{_OP}: {name} must be contiguous, got shape {list(t.shape)} with strides {list(t.stride())}")
+        raise ValueError(f"{_OP}: {name} must have shape {list(shape)} for {why}, got {list(t.shape)}")
+    raise ValueError(f"{_OP}: {name} must be contiguous, got shape {list(t.shape)} with strides {list(t.stride())}")
 
 
-def _number(name: str, t: Tensor | None, dtypes: Sequence[torch.dtype], device: torch.device | None) -> None:
+def _number(name: str, t: Tensor | None, dtypes: Sequence[torch.dtype], device: torch.device) -> None:
     if t is None:
         return
-    on_cpu = t.device.type == "cpu" or device is None
-    _dense(name, t, dtypes, t.device if on_cpu else device, "params[0] or on the CPU")  # type: ignore[arg-type]
+    _dense(name, t, dtypes, t.device if t.device.type == "cpu" else device, "params[0], or on the CPU")
     if t.numel() != 1:
         raise ValueError(f"{_OP}: {name} must be one number, got shape {list(t.shape)}")
 
@@ -80,27 +83,37 @@ def step_(
         if len(values) != n:
             raise ValueError(f"{_OP}: {name} must have one entry a parameter ({n}), got {len(values)}")
     if len(momenta) != (n if momentum else 0):
-        wanted = f"one entry a parameter ({n})" if momentum else "no entry"
-        raise ValueError(f"{_OP}: momenta must have {wanted} with momentum {momentum}, got {len(momenta)}")
+        entries = f"one entry a parameter ({n})" if momentum else "no entry"
+        raise ValueError(f"{_OP}: momenta must have {entries} with momentum {momentum}, got {len(momenta)}")
     if len(scales) != len(momenta):
         raise ValueError(f"{_OP}: scales must have one entry a momentum ({len(momenta)}), got {len(scales)}")
-    device = params[0].device if params else None
+    device = params[0].device if params else torch.device("cpu")
+    # thousands of tensors pass here at every step: names are made only for those that do not fit
     for i, (p, g, cover) in enumerate(zip(params, grads, covers, strict=True)):
-        _dense(f"params[{i}]", p, _FLOATS, params[0].device, "params[0]")
+        if p.dtype not in _FLOATS or p.layout != torch.strided or p.device != device:
+            _dense(f"params[{i}]", p, _FLOATS, device, "params[0]")
         if g.layout != torch.strided:
             raise ValueError(f"{_OP}: grads[{i}] must be a dense tensor, got layout {g.layout}")
-        same_layout(_OP, f"grads[{i}]", g, f"params[{i}]", p)
-        length = sum(axes_of(p.shape))
-        _state(f"covers[{i}]", cover, (torch.float32,), (length,), p, f"params[{i}]")
+        shape = p.shape
+        if g.shape != shape or g.dtype != p.dtype or g.device != device:
+            same_layout(_OP, f"grads[{i}]", g, f"params[{i}]", p)
+        length = (sum(shape) if shape else 1,)
+        if not _kept(cover, torch.float32, length, device):
+            _refuse(f"covers[{i}]", cover, (torch.float32,), length, p, f"params[{i}] of shape {list(shape)}")
     for i, (p, m, scale) in enumerate(zip(params, momenta, scales, strict=False)):
-        _state(f"momenta[{i}]", m, _MOMENTA, p.shape, p, f"params[{i}]")
-        shape = scale_shape(p.shape) if m.dtype == torch.int8 else (0,)
-        _state(f"scales[{i}]", scale, (torch.float32,), shape, p, f"params[{i}] and a momentum in {m.dtype}")
+        shape, dtype = p.shape, m.dtype
+        if dtype not in _MOMENTA or not _kept(m, dtype, shape, device):
+            _refuse(f"momenta[{i}]", m, _MOMENTA, shape, p, f"params[{i}]")
+        wanted = scale_shape(shape) if dtype == torch.int8 else (0,)
+        if not _kept(scale, torch.float32, wanted, device):
+            why = f"momenta[{i}] of shape {list(shape)} and dtype {dtype}"
+            _refuse(f"scales[{i}]", scale, (torch.float32,), wanted, p, why)
     _number("lr", lr, (torch.float32, torch.float64), device)
     _number("seed", seed, (torch.int64,), device)
     _number("grad_scale", grad_scale, (torch.float32,), device)
     _number("found_inf", found_inf, (torch.float32,), device)
     for i, (p, tensor_id, offset) in enumerate(zip(params, tensor_ids, offsets, strict=True)):
-        in_range(_OP, f"tensor_ids[{i}]", tensor_id, 0, _ID)
+        if not 0 <= tensor_id < _ID:
+            in_range(_OP, f"tensor_ids[{i}]", tensor_id, 0, _ID)
         if offset:
             in_range(_OP, f"offsets[{i}]", offset, 0, _INDEX - p.numel())

@@ -32,8 +32,8 @@ def axes_of(shape: Sequence[int]) -> tuple[int, ...]:
 
 def scale_shape(shape: Sequence[int]) -> tuple[int, int]:
     """The shape of an int8 momentum's scales: rows of axis 0, and blocks within one (at rank 0 and 1 one row)."""
-    rows = shape[0] if len(shape) > 1 else 1
-    columns = math.prod(shape[1:] if len(shape) > 1 else shape)
+    sizes = tuple(shape)
+    rows, columns = (sizes[0], math.prod(sizes[1:])) if len(sizes) > 1 else (1, math.prod(sizes))
     return rows, (columns + BLOCK - 1) // BLOCK
 
 
