@@ -18,6 +18,7 @@ using P = __m256i;
 LEANOPS_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
 LEANOPS_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
 LEANOPS_INLINE I load_i(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+LEANOPS_INLINE void store_i(void* p, I x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
 LEANOPS_INLINE F set_f(float x) { return _mm256_set1_ps(x); }
 LEANOPS_INLINE I set_i(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
 
@@ -26,6 +27,7 @@ LEANOPS_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 LEANOPS_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
 LEANOPS_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
 LEANOPS_INLINE F sqrt(F a) { return _mm256_sqrt_ps(a); }
+LEANOPS_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
 
 LEANOPS_INLINE I add(I a, I b) { return _mm256_add_epi32(a, b); }
 LEANOPS_INLINE I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
@@ -54,6 +56,19 @@ LEANOPS_INLINE I less(I a, I b, I yes, I no) { return _mm256_blendv_epi8(no, yes
 LEANOPS_INLINE bool any_nan(F a, F b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)) != 0; }
 LEANOPS_INLINE F if_nan(F x, F yes, F no) {
   return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+}
+LEANOPS_INLINE F if_zero(F x, F no) {  // x == 0 ? 0 : no
+  return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_EQ_OQ), no);
+}
+// The smaller, NaN where either is.
+LEANOPS_INLINE F minimum(F a, F b) { return if_nan(a, a, _mm256_min_ps(a, b)); }
+// The larger as unsigned integers: of the bits of floats that are 0 or more, the larger float, or a NaN.
+LEANOPS_INLINE I max_u(I a, I b) { return _mm256_max_epu32(a, b); }
+LEANOPS_INLINE uint32_t max_lane(I a) {
+  __m128i m = _mm_max_epu32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4E));
+  m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xB1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
 }
 
 LEANOPS_INLINE P set_p(uint64_t x) { return _mm256_set1_epi64x(static_cast<long long>(x)); }
@@ -121,6 +136,21 @@ LEANOPS_INLINE F half_bits(I h) {
 LEANOPS_INLINE I round_bf16(I x) { return add(x, add(set_i(0x7fffu), and_(srl<16>(x), set_i(1u)))); }
 LEANOPS_INLINE void store_pairs(uint16_t* p, I even, I odd) {
   _mm256_storeu_si256(reinterpret_cast<I*>(p), _mm256_blend_epi16(srl<16>(even), odd, 0xAA));
+}
+// The same from vectors in natural order.
+LEANOPS_INLINE void store_halves(uint16_t* p, I first, I second) {
+  const I packed = _mm256_packus_epi32(srl<16>(first), srl<16>(second));
+  _mm256_storeu_si256(reinterpret_cast<I*>(p), _mm256_permute4x64_epi64(packed, 0xD8));
+}
+
+// 8-bit integers, W of them, and 2W from the low bytes of lanes in [-128, 128).
+LEANOPS_INLINE I load_i8(const int8_t* p) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+LEANOPS_INLINE void store_i8(int8_t* p, I first, I second) {
+  const I words = _mm256_permute4x64_epi64(_mm256_packs_epi32(first, second), 0xD8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
 
 }  // namespace LEANOPS_ISA

@@ -24,6 +24,7 @@ using P = __m512i;
 LEANOPS_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
 LEANOPS_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 LEANOPS_INLINE I load_i(const void* p) { return _mm512_loadu_si512(p); }
+LEANOPS_INLINE void store_i(void* p, I x) { _mm512_storeu_si512(p, x); }
 LEANOPS_INLINE F set_f(float x) { return _mm512_set1_ps(x); }
 LEANOPS_INLINE I set_i(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
 
@@ -32,6 +33,7 @@ LEANOPS_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 LEANOPS_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
 LEANOPS_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 LEANOPS_INLINE F sqrt(F a) { return _mm512_sqrt_ps(a); }
+LEANOPS_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
 
 LEANOPS_INLINE I add(I a, I b) { return _mm512_add_epi32(a, b); }
 LEANOPS_INLINE I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
@@ -66,6 +68,14 @@ LEANOPS_INLINE bool any_nan(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNO
 LEANOPS_INLINE F if_nan(F x, F yes, F no) {
   return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), yes);
 }
+LEANOPS_INLINE F if_zero(F x, F no) {  // x == 0 ? 0 : no
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ), no);
+}
+// The smaller, NaN where either is.
+LEANOPS_INLINE F minimum(F a, F b) { return if_nan(a, a, _mm512_min_ps(a, b)); }
+// The larger as unsigned integers: of the bits of floats that are 0 or more, the larger float, or a NaN.
+LEANOPS_INLINE I max_u(I a, I b) { return _mm512_max_epu32(a, b); }
+LEANOPS_INLINE uint32_t max_lane(I a) { return _mm512_reduce_max_epu32(a); }
 
 // Philox lanes.
 LEANOPS_INLINE P set_p(uint64_t x) { return _mm512_set1_epi64(static_cast<long long>(x)); }
@@ -143,6 +153,20 @@ LEANOPS_INLINE I round_bf16(I x) {
 // Upper halves of even and odd -> 2W 16-bit numbers in memory order.
 LEANOPS_INLINE void store_pairs(uint16_t* p, I even, I odd) {
   _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(even, 16), odd));
+}
+// The same from vectors in natural order.
+LEANOPS_INLINE void store_halves(uint16_t* p, I first, I second) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(srl<16>(first)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + W), _mm512_cvtepi32_epi16(srl<16>(second)));
+}
+
+// 8-bit integers, W of them, and 2W from the low bytes of lanes in [-128, 128).
+LEANOPS_INLINE I load_i8(const int8_t* p) {
+  return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+LEANOPS_INLINE void store_i8(int8_t* p, I first, I second) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(first));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + W), _mm512_cvtepi32_epi8(second));
 }
 
 }  // namespace LEANOPS_ISA

@@ -36,6 +36,7 @@ LEANOPS_INLINE I load_i(const void* p) {
   __builtin_memcpy(r.v, p, sizeof r.v);
   return r;
 }
+LEANOPS_INLINE void store_i(void* p, I x) { __builtin_memcpy(p, x.v, sizeof x.v); }
 LEANOPS_INLINE F set_f(float x) {
   F r;
   LEANOPS_EACH r.v[j] = x;
@@ -65,6 +66,10 @@ LEANOPS_INLINE F sub(F a, F b) {
 }
 LEANOPS_INLINE F sqrt(F a) {
   LEANOPS_EACH a.v[j] = ::sqrtf(a.v[j]);
+  return a;
+}
+LEANOPS_INLINE F div(F a, F b) {
+  LEANOPS_EACH a.v[j] /= b.v[j];
   return a;
 }
 
@@ -141,6 +146,25 @@ LEANOPS_INLINE bool any_nan(F a, F b) {
 LEANOPS_INLINE F if_nan(F x, F yes, F no) {
   LEANOPS_EACH no.v[j] = x.v[j] == x.v[j] ? no.v[j] : yes.v[j];
   return no;
+}
+LEANOPS_INLINE F if_zero(F x, F no) {  // x == 0 ? 0 : no
+  LEANOPS_EACH no.v[j] = x.v[j] == 0.0f ? 0.0f : no.v[j];
+  return no;
+}
+// The smaller, NaN where either is.
+LEANOPS_INLINE F minimum(F a, F b) {
+  LEANOPS_EACH b.v[j] = a.v[j] < b.v[j] || a.v[j] != a.v[j] ? a.v[j] : b.v[j];
+  return b;
+}
+// The larger as unsigned integers: of the bits of floats that are 0 or more, the larger float, or a NaN.
+LEANOPS_INLINE I max_u(I a, I b) {
+  LEANOPS_EACH a.v[j] = a.v[j] < b.v[j] ? b.v[j] : a.v[j];
+  return a;
+}
+LEANOPS_INLINE uint32_t max_lane(I a) {
+  uint32_t top = a.v[0];
+  LEANOPS_EACH top = top < a.v[j] ? a.v[j] : top;
+  return top;
 }
 
 LEANOPS_INLINE P set_p(uint64_t x) {
@@ -239,6 +263,26 @@ LEANOPS_INLINE void store_pairs(uint16_t* p, I even, I odd) {
   LEANOPS_EACH {
     p[2 * j] = static_cast<uint16_t>(even.v[j] >> 16);
     p[2 * j + 1] = static_cast<uint16_t>(odd.v[j] >> 16);
+  }
+}
+// The same from vectors in natural order.
+LEANOPS_INLINE void store_halves(uint16_t* p, I first, I second) {
+  LEANOPS_EACH {
+    p[j] = static_cast<uint16_t>(first.v[j] >> 16);
+    p[j + W] = static_cast<uint16_t>(second.v[j] >> 16);
+  }
+}
+
+// 8-bit integers, W of them, and 2W from the low bytes of lanes in [-128, 128).
+LEANOPS_INLINE I load_i8(const int8_t* p) {
+  I r;
+  LEANOPS_EACH r.v[j] = static_cast<uint32_t>(static_cast<int32_t>(p[j]));
+  return r;
+}
+LEANOPS_INLINE void store_i8(int8_t* p, I first, I second) {
+  LEANOPS_EACH {
+    p[j] = static_cast<int8_t>(first.v[j]);
+    p[j + W] = static_cast<int8_t>(second.v[j]);
   }
 }
 

@@ -1,57 +1,10 @@
-// Philox batches and the Gaussian of zo/1, in the vector vocabulary of simd.h.
+// The Gaussian of zo/1, in the vector vocabulary of simd.h.
 #pragma once
 
-#include "../common/philox.h"
-#include "../common/simd.h"
+#include "../common/philox_vector.h"
 
 namespace leanops {
 namespace LEANOPS_ISA {
-
-constexpr int kBatch = W / 2;  // Philox blocks in a batch
-
-// U independent batches of consecutive blocks, side by side to hide latency:
-// a = words 0, 2 of each block in turn, b = words 1, 3.                                     a, b: [U][W]
-template <int U>
-LEANOPS_INLINE void philox_batches(const PhiloxPlan& plan, uint64_t block, I* a, I* b) {
-  const P m0 = set_p(kPhiloxM0), m1 = set_p(kPhiloxM1);
-  P x0[U], x1[U], x2[U], x3[U];
-#pragma GCC unroll 8
-  for (int u = 0; u < U; ++u) {
-    const P p = mul_p(iota_p(block + static_cast<uint64_t>(u * kBatch)), m0);
-    x2[u] = xor_p(high_p(p), word_p(plan.r1));
-    const P q = mul_p(x2[u], m1);
-    x0[u] = xor_p(high_p(q), word_p(plan.r2a));
-    x1[u] = q;
-    x2[u] = xor_p(p, word_p(plan.r2b));
-  }
-#pragma GCC unroll 8
-  for (int u = 0; u < U; ++u) {
-    const P p = mul_p(x0[u], m0), q = mul_p(x2[u], m1);
-    x0[u] = xor_p(high_p(q), x1[u], word_p(plan.k0[2]));
-    x1[u] = q;
-    x2[u] = xor_p(high_p(p), word_p(plan.r3));
-    x3[u] = p;
-  }
-#pragma GCC unroll 6
-  for (int round = 3; round < kPhiloxRounds - 1; ++round) {
-    const P k0 = word_p(plan.k0[round]), k1 = word_p(plan.k1[round]);
-#pragma GCC unroll 8
-    for (int u = 0; u < U; ++u) {
-      const P p = mul_p(x0[u], m0), q = mul_p(x2[u], m1);
-      x0[u] = xor_p(high_p(q), x1[u], k0);
-      x1[u] = q;
-      x2[u] = xor_p(high_p(p), x3[u], k1);
-      x3[u] = p;
-    }
-  }
-  const I last = alternate(plan.k0[kPhiloxRounds - 1], plan.k1[kPhiloxRounds - 1]);
-#pragma GCC unroll 8
-  for (int u = 0; u < U; ++u) {  // the last round goes straight to the merged words
-    const P p = mul_p(x0[u], m0), q = mul_p(x2[u], m1);
-    a[u] = xor_i(merge_high(q, p), merge_low(x1[u], x3[u]), last);
-    b[u] = merge_low(q, p);
-  }
-}
 
 // Box-Muller with fixed polynomials and every rounding written out: the same bits on every backend.
 //   rho = sqrt(-2 ln u1), u1 = ((a >> 8) + 1) 2^-24;  even, odd = rho cos 2 pi u2, rho sin 2 pi u2, u2 = (b
@@ -82,22 +35,6 @@ LEANOPS_INLINE void box_muller(I a, I b, F& even, F& odd) {
   pc = fma(pc, s, set_f(0x1.fffffep-1f));
   even = mul(rho, mul(ps, y));
   odd = mul(rho, pc);
-}
-
-// The words of blocks [block, block + count) in memory order; writes up to one batch more than asked.
-static inline void philox_words(const PhiloxPlan& plan, uint64_t block, int64_t count, uint32_t* words) {
-  constexpr int U = 4;
-  int64_t done = 0;
-  for (; done + U * kBatch <= count; done += U * kBatch) {
-    I a[U], b[U];
-    philox_batches<U>(plan, block + static_cast<uint64_t>(done), a, b);
-    for (int u = 0; u < U; ++u) store_words(words + 4 * done + 2 * W * u, a[u], b[u]);
-  }
-  for (; done < count; done += kBatch) {
-    I a[1], b[1];
-    philox_batches<1>(plan, block + static_cast<uint64_t>(done), a, b);
-    store_words(words + 4 * done, a[0], b[0]);
-  }
 }
 
 }  // namespace LEANOPS_ISA

@@ -3,7 +3,7 @@
 // several terms the accumulators stay in the first-level cache while the terms pass over them.
 #pragma once
 
-#include "formats.h"
+#include "../common/formats.h"
 #include "noise.h"
 #include "zo.h"
 
@@ -11,8 +11,6 @@ namespace leanops {
 namespace LEANOPS_ISA {
 
 using zo::Distribution;
-using zo::DType;
-using zo::Rounding;
 using zo::Terms;
 
 constexpr int64_t G = 2 * W;
@@ -27,10 +25,9 @@ struct Source {
   PhiloxPlan plan;                                      // of the Gaussian
   int64_t first;                                        // the tile's first group within signs
   alignas(64) uint32_t signs[kTile / 32 + 4 + kSlack];  // of Rademacher: one bit an element
-  alignas(64) uint16_t bits[kTile + 2 * kSlack];        // of stochastic rounding: 16 bits an element
+  RoundingBits<kTile> rounding;
+  const uint16_t* bits;  // of stochastic rounding: 16 bits an element
 };
-
-static inline uint32_t high32(uint64_t block) { return static_cast<uint32_t>(block >> 32); }
 
 template <Distribution D>
 static void prepare_noise(Source& src, uint64_t seed, uint32_t tensor_id, uint64_t index, int64_t groups) {
@@ -46,11 +43,7 @@ static void prepare_noise(Source& src, uint64_t seed, uint32_t tensor_id, uint64
 }
 
 static void prepare_rounding(Source& src, uint64_t seed, uint32_t tensor_id, uint64_t index, int64_t groups) {
-  const uint64_t block = index / 8;
-  uint32_t words[kTile / 2 + kSlack];
-  philox_words(philox_plan(seed, tensor_id, zo::kStreamRounding, high32(block)), block, groups * G / 8,
-               words);
-  __builtin_memcpy(src.bits, words, static_cast<size_t>(groups * G * 2));
+  src.bits = src.rounding.fill(seed, tensor_id, index, groups * G);
 }
 
 // z of U groups, g their first within the tile.                                                z: [U][2][W]

@@ -11,20 +11,15 @@
 #include <cstdint>
 
 #include "../common/isa.h"
+#include "../common/types.h"
 
 namespace leanops {
 namespace zo {
 
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 enum class Distribution : int { kGaussian = 0, kRademacher = 1 };
-enum class Rounding : int { kNearest = 0, kStochastic = 1 };
 
-// Philox streams, the fourth counter word.
-constexpr uint32_t kStreamGaussian = 0, kStreamRademacher = 1, kStreamRounding = 2;
-
-constexpr int64_t element_size(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
+// Philox streams, the fourth counter word. Rounding has one of its own in types.h.
+constexpr uint32_t kStreamGaussian = 0, kStreamRademacher = 1;
 
 struct Terms {
   const uint64_t* seeds;  // [count]

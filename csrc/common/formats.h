@@ -4,8 +4,8 @@
 //   settle:  turns what finish left into the very value that store would write
 #pragma once
 
-#include "../common/simd.h"
-#include "zo.h"
+#include "simd.h"
+#include "types.h"
 
 namespace leanops {
 namespace LEANOPS_ISA {
@@ -17,7 +17,7 @@ struct Float32 {
     a = LEANOPS_ISA::load(p);
     b = LEANOPS_ISA::load(p + W);
   }
-  template <zo::Rounding R>
+  template <Rounding R>
   LEANOPS_INLINE void finish(F&, F&, const uint16_t*) {}
   LEANOPS_INLINE void settle(F&, F&) {}
   LEANOPS_INLINE void store(float* p, F a, F b) {
@@ -26,26 +26,37 @@ struct Float32 {
   }
 };
 
-struct BFloat16 {
+// Pairs: in pairs order, which costs the fewest shuffles; else in natural order, beside tensors of other
+// types.
+template <bool Pairs>
+struct BFloat16In {
   using Scalar = uint16_t;
-  static constexpr bool kPairs = true;
+  static constexpr bool kPairs = Pairs;
   LEANOPS_INLINE void load(const uint16_t* p, F& a, F& b) {
-    const I raw = load_i(p);
-    a = from_bits(sll<16>(raw));
-    b = from_bits(and_(raw, set_i(0xffff0000u)));
+    if constexpr (Pairs) {
+      const I raw = load_i(p);
+      a = from_bits(sll<16>(raw));
+      b = from_bits(and_(raw, set_i(0xffff0000u)));
+    } else {
+      a = from_bits(sll<16>(load_u16(p)));
+      b = from_bits(sll<16>(load_u16(p + W)));
+    }
   }
   // Truncation, by store or settle, completes both kinds. Infinity survives either: r and 0x7fff stay below
   // its ulp.
-  template <zo::Rounding R>
+  template <Rounding R>
   LEANOPS_INLINE void finish(F& a, F& b, const uint16_t* r) {
     I x, y;
-    if constexpr (R == zo::Rounding::kStochastic) {
+    if constexpr (R == Rounding::kNearest) {
+      x = round_bf16(bits(a));
+      y = round_bf16(bits(b));
+    } else if constexpr (Pairs) {
       const I raw = load_i(r);
       x = add(bits(a), and_(raw, set_i(0xffffu)));
       y = add(bits(b), srl<16>(raw));
     } else {
-      x = round_bf16(bits(a));
-      y = round_bf16(bits(b));
+      x = add(bits(a), load_u16(r));
+      y = add(bits(b), load_u16(r + W));
     }
     if (__builtin_expect(any_nan(a, b), 0)) {
       a = if_nan(a, from_bits(set_i(kBf16Nan)), from_bits(x));
@@ -59,8 +70,15 @@ struct BFloat16 {
     a = from_bits(and_(bits(a), set_i(0xffff0000u)));
     b = from_bits(and_(bits(b), set_i(0xffff0000u)));
   }
-  LEANOPS_INLINE void store(uint16_t* p, F a, F b) { store_pairs(p, bits(a), bits(b)); }
+  LEANOPS_INLINE void store(uint16_t* p, F a, F b) {
+    if constexpr (Pairs) {
+      store_pairs(p, bits(a), bits(b));
+    } else {
+      store_halves(p, bits(a), bits(b));
+    }
+  }
 };
+using BFloat16 = BFloat16In<true>;
 
 struct Float16 {
   using Scalar = uint16_t;
@@ -78,9 +96,9 @@ struct Float16 {
     const I rounded = less(magnitude, set_i(0x38800000u), tiny, normal);
     return if_nan(x, x, from_bits(rounded));
   }
-  template <zo::Rounding R>
+  template <Rounding R>
   LEANOPS_INLINE void finish(F& a, F& b, const uint16_t* r) {
-    if constexpr (R == zo::Rounding::kStochastic) {
+    if constexpr (R == Rounding::kStochastic) {
       a = stochastic(a, load_u16(r));
       b = stochastic(b, load_u16(r + W));
     }
