@@ -22,7 +22,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml setup.py $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch triton numpy setuptools ninja
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation --editable '.[bench,dev]'
 	touch $@
 
 lint: $(VENV)/.installed

@@ -18,7 +18,7 @@ from torch import Tensor
 from leanops._registry import Case
 
 Args = tuple[Any, ...]
-FAMILIES = ("zo",)
+FAMILIES = ("zo", "sm3")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Probe:
 
     reference_args: Args
     actual: Callable[[Any], list[Tensor]]  # given what the operator returned
+    wanted: Callable[[list[Tensor]], list[Tensor]] = lambda results: results  # what of the reference's results counts
 
 
 @dataclass(frozen=True)

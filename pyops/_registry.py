@@ -128,6 +128,11 @@ class OpSpec:
             written.extend([args[place]] if isinstance(args[place], Tensor) else args[place])
         return written
 
+    def updated(self, args: Sequence[Any]) -> list[Tensor]:
+        """The tensors of the first argument that a call writes: what it is about, where the others are state."""
+        first = args[self._written_places[0]]
+        return [first] if isinstance(first, Tensor) else list(first)
+
     def launch(self, device: torch.device, *args: Any) -> None:
         """A mutating operator on dense tensors of one device, for a caller that has made sure of what ``check`` and the
         memory check would refuse: ``op(*args)`` without the two hops that they cost, a quarter of its price for

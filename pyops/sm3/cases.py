@@ -83,18 +83,20 @@ def _strided(t: Tensor, gaps: bool) -> Tensor:
     return room.copy_(turned).permute(order)
 
 
-def step_case(name: str, shapes: Shapes, options: Options | None = None, bench: bool = False) -> Case:
-    o = options or Options()
+def step_inputs(
+    shapes: Shapes, o: Options, device: torch.device, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Any, ...]:
+    """The operator's arguments: weights, gradients and state of the magnitudes that training has."""
+    params, grads = (
+        [(std * torch.randn(s, generator=generator)).to(device, dtype) for s in shapes] for std in (0.02, 1e-3)
+    )
+    if o.strided:
+        params, grads = [_strided(p, False) for p in params], [_strided(g, True) for g in grads]
+    return params, grads, *_state(shapes, o.momentum_dtype, device, generator), *_rest(shapes, o)
 
-    def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
-        params, grads = (
-            [(std * torch.randn(s, generator=generator)).to(device, dtype) for s in shapes] for std in (0.02, 1e-3)
-        )
-        if o.strided:
-            params, grads = [_strided(p, False) for p in params], [_strided(g, True) for g in grads]
-        return params, grads, *_state(shapes, o.momentum_dtype, device, generator), *_rest(shapes, o)
 
-    return Case(name, make, bench)
+def step_case(name: str, shapes: Shapes, options: Options, bench: bool = False) -> Case:
+    return Case(name, lambda *where: step_inputs(shapes, options, *where), bench)
 
 
 def step_cases() -> tuple[Case, ...]:
