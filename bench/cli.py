@@ -15,6 +15,9 @@ DTYPES = {
 }  # fmt: skip
 
 
+CONVERGENCE = ("only", "tokens", "seed", "folder", "svg")
+
+
 class CommandError(Exception):
     """What the user reads as one line on standard error, with exit status 2."""
 
@@ -37,7 +40,8 @@ def _parser() -> Parser:
         "ops",
         nargs="*",
         metavar="op",
-        help="operators to measure (all by default), or mezo-step: a whole step beside its forward passes",
+        help="operators to measure (all by default); or mezo-step: a whole step beside its forward passes; or "
+        "convergence: a language model trained by each optimizer",
     )
     bench.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     bench.add_argument("--dtype", default="fp32,bf16", help="comma-separated: fp32, bf16, fp16, fp64 (fp32,bf16)")
@@ -51,6 +55,12 @@ def _parser() -> Parser:
         "--markdown", metavar="F", help="the table with its machine and command, as a section of Markdown"
     )
     bench.add_argument("--html", metavar="F", help="one file with plots, readable without a network")
+    training = bench.add_argument_group("convergence only", "from where it was killed, it goes on to the same bits")
+    training.add_argument("--only", metavar="REGEX", help="only methods whose key or label matches somewhere")
+    training.add_argument("--tokens", type=int, metavar="N", help="tokens that each method trains on")
+    training.add_argument("--seed", type=int, metavar="N", help="of the weights and of the order of the text (0)")
+    training.add_argument("--folder", metavar="F", help="where what is done lies (results/convergence)")
+    training.add_argument("--svg", metavar="F", help="the picture alone")
 
     compare = commands.add_parser("compare", help="exit status 1 when a case became slower")
     compare.add_argument("base", metavar="BASE.json")
@@ -70,6 +80,10 @@ def _parser() -> Parser:
 def _bench(options: argparse.Namespace) -> int:
     from leanops.bench import html, markdown, report, runner
 
+    if "convergence" in options.ops:
+        return _convergence(options)
+    if given := [f"--{name}" for name in CONVERGENCE if getattr(options, name) is not None]:
+        raise CommandError(f"leanops bench: {given[0]} belongs to convergence")
     try:
         dtypes = tuple(DTYPES[name] for name in _split(options.dtype))
     except KeyError as error:
@@ -125,6 +139,48 @@ def _mezo_step(options: argparse.Namespace, dtypes: tuple[str, ...], threads: tu
     if options.markdown:
         markdown.write(results, options.markdown)
         print(f"MARKDOWN: {Path(options.markdown).resolve()}")
+    return 0
+
+
+def _convergence(options: argparse.Namespace) -> int:
+    from leanops.autotune import fingerprint
+    from leanops.bench import convergence, convergence_plot, convergence_report, report
+
+    if len(options.ops) > 1 or options.csv or options.case or options.peers != "all" or options.dtype != "fp32,bf16":
+        known = "--device, --threads, --quick, --json F, --html F, --markdown F"
+        known = ", ".join([known, *(f"--{name}" for name in CONVERGENCE)])
+        raise CommandError(f"leanops bench: convergence stands alone, with {known}")
+    if options.threads and not options.threads.isdigit():
+        raise CommandError(f"leanops bench: --threads must be one number for convergence, got {options.threads}")
+    given = {name: getattr(options, name) for name in ("tokens", "seed") if getattr(options, name) is not None}
+    given |= {"threads": int(options.threads or fingerprint.cores()), "device": options.device}
+    settings = convergence.Settings.quick(**given) if options.quick else convergence.Settings(**given)
+    settings.check()
+    only = options.only or ""
+    convergence.chosen(only)  # a mistake in the arguments is found before anything is written
+    folder = Path(options.folder or ("results/convergence-quick" if options.quick else "results/convergence"))
+    targets = {name: getattr(options, name) for name in ("json", "html", "svg", "markdown")}
+    if not any(targets.values()):
+        targets |= {name: f"results/convergence.{name}" for name in ("json", "html", "svg")}
+    for target in targets.values():
+        _writable(target)
+    only_json = options.json == "-"
+    told = sys.stderr if only_json else sys.stdout
+    with report.progress(sys.stderr) as progress:
+        results = convergence.run(settings, only, folder, progress, sys.argv)
+    convergence_report.print_table(results, told)
+    picture = options.svg and Path(options.svg).name
+    if targets["json"]:
+        report.write_json(results, targets["json"])
+    if targets["html"]:
+        convergence_plot.write_html(results, targets["html"])
+    if targets["svg"]:
+        convergence_plot.write_svg(results, targets["svg"])
+    if targets["markdown"]:
+        convergence_report.write_markdown(results, targets["markdown"], picture)
+    for name, target in targets.items():
+        if target and target != "-":
+            print(f"{name.upper()}: {Path(target).resolve()}", file=told)
     return 0
 
 

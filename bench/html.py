@@ -154,7 +154,8 @@ def _table(rows: list[Row]) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def _facts(results: dict[str, Any]) -> str:
+def facts(results: dict[str, Any]) -> str:
+    """Fingerprint and backends as a table."""
     items = []
 
     def walk(name: str, value: Any) -> None:
@@ -171,6 +172,15 @@ def _facts(results: dict[str, Any]) -> str:
         {k: ("in use: " if b["loaded"] else "absent: ") + b["detail"] for k, b in results["backends"].items()},
     )
     return f'<div class="scroll"><table><tbody>{"".join(items)}</tbody></table></div>'
+
+
+def page(title: str, parts: list[str]) -> str:
+    """A whole file, its style within it."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
 
 
 def render(results: dict[str, Any]) -> str:
@@ -192,12 +202,8 @@ def render(results: dict[str, Any]) -> str:
                 ]
             parts += ["<h3>Samples around their median</h3>", sample_plot(good)]
         parts += ["<h3>All cases</h3>", _table(rows)]
-    parts += ["<h2>Fingerprint</h2>", _facts(results)]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>leanops benchmark</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
+    parts += ["<h2>Fingerprint</h2>", facts(results)]
+    return page("leanops benchmark", parts)
 
 
 def write(results: dict[str, Any], target: str) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from leanops.bench.report import Results, Row, gate_text, machine_lines, rate, seconds, spread
 
 
-def _command(results: Results) -> str:
+def command_line(results: Results) -> str:
+    """The command that gave the results, as it can be typed again."""
     words = ["leanops", *results["command"][1:]]
     return " ".join(f"'{w}'" if any(c in w for c in " |*()") else w for w in words)
 
@@ -15,7 +16,7 @@ def _command(results: Results) -> str:
 def _head(results: Results, lines: list[str]) -> list[str]:
     software = ", ".join(f"{name} {version}" for name, version in results["fingerprint"]["software"].items() if version)
     return [
-        f"`{_command(results)}`, {results['created'][:10]}",
+        f"`{command_line(results)}`, {results['created'][:10]}",
         "",
         *(f"- {line}" for line in lines),
         f"- {software}",

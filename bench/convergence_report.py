@@ -1,0 +1,155 @@
+"""The convergence benchmark's results as a table, as Markdown, and in words: where SM3 loses, and where it wins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TextIO
+
+from leanops.bench.markdown import command_line
+from leanops.bench.report import has_rich, seconds, size
+
+Results = dict[str, Any]
+Row = dict[str, Any]
+
+COLUMNS = (
+    "method",
+    "rate",
+    "held-out bits/byte",
+    "against AdamW [95%]",
+    "train bits/byte",
+    "tokens/s",
+    "optimizer",
+    "peak",
+    "state",
+    "B/param",
+)
+CLOSE = 0.02  # times, and shares of memory, that differ by less are called the same
+
+
+def loss_difference(row: Row) -> str:
+    """Signed, with its interval and what the sign means."""
+    versus = row["against"]
+    if versus is None:
+        return ""
+    low, high = versus["test_bits_low"], versus["test_bits_high"]
+    meaning = "worse" if low > 0 else "better" if high < 0 else "not told apart"
+    return f"{versus['test_bits']:+.3f} [{low:+.3f}, {high:+.3f}] {meaning}"
+
+
+def cells(row: Row) -> list[str]:
+    rate = f"{row['lr']:g}" + (" (edge)" if row["edge"] else "")
+    if row["diverged"]:
+        loss = [f"diverged at step {row['diverged']}", "", ""]
+    else:
+        loss = [f"{row['test_bits']:.3f}", loss_difference(row), f"{row['train_bits']:.3f}"]
+    return [
+        row["label"],
+        rate,
+        *loss,
+        f"{row['tokens_per_s']:.0f}",
+        seconds(row["optimizer_s"]),
+        size(row["peak_bytes"]),
+        size(row["state_bytes"]),
+        f"{row['state_bytes_per_parameter']:.3f}",
+    ]
+
+
+def facts(results: Results) -> list[str]:
+    """Machine, model, text and procedure; the figures' reach."""
+    s, mark, text = results["settings"], results["fingerprint"], results["text"]
+    machine = mark["gpu"]["name"] if "gpu" in mark else f"{mark['cpu']['name']}, {s['threads']} threads"
+    versions = ", ".join(f"{name} {v}" for name, v in mark["software"].items() if v)
+    trials = ", then ".join(f"{count} rates for {results['steps'] // part} steps" for part, count in s["rounds"])
+    mega = {part: text[part]["bytes"] / 1e6 for part in ("train", "validation", "test")}
+    lines = [
+        f"{machine}, leanops {results['leanops']}, {versions}",
+        f"Llama, {(results['parameters'] or 0) / 1e6:.1f}M parameters, fp32: {s['layers']} layers of {s['hidden']}, "
+        f"MLP {s['intermediate']}, {s['heads']} heads; bytes as tokens, {s['batch']} windows of {s['context']} a step, "
+        f"{results['steps']} steps, {s['tokens']} tokens",
+        f"text: {text['what']}, {mega['train']:.2f} MB to train on, {mega['validation']:.2f} MB for the rates, "
+        f"{mega['test']:.2f} MB held out; sha256 {text['sha256'][:16]}",
+        f"same start (seed {s['seed']}), same batches, gradient norm clipped at {s['clip']:g}, no weight decay; "
+        f"warm-up of {100 * s['warmup']:g}%, cosine to {s['floor']:g} of the rate; rates tuned by {trials}",
+        "one seed: the intervals are over the held-out text, not over other starts or orders",
+        f"peak: {results['peak_how']}; with weights, gradients and activations, over {s['memory_steps']} steps",
+    ]
+    if results["drift"] is not None:
+        lines.append(
+            "tokens/s come from one run after another: forward and backward passes, the same work in all methods that "
+            f"train everything, differ by {100 * results['drift']:.1f}% between the fastest and the slowest run"
+        )
+    if results["sm3_served_by"] == "reference":
+        lines.append("SM3's operator is served by its reference here (see `leanops info`): its times say nothing")
+    if results["proves_nothing"]:
+        lines.append("SO SMALL A RUN PROVES NOTHING about the methods: it shows that the command works")
+    return lines
+
+
+def verdict(row: Row, results: Results) -> str:
+    """One sentence: in what the method is worse than the baseline, in what better, in what the same."""
+    versus = row["against"]
+    if row["diverged"]:
+        return f"{row['label']} diverged at step {row['diverged']}: it loses to AdamW."
+    lists: dict[str, list[str]] = {"worse": [], "better": [], "the same": []}
+    low, high = versus["test_bits_low"], versus["test_bits_high"]
+    kind = "worse" if low > 0 else "better" if high < 0 else "the same"
+    lists[kind].append(f"held-out loss ({versus['test_bits']:+.3f} bits/byte)")
+    low, high = versus["tokens_per_s_low"], versus["tokens_per_s_high"]
+    noise = max(CLOSE, results["drift"] or 0.0)
+    kind = "worse" if high < 1 - noise else "better" if low > 1 + noise else "the same"
+    lists[kind].append(f"tokens/s ({100 * (versus['tokens_per_s'] - 1):+.1f}%)")
+    if versus["peak_bytes"] is not None:
+        share = versus["peak_bytes"] / max(row["peak_bytes"] - versus["peak_bytes"], 1)
+        kind = "worse" if share > CLOSE else "better" if share < -CLOSE else "the same"
+        lists[kind].append(f"peak memory ({versus['peak_bytes'] / 2**20:+.0f} MiB)")
+    kind = "worse" if versus["state_bytes"] > 0 else "better"
+    lists[kind].append(f"optimizer bytes ({100 * versus['state_ratio']:.2g}% of AdamW's)")
+    told = [f"{kind} in {' and '.join(items)}" for kind, items in lists.items() if items]
+    return f"{row['label']} is {'; '.join(told)}."
+
+
+def verdicts(results: Results) -> list[str]:
+    return [verdict(row, results) for row in results["rows"] if row["against"] is not None or row["diverged"]]
+
+
+def print_table(results: Results, stream: TextIO) -> None:
+    """A rich table on a terminal, plain lines elsewhere, then the sentences."""
+    for line in facts(results):
+        print(line, file=stream)
+    if stream.isatty() and has_rich():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(show_lines=True)
+        for column in COLUMNS:
+            table.add_column(column, overflow="fold")
+        for row in results["rows"]:
+            table.add_row(*cells(row))
+        Console(file=stream).print(table)
+    else:
+        table_lines = [list(COLUMNS), *(cells(row) for row in results["rows"])]
+        widths = [max(len(cell[i]) for cell in table_lines) for i in range(len(COLUMNS))]
+        for line_cells in table_lines:
+            padded = (cell.ljust(width) for cell, width in zip(line_cells, widths, strict=True))
+            print("  " + "  ".join(padded).rstrip(), file=stream)
+    for line in verdicts(results):
+        print(line, file=stream)
+
+
+def markdown(results: Results, picture: str | None = None) -> str:
+    lines = [f"`{command_line(results)}`, {results['created'][:10]}", "", *(f"- {x}" for x in facts(results)), ""]
+    lines += [f"| {' | '.join(COLUMNS)} |", f"| --- | ---: |{' --- |' * (len(COLUMNS) - 2)}"]
+    lines += [f"| {' | '.join(cells(row))} |" for row in results["rows"]]
+    lines += ["", *(f"- {x}" for x in verdicts(results)), ""]
+    if picture:
+        lines += [
+            f"![validation loss of each method over its tokens, and final loss over optimizer bytes]({picture})",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def write_markdown(results: Results, target: str, picture: str | None = None) -> None:
+    path = Path(target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(markdown(results, picture))
