@@ -1,0 +1,352 @@
+// The tensors of a step cut into tiles, in one numbering that threads share. No torch, no threads of its own:
+//
+//   Schedule schedule(numbers, kernels);  schedule.add(tensor) for each;  schedule.prepare();
+//   schedule.run(from, to) for ranges that make up [0, schedule.units()), on any threads;  schedule.finish();
+//
+// A thread that has all tiles of a tensor gathers its maxima in memory of its own and writes them over the
+// accumulators; where threads share one, they meet in a second buffer by an atomic maximum, which is exact
+// and has no order, and finish() copies it.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <vector>
+
+#include "../common/numbers.h"
+#include "sm3.h"
+
+namespace leanops {
+namespace sm3 {
+
+// One parameter, dense. Sizes are read by add() alone.
+struct Tensor {
+  void* param;
+  const void* grad;
+  float* cover;    // the axes' accumulators one after another
+  void* momentum;  // null where kind is kNone
+  float* scales;
+  DType dtype;
+  Momentum kind;
+  uint32_t tensor_id;
+  uint64_t offset;
+  const int64_t* sizes;
+  int64_t rank;
+};
+
+class Schedule {
+ public:
+  static constexpr int64_t kUnit = 4096;  // of work, about one element each; threads share it in these
+
+  Schedule(const Numbers& numbers, const Kernels& kernels) : numbers_(numbers), kernels_(kernels) {}
+
+  void reserve(size_t tensors) {
+    jobs_.reserve(tensors);
+    axes_.reserve(2 * tensors);
+  }
+
+  void add(const Tensor& tensor) {
+    Job job;
+    job.tensor = tensor;
+    job.first_axis = axes_.size();
+    int64_t numel = 1, start = 0, longer = 0;
+    for (int64_t k = 0; k < tensor.rank; ++k) {
+      axes_.push_back({start, tensor.sizes[k]});
+      start += tensor.sizes[k];
+      numel *= tensor.sizes[k];
+      longer += tensor.sizes[k] != 1;
+    }
+    if (tensor.rank == 0) axes_.push_back({0, start = 1});
+    if (numel == 0) {
+      axes_.resize(job.first_axis);
+      return;
+    }
+    job.entries = start;
+    job.length = tensor.rank > 1 ? numel / tensor.sizes[0] : numel;
+    const size_t rank = axes_.size() - job.first_axis;
+    Axis* axes = axes_.data() + job.first_axis;
+    if (longer < 2) {  // a vector: one row, whatever the axes of size 1 are
+      std::sort(axes, axes + rank, [](const Axis& a, const Axis& b) { return a.size < b.size; });
+      split(job, rank, rank - 1, 1, numel);
+    } else {
+      int64_t rows = axes[0].size;
+      for (size_t k = 1; k < rank; rows *= axes[k++].size) {
+        const int64_t columns = numel / rows, best = job.rows + job.columns;
+        if (k == 1 || rows + columns < best || (rows + columns == best && columns > job.columns)) {
+          split(job, rank, k, rows, columns);
+        }
+      }
+    }
+    cut(job);
+    job.begin = total_;
+    total_ += job.tiles * job.cost;
+    jobs_.push_back(job);
+  }
+
+  void prepare() {
+    size_t size = 0;
+    for (Job& job : jobs_) {
+      if (job.tiles == 1) continue;  // never shared
+      job.meeting = size;
+      size += static_cast<size_t>(job.entries_kept());
+    }
+    // zeros that the system gives when first touched, and most tensors are not shared
+    meetings_.reset(static_cast<uint32_t*>(std::calloc(std::max<size_t>(size, 1), sizeof(uint32_t))));
+    if (!meetings_) throw std::bad_alloc();
+    shared_.assign(jobs_.size(), 0);
+  }
+
+  int64_t units() const { return (total_ + kUnit - 1) / kUnit; }
+
+  // All tiles that begin in units [from, to).
+  void run(int64_t from, int64_t to) {
+    const int64_t end = std::min(to * kUnit, total_);
+    int64_t at = from * kUnit;
+    if (at >= end) return;
+    Scratch scratch;
+    auto job = std::upper_bound(jobs_.begin(), jobs_.end(), at,
+                                [](int64_t a, const Job& j) { return a < j.begin; }) -
+               1;
+    for (; job != jobs_.end() && job->begin < end; ++job) {
+      const int64_t skipped = std::max<int64_t>(at - job->begin, 0);
+      const int64_t first = (skipped + job->cost - 1) / job->cost;
+      const int64_t last = std::min(job->tiles, (end - job->begin + job->cost - 1) / job->cost);
+      if (first < last) work(*job, first, last, scratch);
+    }
+  }
+
+  void finish() {
+    for (size_t j = 0; j < jobs_.size(); ++j) {
+      if (shared_[j]) put(jobs_[j], meetings_.get() + jobs_[j].meeting);
+    }
+  }
+
+ private:
+  static constexpr int64_t kTile = 32768;  // elements, about
+  // Columns of a tile, where there are more: their accumulators and maxima stay in the first two levels of
+  // cache.
+  static constexpr int64_t kWide = 8192;
+  static constexpr int64_t kTileCost = 256;  // of a tile beside its elements
+
+  struct Axis {
+    int64_t start, size;  // within the cover
+  };
+
+  struct Job {
+    Tensor tensor;
+    size_t first_axis, row_axes, column_axes;
+    int64_t entries;  // of the cover
+    int64_t rows = 0, columns = 0;
+    int64_t length;  // of a row of axis 0
+    int64_t band;    // rows that tiles are cut from
+    int64_t tile_rows, tile_columns;
+    int64_t tiles_a_band, bands, tiles, cost;
+    int64_t begin;       // in the numbering of all work
+    size_t meeting = 0;  // where threads that share the tensor gather its maxima
+
+    bool single() const { return rows == 1; }
+    // Of a vector, its own axis is written in place: only axes of size 1 are left, whose maximum is one.
+    int64_t entries_kept() const { return single() ? 1 : entries; }
+  };
+
+  struct Scratch {
+    std::vector<uint32_t> maxima, row_most, column_most;
+    std::vector<float> row_least, column_least;
+  };
+
+  struct Free {
+    void operator()(uint32_t* p) const { std::free(p); }
+  };
+
+  static void split(Job& job, size_t rank, size_t k, int64_t rows, int64_t columns) {
+    job.row_axes = k;
+    job.column_axes = rank - k;
+    job.rows = rows;
+    job.columns = columns;
+  }
+
+  // Runs of a tile's elements begin at the edge of an int8 block: see Tile.
+  static void cut(Job& job) {
+    const int64_t rows_of_axis0 = std::max<int64_t>(job.length / job.columns, 1);
+    job.band = job.rows;
+    job.tile_columns = job.columns;
+    if (rows_of_axis0 == 1) {
+      const int64_t widest = job.single() ? kTile : kWide;
+      if (job.columns > widest) {
+        const int64_t parts = (job.columns + widest - 1) / widest;
+        job.tile_columns = ((job.columns + parts - 1) / parts + kBlock - 1) / kBlock * kBlock;
+      }
+      job.tile_rows = std::max<int64_t>(kTile / job.tile_columns, 1);
+    } else if (job.length <= kTile) {
+      job.tile_rows = kTile / job.length * rows_of_axis0;
+    } else {
+      const int64_t step = kBlock / std::gcd(job.columns, kBlock);
+      job.band = rows_of_axis0;
+      job.tile_rows = (std::max<int64_t>(kTile / job.columns, 1) + step - 1) / step * step;
+    }
+    job.tile_rows = std::min(job.tile_rows, job.band);
+    job.bands = job.rows / job.band;
+    job.tiles_a_band = (job.band + job.tile_rows - 1) / job.tile_rows;
+    job.tiles = job.bands * job.tiles_a_band * ((job.columns + job.tile_columns - 1) / job.tile_columns);
+    job.cost = job.tile_rows * job.tile_columns + kTileCost;
+  }
+
+  // Tiles [first, last) of a tensor: rows go faster than columns, so that a thread passes once through the
+  // accumulators of a run of columns.
+  void work(const Job& job, int64_t first, int64_t last, Scratch& scratch) {
+    const Tensor& p = job.tensor;
+    const bool whole = last - first == job.tiles;
+    uint32_t* maxima;
+    if (whole) {
+      scratch.maxima.assign(static_cast<size_t>(job.entries_kept()), 0);
+      maxima = scratch.maxima.data();
+    } else {
+      __atomic_store_n(&shared_[static_cast<size_t>(&job - jobs_.data())], 1, __ATOMIC_RELAXED);
+      maxima = meetings_.get() + job.meeting;
+    }
+    const Axis* row_axes = axes_.data() + job.first_axis;
+    const Axis* column_axes = row_axes + job.row_axes;
+    const bool plain_rows = job.row_axes == 1, plain_columns = job.column_axes == 1;
+
+    Tile tile;
+    tile.param = static_cast<char*>(p.param);
+    tile.grad = static_cast<const char*>(p.grad);
+    tile.momentum = static_cast<char*>(p.momentum);
+    tile.scales = p.scales;
+    tile.dtype = p.dtype;
+    tile.kind = p.kind;
+    tile.tensor_id = p.tensor_id;
+    tile.offset = p.offset;
+    tile.single = job.single();
+    tile.width = job.columns;
+    tile.length = job.length;
+    const int64_t down = job.bands * job.tiles_a_band;
+    for (int64_t t = first; t < last; ++t) {
+      const int64_t across = t / down, band = t % down / job.tiles_a_band, part = t % down % job.tiles_a_band;
+      tile.column = across * job.tile_columns;
+      tile.columns = std::min(job.tile_columns, job.columns - tile.column);
+      tile.row = band * job.band + part * job.tile_rows;
+      tile.rows = std::min(job.tile_rows, job.band - part * job.tile_rows);
+
+      const bool begins = t == first || t % down == 0, ends = t + 1 == last || (t + 1) % down == 0;
+      if (begins) {
+        tile.column_least = plain_columns ? p.cover + column_axes->start + tile.column
+                                          : least(scratch.column_least, p.cover, column_axes, job.column_axes,
+                                                  tile.column, tile.columns);
+        if (job.single()) {
+          tile.column_most = reinterpret_cast<uint32_t*>(p.cover + column_axes->start + tile.column);
+        } else if (whole && plain_columns) {
+          tile.column_most = maxima + column_axes->start + tile.column;
+        } else {
+          scratch.column_most.assign(static_cast<size_t>(tile.columns), 0);
+          tile.column_most = scratch.column_most.data();
+        }
+      }
+      tile.row_least = plain_rows
+                           ? p.cover + row_axes->start + tile.row
+                           : least(scratch.row_least, p.cover, row_axes, job.row_axes, tile.row, tile.rows);
+      if (whole && plain_rows && !job.single()) {
+        tile.row_most = maxima + row_axes->start + tile.row;
+      } else {
+        scratch.row_most.assign(static_cast<size_t>(tile.rows), 0);
+        tile.row_most = scratch.row_most.data();
+      }
+
+      kernels_.tile(numbers_, tile);
+
+      if (job.single()) {
+        raise(maxima, *tile.row_most);
+        continue;
+      }
+      if (tile.row_most == scratch.row_most.data()) {
+        most(maxima, row_axes, job.row_axes, tile.row, tile.rows, tile.row_most);
+      }
+      if (ends && tile.column_most == scratch.column_most.data()) {
+        most(maxima, column_axes, job.column_axes, tile.column, tile.columns, tile.column_most);
+      }
+    }
+    if (whole) put(job, maxima);
+  }
+
+  // The new accumulators, over the old ones.
+  void put(const Job& job, const uint32_t* maxima) const {
+    if (!job.single()) {
+      std::memcpy(job.tensor.cover, maxima, static_cast<size_t>(job.entries) * sizeof(float));
+      return;
+    }
+    for (size_t k = 0; k < job.row_axes; ++k) {
+      job.tensor.cover[axes_[job.first_axis + k].start] = bits_float(*maxima);
+    }
+  }
+
+  // Calls visit(first, count along the last axis, index along it, the other axes' indices) for what [from,
+  // from + n) of a side's indices has in each line of its last axis.
+  template <class Visit>
+  static void for_lines(const Axis* axes, size_t rank, int64_t from, int64_t n, const Visit& visit) {
+    int64_t done = 0;
+    const int64_t line = axes[rank - 1].size;
+    while (done < n) {
+      const int64_t at = (from + done) % line, count = std::min(line - at, n - done);
+      visit(done, count, at, (from + done) / line);
+      done += count;
+    }
+  }
+
+  // min over a side's axes, in memory of the scratch. [n]
+  static const float* least(std::vector<float>& out, const float* cover, const Axis* axes, size_t rank,
+                            int64_t from, int64_t n) {
+    out.resize(static_cast<size_t>(n));
+    if (rank == 0) {  // a vector without axes of size 1
+      out[0] = __builtin_inff();
+      return out.data();
+    }
+    for_lines(axes, rank, from, n, [&](int64_t done, int64_t count, int64_t at, int64_t others) {
+      float c = __builtin_inff();
+      for (size_t k = rank - 1; k-- > 0; others /= axes[k].size) {
+        c = lesser(c, cover[axes[k].start + others % axes[k].size]);
+      }
+      const float* along = cover + axes[rank - 1].start + at;
+      for (int64_t j = 0; j < count; ++j) out[static_cast<size_t>(done + j)] = lesser(c, along[j]);
+    });
+    return out.data();
+  }
+
+  // Maxima of a side's indices to the axes that these are made of.
+  static void most(uint32_t* maxima, const Axis* axes, size_t rank, int64_t from, int64_t n,
+                   const uint32_t* found) {
+    for_lines(axes, rank, from, n, [&](int64_t done, int64_t count, int64_t at, int64_t others) {
+      uint32_t top = 0;
+      uint32_t* along = maxima + axes[rank - 1].start + at;
+      for (int64_t j = 0; j < count; ++j) {
+        top = std::max(top, found[done + j]);
+        raise(along + j, found[done + j]);
+      }
+      for (size_t k = rank - 1; k-- > 0; others /= axes[k].size) {
+        raise(maxima + axes[k].start + others % axes[k].size, top);
+      }
+    });
+  }
+
+  static float lesser(float a, float b) { return a < b || a != a ? a : b; }  // NaN where either is
+
+  static void raise(uint32_t* to, uint32_t value) {
+    uint32_t seen = __atomic_load_n(to, __ATOMIC_RELAXED);
+    while (seen < value &&
+           !__atomic_compare_exchange_n(to, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+  }
+
+  const Numbers numbers_;
+  const Kernels& kernels_;
+  std::vector<Axis> axes_;
+  std::vector<Job> jobs_;
+  int64_t total_ = 0;
+  std::unique_ptr<uint32_t[], Free> meetings_;
+  std::vector<unsigned char> shared_;
+};
+
+}  // namespace sm3
+}  // namespace leanops

@@ -1,0 +1,239 @@
+// Registers the CPU kernel of SM3 with torch, through the stable ABI.
+// An optimizer may call below the checks in Python, so everything is checked here that could read or write
+// outside a tensor or take numbers of one type for another; all of it before anything is written.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "schedule.h"
+
+namespace leanops {
+namespace sm3 {
+namespace {
+
+using torch::stable::Tensor;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// torch's numbers for these, asked once: a call costs as much as a check.
+struct Codes {
+  int32_t cpu = aoti_torch_device_type_cpu(), strided = aoti_torch_layout_strided();
+  int32_t float32 = aoti_torch_dtype_float32(), bfloat16 = aoti_torch_dtype_bfloat16();
+  int32_t float16 = aoti_torch_dtype_float16(), float64 = aoti_torch_dtype_float64();
+  int32_t int8 = aoti_torch_dtype_int8(), int64 = aoti_torch_dtype_int64();
+};
+const Codes kCodes;
+const int64_t kNothing = 0;    // the shape [0]
+constexpr int64_t kGrain = 8;  // units of work, the least worth a thread
+
+// Which argument is being checked, in the words of a message.
+struct Name {
+  const char* argument;
+  int64_t index = -1;
+
+  friend std::ostream& operator<<(std::ostream& out, const Name& name) {
+    out << name.argument;
+    return name.index < 0 ? out : out << '[' << name.index << ']';
+  }
+};
+
+std::string text(int32_t dtype) {
+  const std::pair<int32_t, const char*> names[] = {{kCodes.float32, "float32"}, {kCodes.bfloat16, "bfloat16"},
+                                                   {kCodes.float16, "float16"}, {kCodes.float64, "float64"},
+                                                   {kCodes.int8, "int8"},       {kCodes.int64, "int64"}};
+  for (const auto& [code, name] : names) {
+    if (code == dtype) return name;
+  }
+  return "another dtype (" + std::to_string(dtype) + ")";
+}
+
+std::string text(Sizes sizes) {
+  std::ostringstream out;
+  out << '[';
+  for (size_t k = 0; k < sizes.size(); ++k) out << (k ? ", " : "") << sizes[k];
+  out << ']';
+  return out.str();
+}
+
+bool same(Sizes a, Sizes b) { return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin()); }
+
+int32_t dtype_of(const Tensor& t) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
+// A dense tensor on the CPU, of one of the dtypes; which.
+int32_t dense(Name name, const Tensor& t, std::initializer_list<int32_t> dtypes) {
+  int32_t layout, device;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device));
+  STD_TORCH_CHECK(layout == kCodes.strided, "sm3_step_: ", name, " must be a dense tensor, got layout ",
+                  layout);
+  STD_TORCH_CHECK(device == kCodes.cpu, "sm3_step_: ", name, " must be on the CPU, got device type ", device);
+  const int32_t dtype = dtype_of(t);
+  for (int32_t wanted : dtypes) {
+    if (dtype == wanted) return dtype;
+  }
+  std::string wanted;
+  for (int32_t code : dtypes) wanted += (wanted.empty() ? "" : " or ") + text(code);
+  STD_TORCH_CHECK(false, "sm3_step_: ", name, " must be ", wanted, ", got ", text(dtype));
+  return dtype;
+}
+
+void contiguous(Name name, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_contiguous(), "sm3_step_: ", name, " must be contiguous, got shape ", text(t.sizes()),
+                  " with strides ", text(t.strides()));
+}
+
+const void* number(Name name, const Tensor& t, std::initializer_list<int32_t> dtypes) {
+  dense(name, t, dtypes);
+  STD_TORCH_CHECK(t.numel() == 1, "sm3_step_: ", name, " must be one number, got shape ", text(t.sizes()));
+  return t.const_data_ptr();
+}
+
+void one_each(const char* name, size_t length, size_t params) {
+  STD_TORCH_CHECK(length == params, "sm3_step_: ", name, " must have one entry a parameter (", params,
+                  "), got ", length);
+}
+
+DType dtype_of_code(int32_t code) {
+  return code == kCodes.float32    ? DType::kFloat32
+         : code == kCodes.bfloat16 ? DType::kBFloat16
+         : code == kCodes.float16  ? DType::kFloat16
+                                   : DType::kFloat64;
+}
+
+// Rows of axis 0 and int8 blocks of one.
+std::pair<int64_t, int64_t> scale_shape(Sizes sizes) {
+  int64_t columns = 1;
+  for (size_t k = sizes.size() > 1 ? 1 : 0; k < sizes.size(); ++k) columns *= sizes[k];
+  return {sizes.size() > 1 ? sizes[0] : 1, (columns + kBlock - 1) / kBlock};
+}
+
+void sm3_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> covers,
+               std::vector<Tensor> momenta, std::vector<Tensor> scales, Tensor lr, Tensor seed,
+               std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+               std::vector<int64_t> tensor_ids, std::vector<int64_t> offsets, double momentum, double beta,
+               double eps, double weight_decay, bool decoupled, bool maximize, bool stochastic_rounding) {
+  const IsaChoice& choice = isa_choice();
+  STD_TORCH_CHECK(choice.error == nullptr, choice.error);
+
+  const size_t n = params.size();
+  one_each("grads", grads.size(), n);
+  one_each("covers", covers.size(), n);
+  one_each("tensor_ids", tensor_ids.size(), n);
+  one_each("offsets", offsets.size(), n);
+  const bool moves = momentum != 0;
+  if (moves) {
+    one_each("momenta", momenta.size(), n);
+  } else {
+    STD_TORCH_CHECK(momenta.empty(), "sm3_step_: momenta must have no entry with momentum 0, got ",
+                    momenta.size());
+  }
+  STD_TORCH_CHECK(scales.size() == momenta.size(), "sm3_step_: scales must have one entry a momentum (",
+                  momenta.size(), "), got ", scales.size());
+
+  Options options = {0, momentum, beta, eps, weight_decay, decoupled, maximize, stochastic_rounding, 1.0f, 0};
+  const void* rate = number({"lr"}, lr, {kCodes.float32, kCodes.float64});
+  options.lr =
+      dtype_of(lr) == kCodes.float64 ? *static_cast<const double*>(rate) : *static_cast<const float*>(rate);
+  options.seed = *static_cast<const uint64_t*>(number({"seed"}, seed, {kCodes.int64}));
+  if (grad_scale) {
+    options.grad_scale = *static_cast<const float*>(number({"grad_scale"}, *grad_scale, {kCodes.float32}));
+  }
+  const bool skipped =
+      found_inf && *static_cast<const float*>(number({"found_inf"}, *found_inf, {kCodes.float32})) != 0;
+
+  std::vector<sm3::Tensor> tensors(n);
+  std::vector<size_t> strided;
+  for (size_t j = 0; j < n; ++j) {
+    const int64_t i = static_cast<int64_t>(j);
+    const Tensor &p = params[j], &g = grads[j], &cover = covers[j];
+    const int32_t dtype =
+        dense({"params", i}, p, {kCodes.float32, kCodes.bfloat16, kCodes.float16, kCodes.float64});
+    dense({"grads", i}, g, {dtype});
+    dense({"covers", i}, cover, {kCodes.float32});
+    const Sizes sizes = p.sizes();
+    STD_TORCH_CHECK(same(sizes, g.sizes()), "sm3_step_: grads[", i, "] must have the shape of params[", i,
+                    "], ", text(sizes), ", got ", text(g.sizes()));
+    int64_t entries = sizes.empty(), numel = 1;
+    for (int64_t size : sizes) {
+      entries += size;
+      numel *= size;
+    }
+    STD_TORCH_CHECK(cover.dim() == 1 && cover.numel() == entries, "sm3_step_: covers[", i,
+                    "] must have shape [", entries, "] for params[", i, "] (", text(sizes), "), got ",
+                    text(cover.sizes()));
+    contiguous({"covers", i}, cover);
+    STD_TORCH_CHECK(0 <= tensor_ids[j] && tensor_ids[j] < int64_t{1} << 32, "sm3_step_: tensor_ids[", i,
+                    "] must be in [0, 4294967296), got ", tensor_ids[j]);
+    STD_TORCH_CHECK(offsets[j] >= 0, "sm3_step_: offsets[", i, "] must be at least 0, got ", offsets[j]);
+
+    sm3::Tensor& t = tensors[j];
+    t = {nullptr,
+         nullptr,
+         static_cast<float*>(cover.mutable_data_ptr()),
+         nullptr,
+         nullptr,
+         dtype_of_code(dtype),
+         Momentum::kNone,
+         static_cast<uint32_t>(tensor_ids[j]),
+         static_cast<uint64_t>(offsets[j]),
+         sizes.data(),
+         static_cast<int64_t>(sizes.size())};
+    if (moves) {
+      const Tensor &m = momenta[j], &s = scales[j];
+      const int32_t kind = dense({"momenta", i}, m, {kCodes.float32, kCodes.bfloat16, kCodes.int8});
+      dense({"scales", i}, s, {kCodes.float32});
+      STD_TORCH_CHECK(same(sizes, m.sizes()), "sm3_step_: momenta[", i, "] must have the shape of params[", i,
+                      "], ", text(sizes), ", got ", text(m.sizes()));
+      contiguous({"momenta", i}, m);
+      contiguous({"scales", i}, s);
+      t.kind = kind == kCodes.int8      ? Momentum::kInt8
+               : kind == kCodes.float32 ? Momentum::kFloat32
+                                        : Momentum::kBFloat16;
+      const auto [rows, blocks] = scale_shape(sizes);
+      const int64_t shape[] = {rows, blocks};
+      const Sizes wanted = t.kind == Momentum::kInt8 ? Sizes(shape, 2) : Sizes(&kNothing, 1);
+      STD_TORCH_CHECK(same(wanted, s.sizes()), "sm3_step_: scales[", i, "] must have shape ", text(wanted),
+                      " for params[", i, "] (", text(sizes), ") and a momentum in ", text(kind), ", got ",
+                      text(s.sizes()));
+      t.momentum = m.mutable_data_ptr();
+      t.scales = static_cast<float*>(s.mutable_data_ptr());
+    }
+    if (numel > 0 && !(p.is_contiguous() && g.is_contiguous())) strided.push_back(j);
+  }
+  if (skipped) return;
+
+  std::vector<std::pair<Tensor, Tensor>> copied_out;  // (parameter, its dense copy)
+  for (size_t j : strided) {
+    if (!grads[j].is_contiguous()) grads[j] = torch::stable::contiguous(grads[j]);
+    if (params[j].is_contiguous()) continue;
+    copied_out.emplace_back(params[j], torch::stable::contiguous(params[j]));
+    params[j] = copied_out.back().second;
+  }
+  Schedule schedule(numbers_of(options), kernels(choice.isa));
+  schedule.reserve(n);
+  for (size_t j = 0; j < n; ++j) {
+    tensors[j].param = params[j].mutable_data_ptr();
+    tensors[j].grad = grads[j].const_data_ptr();
+    schedule.add(tensors[j]);
+  }
+  schedule.prepare();
+  torch::stable::parallel_for(0, schedule.units(), kGrain,
+                              [&](int64_t from, int64_t to) { schedule.run(from, to); });
+  schedule.finish();
+  for (auto& [target, result] : copied_out) torch::stable::copy_(target, result);
+}
+
+}  // namespace
+}  // namespace sm3
+}  // namespace leanops
+
+STABLE_TORCH_LIBRARY_IMPL(leanops, CPU, m) { m.impl("sm3_step_", TORCH_BOX(&leanops::sm3::sm3_step_)); }
