@@ -1,0 +1,270 @@
+"""What each tensor adds to a backward pass, measured by torch's own counter on the autograd graph of a given batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+Edge = tuple[Node, int]
+
+
+def _counter() -> Any:
+    from torch.utils.flop_counter import FlopCounterMode  # takes longer to import than all of this package
+
+    return FlopCounterMode(display=False)
+
+
+@dataclass(frozen=True)
+class BackwardFlops:
+    """FLOPs of a backward pass, taken apart.
+
+    ``names`` are the tensors from the output to the input, in the order in which their gradients were complete.
+    ``forward``: FLOPs of the forward pass. ``dw[k]``: of the gradient of tensor k itself. ``dy[k]``: of gradients of
+    activations that tensor k needs and none above it does. ``fixed``: needed whatever trains (for leaves that are not
+    among the tensors). ``groups``: pairs (tensors as bits, FLOPs that are spent if any of them trains), of which all
+    others are sums.
+    """
+
+    forward: int
+    names: tuple[str, ...]
+    dw: tuple[int, ...]
+    dy: tuple[int, ...]
+    fixed: int
+    groups: tuple[tuple[int, int], ...]
+
+    @property
+    def backward(self) -> int:
+        """FLOPs of the backward pass if all tensors train."""
+        return self.fixed + sum(flops for _, flops in self.groups)
+
+    def cost(self, trainable: Collection[str]) -> int:
+        """FLOPs of the backward pass if these train: what the counter finds then, or more (see :func:`measure`)."""
+        mask = sum(1 << i for i, name in enumerate(self.names) if name in trainable)
+        return self.fixed + sum(flops for group, flops in self.groups if group & mask)
+
+
+def measure(op: str, closure: Callable[[], Any], params: Mapping[str, Tensor]) -> BackwardFlops:
+    """Take the backward pass of ``closure()`` apart; all params must require grad.
+
+    The graph is run backward once, and torch's counter read before and after each of its nodes. A node that costs FLOPs
+    and passes gradients on along several edges (a product does, to its weight and to its input) is then run alone for
+    each edge, with zeros for gradients. An edge is needed when a tensor that trains lies behind it, and so the cost of
+    every set of tensors is known. Where the edges' costs do not add up to the node's (attention in one kernel computes
+    all its gradients at once), the node counts in full when any is needed, which is never too little.
+
+    Gradients are dropped as they appear: at no time is there more than one.
+    """
+    with _counter() as counter:
+        loss = closure()
+    forward = counter.get_total_flops()
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.grad_fn is None:
+        got = f"{list(loss.shape)}, grad_fn {loss.grad_fn}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"{op}: closure must return a scalar loss that has a graph, and not call backward, got {got}")
+    nodes = _nodes(loss.grad_fn)
+    flops, shapes, order = _run(loss, nodes, params)
+    names = {id(p): name for name, p in params.items()}
+    leaves = {names[id(v)] for v in (getattr(n, "variable", None) for n in nodes) if id(v) in names}
+    missing = [name for name in order if name not in leaves]
+    if missing:
+        raise RuntimeError(
+            f"{op}: the gradient of {missing[0]} does not come through the graph of the loss; measure without "
+            "reentrant checkpointing"
+        )
+    order += sorted(leaves.difference(order))  # in the graph, and no gradient arrived
+    behind = _behind(nodes, {id(params[name]): i for i, name in enumerate(order)})
+    other = 1 << len(order)
+    groups: Counter[int] = Counter()
+    for node in nodes:
+        if flops.get(node):
+            groups.update(_split(node, flops[node], shapes[node], behind))
+    fixed = sum(n for group, n in groups.items() if group & other)
+    free = tuple(sorted((group, n) for group, n in groups.items() if not group & other and group))
+    dw, dy = [0] * len(order), [0] * len(order)
+    for group, n in free:
+        first = (group & -group).bit_length() - 1
+        (dw if group == 1 << first else dy)[first] += n
+    return BackwardFlops(forward, tuple(order), tuple(dw), tuple(dy), fixed, free)
+
+
+def count(closure: Callable[[], Any], params: Mapping[str, Tensor]) -> tuple[int, int]:
+    """FLOPs of the forward and of the backward pass as things are; gradients are dropped."""
+    with _counter() as forward:
+        loss = closure()
+    with _counter() as backward, _dropped(params):
+        loss.backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+@contextmanager
+def _dropped(params: Mapping[str, Tensor], seen: Callable[[str, Tensor], None] | None = None) -> Iterator[None]:
+    """Gradients of a backward pass are shown to ``seen`` and dropped; those that were there before are kept."""
+    before = {name: p.grad for name, p in params.items()}
+
+    def hook(name: str) -> Callable[[Tensor], None]:
+        def drop(p: Tensor) -> None:
+            if seen is not None:
+                seen(name, p)
+            p.grad = None
+
+        return drop
+
+    handles = []
+    for name, p in params.items():
+        p.grad = None
+        if p.requires_grad:
+            handles.append(p.register_post_accumulate_grad_hook(hook(name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, p in params.items():
+            p.grad = before[name]
+
+
+@contextmanager
+def undisturbed(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
+    """What a measurement moves comes back: buffers (running statistics), random generators and what requires grad."""
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    needs = {name: p.requires_grad for name, p in params.items()}
+    devices = {p.device for p in params.values() if p.device.type != "cpu"}
+    kind = next((d.type for d in devices), "cuda")
+    try:
+        with torch.random.fork_rng([d for d in devices if d.type == kind], device_type=kind), torch.enable_grad():
+            yield
+    finally:
+        for name, p in params.items():
+            p.requires_grad_(needs[name])
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                buffer.copy_(saved)
+
+
+def gradients(closure: Callable[[], Any], params: Mapping[str, Tensor], seen: Callable[[str, Tensor], None]) -> None:
+    """One backward pass; ``seen(name, parameter)`` is called when a gradient is complete, which is dropped then."""
+    loss = closure()
+    with _dropped(params, seen):
+        loss.backward()
+
+
+# --- the graph ------------------------------------------------------------------------------------------------------
+
+
+def _nodes(root: Node) -> list[Node]:
+    """Every node below the root, each after all those that it leads to."""
+    found: dict[Node, None] = {}
+    stack: list[tuple[Node, bool]] = [(root, False)]
+    entered: set[Node] = set()
+    while stack:
+        node, done = stack.pop()
+        if done:
+            found[node] = None
+        elif node not in entered:
+            entered.add(node)
+            stack.append((node, True))
+            stack += [(n, False) for n, _ in node.next_functions if n is not None]
+    return list(found)
+
+
+def _behind(nodes: list[Node], index: Mapping[int, int]) -> dict[Node, int]:
+    """Which tensors lie behind a node, as bits; the bit after the last is for all other leaves."""
+    found: dict[Node, int] = {}
+    for node in nodes:
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and not node.next_functions:
+            found[node] = 1 << index.get(id(leaf), len(index))
+        else:
+            found[node] = 0
+            for n, _ in node.next_functions:
+                if n is not None:
+                    found[node] |= found[n]
+    return found
+
+
+Shapes = list[tuple[torch.Size, torch.dtype, torch.device] | None]
+
+
+def _run(
+    loss: Tensor, nodes: list[Node], params: Mapping[str, Tensor]
+) -> tuple[dict[Node, int], dict[Node, Shapes], list[str]]:
+    """One backward pass: FLOPs and incoming gradients of each node, and the order in which gradients are complete."""
+    counter = _counter()
+    started: dict[Node, int] = {}
+    flops: dict[Node, int] = {}
+    shapes: dict[Node, Shapes] = {}
+    order: list[str] = []
+
+    def before(node: Node) -> Callable[..., None]:
+        def hook(grads: tuple[Tensor | None, ...]) -> None:
+            shapes[node] = [None if g is None else (g.shape, g.dtype, g.device) for g in grads]
+            started[node] = counter.get_total_flops()
+
+        return hook
+
+    def after(node: Node) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            flops[node] = flops.get(node, 0) + counter.get_total_flops() - started[node]
+
+        return hook
+
+    inner = [n for n in nodes if n.next_functions]
+    handles = [n.register_prehook(before(n)) for n in inner] + [n.register_hook(after(n)) for n in inner]
+    try:
+        # on one thread: nodes of several devices would otherwise run, and be counted, at the same time
+        with (
+            counter,
+            torch.autograd.set_multithreading_enabled(False),
+            _dropped(params, lambda name, _: order.append(name)),
+        ):
+            loss.backward(retain_graph=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return flops, shapes, order
+
+
+def _split(node: Node, flops: int, shapes: Shapes, behind: Mapping[Node, int]) -> dict[int, int]:
+    """A node's FLOPs by the tensors that need them."""
+    edges = dict.fromkeys((n, i) for n, i in node.next_functions if n is not None)
+    whole = 0
+    for n, _ in edges:
+        whole |= behind[n]
+    if len(edges) > 1:
+        found: Counter[int] = Counter()
+        for edge in edges:
+            found[behind[edge[0]]] += _alone(node, edge, shapes)
+        if sum(found.values()) == flops:
+            return found
+    return {whole: flops}
+
+
+def _alone(node: Node, edge: Edge, shapes: Shapes) -> int:
+    """FLOPs of a node when only one edge's gradient is asked for."""
+    counter = _counter()
+    at: list[int] = []
+    known = [(i, s) for i, s in enumerate(shapes) if s is not None]
+    grads = [torch.zeros(shape, dtype=dtype, device=device) for _, (shape, dtype, device) in known]
+    handles = [
+        node.register_prehook(lambda *_: at.append(counter.get_total_flops())),
+        node.register_hook(lambda *_: at.append(counter.get_total_flops())),
+    ]
+    try:
+        with counter, torch.autograd.set_multithreading_enabled(False):
+            torch.autograd.grad(
+                [GradientEdge(node, i) for i, _ in known],
+                [GradientEdge(*edge)],
+                grad_outputs=grads,
+                retain_graph=True,
+                allow_unused=True,
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return at[1] - at[0]

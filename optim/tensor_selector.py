@@ -1,0 +1,254 @@
+"""GreenTrainer: the most important tensors that a given share of the FLOPs of training can train."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanops.optim.backward_flops import BackwardFlops, count, gradients, measure, undisturbed
+from leanops.optim.prefix_knapsack import prefix_knapsack
+from leanops.optim.selection import Freezer
+
+Loss = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class TensorSelection:
+    """What was selected, and what it costs; FLOPs of one step on the measured batch.
+
+    ``budget``: what the backward pass may cost. ``cost``: what the knapsack counts for it, at most the budget.
+    ``backward``: what the selection's backward pass costs as measured, at most ``cost`` (the knapsack takes every way
+    down to the deepest tensor for needed). ``rho``: the share of full training's FLOPs, both passes, that this is.
+    ``exact``: whether the selection is proven to be the best; see :func:`prefix_knapsack`.
+    """
+
+    names: tuple[str, ...]
+    importance: float
+    forward: int
+    backward: int
+    full_backward: int
+    budget: int
+    cost: int
+    exact: bool
+
+    @property
+    def rho(self) -> float:
+        return (self.forward + self.backward) / (self.forward + self.full_backward)
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.names)} tensors, {self.backward:,} of {self.full_backward:,} backward FLOPs "
+            f"(budget {self.budget:,}), {self.rho:.1%} of full training"
+        )
+
+
+class TensorSelector:
+    r"""Select what trains by importance for the FLOPs it costs, exactly.
+
+    .. math::
+
+        \max_m \sum_k m_k I_k \quad \text{subject to} \quad \sum_k m_k\, dw_k + \sum_{j \le \text{deepest}} dy_j
+        \le \rho_{bp} T_{bp}, \qquad \rho_{bp} = \rho \Big(1 + \frac{T_{fp}}{T_{bp}}\Big) - \frac{T_{fp}}{T_{bp}}
+
+    so that a step, its forward pass included, costs at most the share ρ of a step that trains everything.
+
+    **FLOPs are measured**, by ``torch.utils.flop_counter`` on the autograd graph of a batch: ``dw_k`` is what the
+    gradient of tensor k costs, ``dy_k`` what gradients of activations cost that k needs and none above it; see
+    :class:`BackwardFlops`. What the counter does not count (elementwise work, fused attention on a CPU) is free.
+
+    **Importance** is the first-order estimate of how far the next step of this optimizer, with its state, learning rate
+    and weight decay, lowers the loss through this tensor alone:
+
+    .. math:: I_k = - \sum_i g_{k,i}\, \Delta w_{k,i}
+
+    from one backward pass with all tensors; the step is tried on a copy of one tensor at a time. Nothing that this
+    does stays: weights, gradients, buffers, optimizer state and random generators are as they were.
+
+    ::
+
+        selector = TensorSelector(model, opt, rho=0.5)
+        for i, batch in enumerate(data):
+            if i % 500 == 0:
+                print(selector.select(lambda: loss_of(model, batch)))
+            loss_of(model, batch).backward()
+            opt.step()
+            opt.zero_grad()
+
+    Frozen tensors have no gradients, no gradient computation and no optimizer state.
+
+    Args:
+        model, optimizer: see :class:`LISA`; tensors are the parameters that require grad now.
+        rho: ρ in (0, 1]. A forward pass is about a third of full training, and nothing below it can be kept.
+
+    Several processes: average :meth:`importance` over them, then give it to :meth:`select` on each; the selection
+    follows from the numbers alone.
+
+    Raises:
+        TypeError, ValueError: see :class:`LISA`; rho out of range.
+
+    Source: GreenTrainer (2309.13192). Its dynamic program is not exact, it takes FLOPs from formulas by model, and its
+    importance is the gradient after the tried step times that step.
+    """
+
+    def __init__(self, model: Any, optimizer: Any, *, rho: float = 0.5) -> None:
+        if isinstance(rho, bool) or not isinstance(rho, int | float) or not 0 < rho <= 1:
+            raise ValueError(f"TensorSelector: rho must be in (0, 1], got {rho!r}")
+        self._freezer = Freezer("TensorSelector", model, optimizer)
+        self.rho = float(rho)
+        self.flops: BackwardFlops | None = None
+        self.selection: TensorSelection | None = None
+
+    @property
+    def trainable(self) -> list[str]:
+        """Names of the tensors that train now."""
+        return self._freezer.trainable
+
+    # --- measuring ----------------------------------------------------------------------------------------------------
+
+    def profile(self, closure: Loss) -> BackwardFlops:
+        """Measure the FLOPs of each tensor on ``closure() -> loss``; :meth:`select` does so when it has none yet.
+
+        Worth repeating when the batch's shape changes by much. About three times the work of a step.
+        """
+        params = self._freezer.params
+        with undisturbed(self._freezer.model, params):
+            for p in params.values():
+                p.requires_grad_(True)
+            self.flops = measure("TensorSelector.profile", closure, params)
+        return self.flops
+
+    def importance(self, closure: Loss) -> dict[str, float]:
+        """I of every tensor, on the batch of ``closure() -> loss``; 0 for tensors that get no gradient."""
+        params = self._freezer.params
+        found: dict[str, Tensor] = {}
+
+        def see(name: str, p: Tensor) -> None:
+            assert p.grad is not None
+            found[name] = -(p.grad * self._trial(p, p.grad)).sum().double()
+
+        with undisturbed(self._freezer.model, params):
+            for p in params.values():
+                p.requires_grad_(True)
+            gradients(closure, params, see)
+        return {name: float(found[name]) if name in found else 0.0 for name in params}
+
+    def measure(self, closure: Loss) -> tuple[int, int]:
+        """FLOPs of the forward and the backward pass of ``closure()`` with the tensors that train now, as counted."""
+        params = self._freezer.params
+        with undisturbed(self._freezer.model, params):
+            return count(closure, params)
+
+    @torch.no_grad()
+    def _trial(self, p: Tensor, grad: Tensor) -> Tensor:
+        """What the optimizer's next step would add to a parameter, on copies of it and of its state."""
+        optimizer, group = self._freezer.optimizer, self._freezer.groups[id(p)]
+        moved = torch.nn.Parameter(p.detach().clone())
+        moved.grad = grad
+        state = optimizer.state[p] if p in optimizer.state else self._freezer.fresh(p)
+        trial = object.__new__(type(optimizer))
+        trial.__dict__.update({k: v for k, v in optimizer.__dict__.items() if k != "step"})  # a scheduler's wrapper
+        trial._optimizer_step_pre_hooks = OrderedDict()
+        trial._optimizer_step_post_hooks = OrderedDict()
+        trial.state = defaultdict(dict, {moved: copy.deepcopy(state)})
+        trial.param_groups = [{**group, "params": [moved]}]
+        trial.step()
+        return moved.detach() - p.detach()
+
+    # --- selecting ----------------------------------------------------------------------------------------------------
+
+    def select(self, closure: Loss | None = None, *, importance: Mapping[str, float] | None = None) -> TensorSelection:
+        """Let the best tensors within the budget train, freeze the others and free their state; call between steps.
+
+        Args:
+            closure: returns the loss of a batch, and does not call backward. Not needed with ``importance`` once FLOPs
+                are measured.
+            importance: of every tensor, instead of measuring it.
+
+        Raises:
+            ValueError: no closure where one is needed; importance that is not finite, or not of all tensors; a rho that
+                leaves room for no tensor; nothing with an importance above 0. Nothing is changed then.
+        """
+        op = "TensorSelector.select"
+        if closure is None and (self.flops is None or importance is None):
+            raise ValueError(f"{op}: closure must be given to measure FLOPs or importance, got None")
+        flops = self.flops
+        if flops is None:
+            assert closure is not None
+            flops = self.profile(closure)
+        if importance is None:
+            assert closure is not None
+            importance = self.importance(closure)
+        if set(importance) != set(self._freezer.params):
+            odd = sorted(set(importance) ^ set(self._freezer.params))
+            raise ValueError(f"{op}: importance must have an entry for each tensor alone, got a difference, {odd}")
+        values = [float(importance[name]) for name in flops.names]
+        bad = [(n, v) for n, v in zip(flops.names, values, strict=True) if not math.isfinite(v)]
+        if bad:
+            raise ValueError(f"{op}: importance must be finite, got {bad[0][1]} for {bad[0][0]}")
+        total = flops.forward + flops.backward
+        if not total:
+            raise ValueError(f"{op}: closure must do work that torch's FLOP counter counts, got a loss with 0 FLOPs")
+        budget = math.floor(self.rho * total) - flops.forward
+        chosen = prefix_knapsack(values, flops.dw, flops.dy, budget - flops.fixed)
+        if not chosen.selected:
+            if not any(v > 0 for v in values):
+                raise ValueError(
+                    f"{op}: importance must be above 0 for a tensor, got at most {max(values, default=0.0)}"
+                )
+            least = min(flops.cost([n]) for n, v in zip(flops.names, values, strict=True) if v > 0)
+            raise ValueError(
+                f"{op}: rho must be at least {(flops.forward + least) / total:.4f} for any tensor to fit "
+                f"(the forward pass is {flops.forward / total:.4f}), got {self.rho}"
+            )
+        names = tuple(flops.names[k] for k in chosen.selected)
+        self.selection = TensorSelection(
+            names=names,
+            importance=chosen.importance,
+            forward=flops.forward,
+            backward=flops.cost(names),
+            full_backward=flops.backward,
+            budget=budget,
+            cost=chosen.cost + flops.fixed,
+            exact=chosen.exact,
+        )
+        self._freezer.apply(names)
+        self._freezer.free()
+        return self.selection
+
+    def release(self) -> None:
+        """Let all tensors train again."""
+        self._freezer.apply(self._freezer.params)
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was selected and measured, plain numbers and strings."""
+        return {
+            "rho": self.rho,
+            "tensors": list(self._freezer.params),
+            "flops": None if self.flops is None else asdict(self.flops),
+            "selection": None if self.selection is None else asdict(self.selection),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume: the saved selection trains. It may come before or after the optimizer's ``load_state_dict``.
+
+        Raises ValueError, and changes nothing, where the saved run has other tensors or another rho.
+        """
+        op = "TensorSelector.load_state_dict"
+        for name, mine in (("rho", self.rho), ("tensors", list(self._freezer.params))):
+            if name not in state_dict:
+                raise ValueError(f"{op}: state_dict must be one of TensorSelector, got one without {name!r}")
+            if state_dict[name] != mine:
+                raise ValueError(f"{op}: {name} must be the saved run's, {state_dict[name]!r}, got {mine!r}")
+        flops, selection = state_dict["flops"], state_dict["selection"]
+        self.flops = None if flops is None else BackwardFlops(**flops)
+        self.selection = None if selection is None else TensorSelection(**selection)
+        self._freezer.apply(self._freezer.params if self.selection is None else self.selection.names)

@@ -1,0 +1,115 @@
+"""A small network of blocks, the optimizers, and what the tests of selection look at."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.flop_counter import FlopCounterMode
+
+from leanops.optim import SM3
+
+WIDTH, HIDDEN, VOCAB, LAYERS = 8, 12, 11, 5
+TOKENS = 3 * 4
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up_proj = nn.Linear(WIDTH, HIDDEN)
+        self.down_proj = nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down_proj(nn.functional.gelu(self.up_proj(self.norm(x))))
+
+
+class Net(nn.Module):
+    def __init__(self, layers: int = LAYERS) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.layers = nn.ModuleList(Block() for _ in range(layers))
+        self.final = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.final(x))
+
+
+# the weights' gradients of a block: two products
+BLOCK_DW = 2 * (2 * TOKENS * WIDTH * HIDDEN)
+
+
+def net(layers: int = LAYERS, seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net(layers)
+
+
+def loss_of(model: nn.Module, step: int = 0) -> Tensor:
+    g = torch.Generator().manual_seed(100 + step)
+    ids = torch.randint(VOCAB, (3, 4), generator=g)
+    wanted = torch.randint(VOCAB, (3, 4), generator=g)
+    return nn.functional.cross_entropy(model(ids).flatten(0, 1), wanted.flatten())
+
+
+# name -> (optimizer of parameters, bytes of state of a parameter)
+OPTIMIZERS: dict[str, tuple[Callable[[Iterable[Any]], Optimizer], Callable[[Tensor], int]]] = {
+    "AdamW": (lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False), lambda p: 8 * p.numel() + 4),
+    "AdamW-foreach": (lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True), lambda p: 8 * p.numel() + 4),
+    "AdamW-fused": (lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True), lambda p: 8 * p.numel() + 4),
+    "AdamW-amsgrad": (lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True), lambda p: 12 * p.numel() + 4),
+    "SGD": (lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.1), lambda p: 4 * p.numel()),
+    "Adagrad": (lambda p: torch.optim.Adagrad(p, lr=1e-2), lambda p: 4 * p.numel() + 4),
+    "NAdam": (lambda p: torch.optim.NAdam(p, lr=1e-2), lambda p: 8 * p.numel() + 8),
+    "RMSprop": (lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9), lambda p: 8 * p.numel() + 4),
+    "SM3": (lambda p: SM3(p, lr=1e-2), lambda p: 4 * (p.numel() + sum(p.shape) + 1)),
+}
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Of all tensors that the optimizer's entries hold."""
+    held = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    return sum(v.numel() * v.element_size() for v in held)
+
+
+def backward_flops(closure: Callable[[], Tensor]) -> int:
+    """Of a backward pass, as torch counts them."""
+    loss = closure()
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    return counter.get_total_flops()
+
+
+def snapshot(model: nn.Module, optimizer: Optimizer) -> list[Any]:
+    """Weights, what requires grad, gradients and the optimizer's state, as copies."""
+    params = list(model.named_parameters())
+    entries = [copy.deepcopy(dict(optimizer.state[p])) if p in optimizer.state else None for _, p in params]
+    return [
+        [p.detach().clone() for _, p in params],
+        [p.requires_grad for _, p in params],
+        [None if p.grad is None else p.grad.clone() for _, p in params],
+        entries,
+    ]
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Equal to the last bit, however nested."""
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
