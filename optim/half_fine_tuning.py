@@ -15,7 +15,7 @@ from leanops.optim.selection import Blocks, Named, Rounds, find_blocks, find_par
 CATEGORIES: Mapping[str, str] = {
     "norm": r"norm|(^|[._])ln(_?\w{1,2})?([._]|$)|batchnorm|(^|\.)bn\d*([._]|$)",
     "embedding": r"embed|(^|\.)(wte|wpe|shared|lm_head|embed_out)([._]|$)",
-    "attention": r"att(n|ention)|(^|\.)(wq|wk|wv|wo|[qkvo]_proj|out_proj|qkv(_proj)?|w?qkv)([._]|$)",
+    "attention": r"att(n|ention)|(^|\.)([qkvo]_proj|out_proj|qkv(_proj)?|w?qkv)([._]|$)",
     "mlp": r"mlp|(^|[._])ffn?([._\d]|$)|feed_?forward|experts|(^|\.)(fc\d*|linear\d|w[123]|(gate|up|down)_proj)([._]|$)"
     r"|intermediate|output\.dense|DenseReluDense",
 }
