@@ -1,0 +1,272 @@
+"""An optimizer's step inside of the backward pass: each parameter moves, and its gradient is freed, once it is known.
+
+For every parameter there is an optimizer of its own, run by a hook after the parameter's gradient is accumulated. What
+is left in ``.grad`` is a :class:`Used` gradient: without memory, and with an error for everyone who wants to use it.
+That is how a second backward pass (gradient accumulation), clipping by a global norm and gradient scaling, all of which
+need gradients that are no longer there, are noticed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Used(Tensor):
+    """The place of a gradient that has been used in the backward pass: no memory, and an error for any use."""
+
+    _name: str
+
+    @staticmethod
+    def __new__(cls, like: Tensor, name: str) -> Used:
+        self: Used = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+        self._name = name
+        return self
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Used(gradient of {self._name})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        flat = torch.utils._pytree.tree_leaves((args, kwargs))
+        name = next(t._name for t in flat if isinstance(t, Used))
+        raise RuntimeError(
+            f"fuse_into_backward: the gradient of {name} was used and freed during the backward pass, so it cannot be "
+            f"accumulated, clipped, scaled or read ({func}). Call zero_grad() after every backward pass, take one "
+            "backward pass a step, and clip in another way (no clip_grad_norm_, max_grad_norm=0, no GradScaler)"
+        )
+
+
+class FusedBackward(Optimizer):
+    """What :func:`fuse_into_backward` returns: an optimizer to schedulers and trainers, whose steps have been taken."""
+
+    def __init__(self, optimizer_class: type[Optimizer], model_or_params: Any, options: dict[str, Any]) -> None:
+        self._class, self._options = optimizer_class, options
+        self._own: dict[Tensor, Optimizer] = {}  # of each parameter
+        self._group: dict[Tensor, int] = {}
+        self._known: list[dict[str, Any]] = []  # the options of each group, as the parameters' optimizers have them
+        self._hooks: list[Any] = []
+        groups = _groups_of(model_or_params)
+        # an optimizer that is made only for what it thinks of the arguments, and for the defaults of its options
+        whole = optimizer_class([{**g} for g in groups], **options)
+        super().__init__(whole.param_groups, whole.defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters: the next backward pass moves them."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        first = sum(len(g["params"]) for g in self.param_groups[:-1])
+        names = group.get("param_names") or [f"parameter {first + i}" for i in range(len(group["params"]))]
+        try:
+            for name, p in zip(names, group["params"], strict=True):
+                if p.grad is not None:
+                    raise ValueError(f"fuse_into_backward: {name} has a gradient already; call zero_grad() before")
+            settings = _settings(group)
+            # its position, for an optimizer whose random bits follow from it (SM3's): they are those of one optimizer
+            own = {
+                p: self._class([{**settings, "params": [p], "tensor_id": first + i}], **self._options)
+                for i, p in enumerate(group["params"])
+            }
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        self._own.update(own)
+        self._group.update(dict.fromkeys(own, len(self.param_groups) - 1))
+        self._known.append(settings)
+        for name, p in zip(names, group["params"], strict=True):
+            if p.requires_grad:
+                self._hooks.append(p.register_post_accumulate_grad_hook(self._hook(name)))
+
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        def step(p: Tensor) -> None:
+            self._move(p)
+            p.grad = Used(p.detach(), name)
+
+        return step
+
+    def _move(self, p: Tensor) -> None:
+        self._share_options(self._group[p])
+        self._own[p].step()
+
+    def _share_options(self, index: int) -> None:
+        """Hand on what a scheduler or a user has set in a group since. Values that an optimizer sets by itself stay."""
+        group, known = self.param_groups[index], self._known[index]
+        now = _settings(group)
+        changed = {k: v for k, v in now.items() if k not in known or v is not known[k]}
+        if changed:
+            for p in group["params"]:
+                self._own[p].param_groups[0].update(changed)
+            known.update(changed)
+
+    # --- what trainers call -------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Marks the end of a step. Only gradients that no backward pass has left here, but a user, are still used.
+
+        Args:
+            closure: run first, as in torch.optim; its backward pass moves the parameters.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and not isinstance(p.grad, Used):
+                    self._move(p)
+                    p.grad = None
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Makes room for the next backward pass. There is no gradient to free."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+    def remove(self) -> None:
+        """Take the hooks off the parameters: backward passes leave gradients again. The state stays."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for p in self._own:
+            if isinstance(p.grad, Used):
+                p.grad = None
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> Any:
+        """The state of every parameter that has one, as it lies in the parameters' optimizers."""
+        return {p: own.state[p] for p, own in self._own.items() if p in own.state}
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        """torch.optim.Optimizer sets an empty one at the start; the parameters' optimizers have their own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of one optimizer of the class over all parameters: either loads what the other has saved."""
+        state: dict[int, Any] = {}
+        groups: list[dict[str, Any]] = []
+        for index, group in enumerate(self.param_groups):
+            self._share_options(index)
+            parts = [self._own[p].state_dict() for p in group["params"]]
+            first = sum(len(g["params"]) for g in groups)
+            state |= {first + i: part["state"][0] for i, part in enumerate(parts) if 0 in part["state"]}
+            # options that the optimizer counts up by itself are in its own group
+            kept = {k: v for part in parts[:1] for k, v in part["param_groups"][0].items() if k in group}
+            groups.append({**_settings(group), **kept, "params": list(range(first, first + len(parts)))})
+            if "param_names" in group:
+                groups[-1]["param_names"] = list(group["param_names"])
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take in the state of one optimizer of the class over these parameters. Options become those that were saved.
+
+        Raises ValueError for other numbers of groups or parameters; what the class refuses besides, it refuses.
+        """
+        theirs = state_dict["param_groups"]
+        sizes = [len(g["params"]) for g in self.param_groups]
+        if [len(g["params"]) for g in theirs] != sizes:
+            raise ValueError(
+                f"fuse_into_backward: the state must have groups of {sizes} parameters, got "
+                f"{[len(g['params']) for g in theirs]}"
+            )
+        fresh: dict[Tensor, Optimizer] = {}
+        for mine, saved in zip(self.param_groups, theirs, strict=True):
+            for p, key in zip(mine["params"], saved["params"], strict=True):
+                fresh[p] = own = self._class([{**self._own[p].param_groups[0], "params": [p]}], **self._options)
+                entry = {0: state_dict["state"][key]} if key in state_dict["state"] else {}
+                options = {**_settings(deepcopy(saved)), "tensor_id": own.param_groups[0]["tensor_id"], "params": [0]}
+                own.load_state_dict({"state": entry, "param_groups": [options]})
+        self._own = fresh
+        for i, (mine, saved) in enumerate(zip(self.param_groups, theirs, strict=True)):
+            options = fresh[mine["params"][0]].param_groups[0] if sizes[i] else saved
+            mine.update({k: v for k, v in _settings(options).items() if k in saved})
+            self._known[i] = _settings(mine)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("fuse_into_backward: hooks on parameters cannot be copied or pickled; use state_dict()")
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in group.items() if k not in ("params", "param_names")}
+
+
+def _groups_of(model_or_params: Any) -> list[dict[str, Any]]:
+    """Parameter groups, of a module with the names of its parameters."""
+    if isinstance(model_or_params, nn.Module):
+        if isinstance(model_or_params, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "fuse_into_backward: DistributedDataParallel averages gradients after the hook has used them; use "
+                "fully_shard, or one process"
+            )
+        return [{"params": list(model_or_params.named_parameters())}]
+    if isinstance(model_or_params, Tensor) or not isinstance(model_or_params, Iterable):
+        raise TypeError(
+            "fuse_into_backward: model_or_params must be a module or an iterable of parameters, (name, parameter) "
+            f"pairs or groups, got {type(model_or_params).__name__}"
+        )
+    items: list[Any] = list(model_or_params)
+    if not items:
+        raise ValueError("fuse_into_backward: model_or_params is an empty parameter list")
+    if isinstance(items[0], dict):
+        return [{**g, "params": [g["params"]] if isinstance(g["params"], Tensor) else list(g["params"])} for g in items]
+    return [{"params": items}]
+
+
+def fuse_into_backward(optimizer_class: type[Optimizer], model_or_params: Any, **options: Any) -> FusedBackward:
+    r"""Update every parameter during the backward pass, as soon as its gradient is known, and free the gradient.
+
+    .. math::
+
+        \text{peak} = \text{activations} + \max_p \text{grad}_p \quad\text{instead of}\quad
+        \text{activations} + \sum_p \text{grad}_p
+
+    The updates are those of ``optimizer_class`` after the backward pass, bit for bit, for every optimizer that moves
+    each parameter by its own gradient and state alone (those of torch.optim but LBFGS; :class:`leanops.optim.SM3`).
+
+    ::
+
+        opt = fuse_into_backward(torch.optim.AdamW, model, lr=1e-3)
+        schedule = torch.optim.lr_scheduler.LinearLR(opt)
+        for batch in data:
+            loss_of(model, batch).backward()  # moves the parameters
+            opt.step()
+            schedule.step()
+            opt.zero_grad()
+
+    Args:
+        optimizer_class: any torch optimizer. options: its arguments.
+        model_or_params: a module, or what the class takes. A parameter that does not require grad does not move; one
+            that starts to later moves in ``step()``.
+
+    Returns:
+        an optimizer with ``param_groups`` for schedulers, ``state_dict``, ``load_state_dict`` (interchangeable with
+        those of the class), ``step`` (which has little left to do), ``zero_grad`` and ``remove``, which takes the hooks
+        off.
+
+    **Refused**, with an error at the time of use: a second gradient of a parameter before ``zero_grad()`` (gradient
+    accumulation; also reentrant checkpointing of a parameter that is used in two segments), and everything that reads
+    gradients after the backward pass (clipping by norm or value, GradScaler's unscaling), for they are gone. The
+    parameters whose gradient came first have moved by then: a backward pass that fails leaves a step half done.
+
+    Raises:
+        ValueError: a DistributedDataParallel module, parameters that have a gradient, an optimizer whose ``step`` needs
+            a closure. TypeError: neither a module nor parameters.
+    """
+    closure = inspect.signature(optimizer_class.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"fuse_into_backward: {optimizer_class.__name__}.step needs a closure: several backward passes a step"
+        )
+    return FusedBackward(optimizer_class, model_or_params, options)

@@ -1,0 +1,328 @@
+"""The operator calls of an SM3 step: one a group and device, made once and used again while nothing has changed.
+
+Gathering a thousand parameters anew, and refusing what does not fit, costs more than the kernel's work on small ones.
+So a call keeps its lists, and each step only looks whether parameters, state and gradients are still those: 0.3 us a
+parameter. Whatever a user replaces (a parameter's memory, an entry of the state, ...) is noticed and gathered again.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import chain, repeat
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from leanops import _registry
+from leanops.optim import params as managed
+from leanops.optim import seeds
+from leanops.optim.sm3_state import Part, State, complete, part_of
+
+OPERATOR = _registry.spec("sm3_step_")
+ROUNDING = 6  # stream of the seeds of stochastic rounding, see leanops.optim.seeds
+
+_layout = operator.attrgetter("layout")
+_dtype = operator.attrgetter("dtype")
+
+Group = dict[str, Any]
+Grads = list[list[Tensor | None]]  # of every group's every parameter
+
+
+class Numbers(NamedTuple):
+    """The operator's last arguments."""
+
+    momentum: float
+    beta: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    maximize: bool
+    stochastic_rounding: bool
+
+
+def numbers(group: Group) -> Numbers:
+    """A group's numbers; ValueError for one out of its range (an infinity is not below infinity, a NaN fails both)."""
+    n = Numbers(
+        float(group["momentum"]),
+        float(group["beta"]),
+        float(group["eps"]),
+        float(group["weight_decay"]),
+        bool(group["decoupled"]),
+        bool(group["maximize"]),
+        bool(group["stochastic_rounding"]),
+    )
+    if not 0 <= n.momentum < 1:
+        raise ValueError(f"SM3: momentum must be in [0, 1), got {n.momentum}")
+    if not 0 < n.beta <= 1:
+        raise ValueError(f"SM3: beta must be in (0, 1], got {n.beta}")
+    for name in ("eps", "weight_decay"):
+        if not 0 <= getattr(n, name) < float("inf"):
+            raise ValueError(f"SM3: {name} must be a finite number >= 0, got {getattr(n, name)}")
+    return n
+
+
+def rate(lr: Any, device: torch.device) -> Tensor:
+    """lr as the operator takes it: one element of float32 or float64, on the CPU or on the parameters' device."""
+    if not isinstance(lr, Tensor):
+        return torch.tensor(lr, dtype=torch.float64)
+    if lr.numel() != 1:
+        raise ValueError(f"SM3: Tensor lr must be 1-element, got shape {list(lr.shape)}")
+    wide = lr if lr.dtype in (torch.float32, torch.float64) else lr.double()
+    return beside(wide, device)
+
+
+def beside(t: Tensor, device: torch.device) -> Tensor:
+    """A number on the CPU or on the device, for the operator reads no other."""
+    return t if t.device == device or t.device.type == "cpu" else t.to(device)
+
+
+def scaler(value: Any, device: torch.device) -> Tensor | None:
+    """What GradScaler leaves at the optimizer, as the operator takes it."""
+    return None if value is None else beside(torch.as_tensor(value, dtype=torch.float32), device)
+
+
+def rounding_seed(seed: int, taken: Tensor) -> Tensor:
+    """The seed of a call, whose parameters have taken up to so many steps: another one for every step in a row."""
+    return taken.to(torch.int64) + rounding_start(seed)
+
+
+@cache
+def rounding_start(seed: int) -> int:
+    """An int64 that follows from an optimizer's seed."""
+    start = seeds.derive(seeds.check("SM3", seed), 0, stream=ROUNDING)
+    return start - 2**64 if start >= 2**63 else start
+
+
+def home_of_step(group: Group, device: torch.device) -> torch.device:
+    """Where ``step`` lies: as in torch, on the parameters' device for these flags."""
+    return device if group["capturable"] or group["fused"] else torch.device("cpu")
+
+
+def name_of(group: Group, place: int, position: int) -> str:
+    return str(group["param_names"][place] if "param_names" in group else position)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def check_parameter(name: str, p: Tensor) -> None:
+    """Refuse what no step can move, when it is given."""
+    if p.is_complex():
+        raise ValueError(f"SM3: parameter {name} must be real, got {p.dtype}; use torch.view_as_real")
+    if p.layout != torch.strided:
+        raise ValueError(f"SM3: parameter {name} must be dense, got layout {p.layout}")
+
+
+def check_step(name: str, p: Tensor, g: Tensor) -> None:
+    """Refuse what this step cannot move."""
+    check_parameter(name, p)
+    if p.dtype not in managed.FLOATS:
+        raise ValueError(f"SM3: parameter {name} must be float32, bfloat16, float16 or float64, got {p.dtype}")
+    if not managed.is_sharded(p) and type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise ValueError(f"SM3: parameter {name} must be a plain tensor or a DTensor, got {type(p).__name__}")
+    if p.device.type == "meta":
+        raise ValueError(f"SM3: parameter {name} must have data, but it is on the meta device")
+    if g.layout != torch.strided:
+        kind = "sparse gradients" if g.layout == torch.sparse_coo else f"gradients of layout {g.layout}"
+        raise RuntimeError(f"SM3 does not support {kind}; parameter {name} has one (nn.Embedding: pass sparse=False)")
+    if managed.is_sharded(g) != managed.is_sharded(p):
+        raise ValueError(f"SM3: parameter {name} is {type(p).__name__}, but its gradient {type(g).__name__}")
+    if g.dtype != p.dtype or g.shape != p.shape or g.device != p.device:
+        raise ValueError(
+            f"SM3: the gradient of parameter {name} must be {p.dtype} {list(p.shape)} on {p.device} as the parameter, "
+            f"got {g.dtype} {list(g.shape)} on {g.device}"
+        )
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+
+class Item(NamedTuple):
+    """A parameter that a step moves."""
+
+    place: int  # in its group
+    tensor_id: int
+    part: Part
+    state: State
+
+
+class Call:
+    """One operator call: parameters of one group on one device. The ``step`` of each is a view of one tensor."""
+
+    def __init__(self, group: Group, items: Sequence[Item], device: torch.device, whole: bool) -> None:
+        self.device, self.fresh = device, True
+        self._places = None if whole else [i.place for i in items]  # None: every parameter of the group, in order
+        self._parts = [i.part for i in items]
+        self._params = [p.param for p in self._parts]
+        self._sharded = any(map(managed.is_sharded, self._params))
+        self._locals = [p.local for p in self._parts]
+        self._ids, self._offsets = [i.tensor_id for i in items], [p.offset for p in self._parts]
+        self._states = [i.state for i in items]
+        self._momentum = bool(group["momentum"])
+        for state, local in zip(self._states, self._locals, strict=True):
+            complete(state, local, self._momentum, group["momentum_dtype"])
+        self._covers = [s["cover"] for s in self._states]
+        self._momenta = [s["momentum_buffer"] for s in self._states] if self._momentum else []
+        empty = torch.empty(0, dtype=torch.float32, device=device)
+        self._scales = [s.get("momentum_scale", empty) for s in self._states] if self._momentum else []
+        self._home = home_of_step(group, device)
+        taken = [torch.as_tensor(s["step"]).detach().to(self._home, torch.float32).reshape(()) for s in self._states]
+        self._steps = torch.stack(taken)
+        for state, view in zip(self._states, self._steps.unbind(), strict=True):
+            state["step"] = view
+        self._entries = list(chain.from_iterable(map(dict.values, self._states)))
+        self._pointers = list(map(Tensor.data_ptr, self._locals))
+        self._dtypes = list(map(_dtype, self._locals))
+        self._no_seed = torch.zeros((), dtype=torch.int64)
+
+    def pick(self, grads: Sequence[Tensor | None]) -> Sequence[Any]:
+        """The gradients of the call's parameters, out of those of the group's."""
+        return grads if self._places is None else [grads[i] for i in self._places]
+
+    def fits(self, group: Group, grads: Sequence[Tensor]) -> bool:
+        """Whether the call is what would be gathered now, for these gradients of its parameters."""
+        if bool(group["momentum"]) != self._momentum or home_of_step(group, self.device) != self._home:
+            return False
+        if sum(map(len, self._states)) != len(self._entries):
+            return False
+        if not all(map(operator.is_, chain.from_iterable(map(dict.values, self._states)), self._entries)):
+            return False
+        if self._sharded:
+            self._locals = list(map(managed.local, self._params))
+        if list(map(Tensor.data_ptr, self._locals)) != self._pointers or list(map(_dtype, grads)) != self._dtypes:
+            return False
+        return all(map(operator.is_, map(_layout, grads), repeat(torch.strided)))
+
+    def arguments(self, group: Group, grads: Sequence[Any], grad_scale: Any, found_inf: Any) -> tuple[Any, ...]:
+        """What the operator takes."""
+        if self._sharded:
+            grads = [_local_gradient(p, g) for p, g in zip(self._params, grads, strict=True)]
+        n = numbers(group)
+        return (
+            self._locals,
+            grads,
+            self._covers,
+            self._momenta,
+            self._scales,
+            rate(group["lr"], self.device),
+            rounding_seed(group["seed"], self._steps.amax()) if n.stochastic_rounding else self._no_seed,
+            scaler(grad_scale, self.device),
+            scaler(found_inf, self.device),
+            self._ids,
+            self._offsets,
+            *n,
+        )
+
+    def run(self, arguments: tuple[Any, ...], found_inf: Any) -> None:
+        """Move the parameters and count the step, unless the gradients were found to be infinite."""
+        if self.fresh:
+            OPERATOR.op(*arguments)  # looks for shared memory, too
+            self.fresh = False
+        else:
+            OPERATOR.launch(self.device, *arguments)
+        self._steps.add_(1 if found_inf is None else (found_inf.to(self._home).reshape(()) == 0).float())
+
+    def columns(self) -> Iterator[tuple[Any, Tensor, bool]]:
+        """Of each parameter whose rows are shared: with whom, the covers of its other axes as int32, and whether this
+        process has none of the rows."""
+        for part, cover in zip(self._parts, self._covers, strict=True):
+            if part.group is not None and part.local.dim() > 1 and part.param.numel():
+                rows = part.local.shape[0]
+                yield part.group, cover.view(torch.int32)[rows:], rows == 0
+
+
+def _local_gradient(p: Any, g: Any) -> Tensor:
+    if not managed.is_sharded(p):
+        return g
+    if g.placements != p.placements:
+        g = g.redistribute(p.device_mesh, p.placements)
+    local = g.to_local()
+    return local.wait() if hasattr(local, "wait") else local
+
+
+class Plan:
+    """The calls of a step of an optimizer, for the gradients that are there."""
+
+    def __init__(self, optimizer: Any, grads: Grads) -> None:
+        """Gather what moves. Nothing is made or changed before everything that a step refuses has been looked for."""
+        self._groups = [
+            (list(group["params"]), None if all(g is not None for g in gs) else [g is not None for g in gs])
+            for group, gs in zip(optimizer.param_groups, grads, strict=True)
+        ]
+        found: list[tuple[int, torch.device, list[tuple[int, int, Part]]]] = []
+        seen: set[int] = set()
+        position = 0
+        for index, (group, gs) in enumerate(zip(optimizer.param_groups, grads, strict=True)):
+            numbers(group)
+            first = group.get("tensor_id", position)
+            by_device: dict[torch.device, list[tuple[int, int, Part]]] = {}
+            for place, (p, g) in enumerate(zip(group["params"], gs, strict=True)):
+                if g is None or id(p) in seen:
+                    continue
+                seen.add(id(p))  # torch warns of a parameter that comes twice; it moves once
+                name = name_of(group, place, position + place)
+                check_step(name, p, g)
+                part = part_of("SM3", name, p)
+                by_device.setdefault(part.local.device, []).append((place, first + place, part))
+            found += [(index, device, items) for device, items in by_device.items()]
+            position += len(gs)
+
+        self._calls: list[tuple[int, Call]] = []
+        for index, device, items in found:
+            group, state = optimizer.param_groups[index], optimizer.state
+            made = [Item(place, i, part, state.setdefault(part.param, {})) for place, i, part in items]
+            self._calls.append((index, Call(group, made, device, len(made) == len(group["params"]))))
+        self._columns: dict[tuple[int, torch.device], tuple[Any, list[Tensor], list[Tensor]]] = {}
+        for _, call in self._calls:
+            for group, tail, absent in call.columns():
+                _, tails, blanks = self._columns.setdefault((id(group), call.device), (group, [], []))
+                tails.append(tail)
+                blanks += [tail] if absent else []
+        self._states = list(optimizer.state.values())
+
+    def fits(self, optimizer: Any, grads: Grads) -> bool:
+        """Whether the plan is what would be gathered now."""
+        groups = optimizer.param_groups
+        if len(groups) != len(self._groups):
+            return False
+        for group, gs, (params, active) in zip(groups, grads, self._groups, strict=True):
+            if len(gs) != len(params) or not all(map(operator.is_, group["params"], params)):
+                return False
+            if not all(map(operator.is_not, gs, repeat(None))) if active is None else _present(gs) != active:
+                return False
+        now = optimizer.state
+        if len(now) != len(self._states) or not all(map(operator.is_, now.values(), self._states)):
+            return False
+        return all(call.fits(groups[i], call.pick(grads[i])) for i, call in self._calls)
+
+    def run(self, groups: Sequence[Group], grads: Grads, grad_scale: Any, found_inf: Any) -> None:
+        """One step. Nothing is written when it refuses a gradient, a number or the state."""
+        ready = [(c, c.arguments(groups[i], c.pick(grads[i]), grad_scale, found_inf)) for i, c in self._calls]
+        for call, arguments in ready:
+            if call.fresh:
+                OPERATOR.check(*arguments)
+        for call, arguments in ready:
+            call.run(arguments, found_inf)
+        for group, tails, blanks in self._columns.values():
+            _combine(group, tails, blanks)
+
+
+def _present(grads: Sequence[Tensor | None]) -> list[bool]:
+    return [g is not None for g in grads]
+
+
+def _combine(group: Any, tails: list[Tensor], blanks: list[Tensor]) -> None:
+    """The maximum over the processes that share rows, of all parameters' column covers at once.
+
+    Bits of non-negative numbers are ordered as the numbers, and NaN lies above infinity: as integers they survive
+    libraries whose maximum drops a NaN. Who has no rows of a parameter has an old cover, which must not count.
+    """
+    for tail in blanks:
+        tail.zero_()
+    flat = torch.cat(tails).bitwise_and_(0x7FFFFFFF)
+    torch.distributed.all_reduce(flat, torch.distributed.ReduceOp.MAX, group=group)
+    for tail, new in zip(tails, flat.split([t.numel() for t in tails]), strict=True):
+        tail.copy_(new)

@@ -1,0 +1,228 @@
+"""torch.compile(opt.step): one graph with the public operator in it, which no learning rate compiles anew."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from leanops.optim import SM3
+
+BF16, F32, I8 = torch.bfloat16, torch.float32, torch.int8
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Backend:
+    """Runs graphs as they are, and keeps them."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        self.graphs.append(module)
+        return module.forward
+
+    def operators(self) -> list[list[str]]:
+        return [[str(n.target) for n in g.graph.nodes if "leanops" in str(n.target)] for g in self.graphs]
+
+
+def pair(**options: Any) -> tuple[list[nn.Parameter], SM3, list[nn.Parameter], SM3]:
+    """An optimizer to be compiled and one that is not, on equal parameters in two groups."""
+    g = torch.Generator().manual_seed(0)
+    values = [torch.randn(s, generator=g) for s in [(6, 5), (4,), (), (3, 2, 4), (0, 3)]]
+    values += [torch.randn(7, 3, generator=g).to(BF16)]
+
+    def make() -> tuple[list[nn.Parameter], SM3]:
+        ps = [nn.Parameter(v.clone()) for v in values]
+        return ps, SM3([{"params": ps[:2], "momentum": 0.5}, {"params": ps[2:]}], **copy.deepcopy(options))
+
+    return *make(), *make()
+
+
+def set_grads(params: list[nn.Parameter], seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=g).to(p.dtype)
+
+
+def same(a: SM3, b: SM3) -> bool:
+    pairs = zip(a.state.values(), b.state.values(), strict=True)
+    return all(s.keys() == t.keys() and all(torch.equal(s[k], t[k]) for k in s) for s, t in pairs)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"momentum_dtype": I8, "stochastic_rounding": True, "weight_decay": 0.1},
+    {"beta": 0.9, "lr": torch.tensor(0.1), "capturable": True},
+    {"maximize": True, "decoupled": False, "weight_decay": 0.1},
+]
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")  # compiled before it looked
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_one_graph_without_breaks_for_every_learning_rate(options: dict[str, Any]) -> None:
+    params, opt, others, plain = pair(**options)
+    backend = Backend()
+    step = torch.compile(opt.step, fullgraph=True, backend=backend)
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.7) for o in (opt, plain)]
+    for i in range(5):
+        set_grads(params, i)
+        set_grads(others, i)
+        step()
+        plain.step()
+        if i == 3:  # and by hand
+            for o in (opt, plain):
+                for group in o.param_groups:
+                    rate = group["lr"]
+                    group["lr"] = rate.fill_(0.25) if isinstance(rate, Tensor) else 0.25
+        else:
+            for s in schedules:
+                s.step()
+        assert all(map(torch.equal, params, others)), i
+        assert same(opt, plain)
+    assert len(backend.graphs) == 1
+    assert backend.operators()[0].count("leanops.sm3_step_") == 2  # one a group
+
+
+def test_a_schedule_that_was_there_first_costs_no_graph_either() -> None:
+    """A scheduler wraps ``step``; torch.compile skips that wrapper, whose optimizer it is, and compiles the step."""
+    params, opt, *_ = pair()
+    schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.7)
+    backend = Backend()
+    step = torch.compile(opt.step, backend=backend)
+    for i in range(4):
+        set_grads(params, i)
+        step()
+        schedule.step()
+    assert backend.operators() == [["leanops._sm3_lr", "leanops.sm3_step_"] * 2]
+
+
+def test_inductor_gives_the_same_bits_from_one_compilation() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    params, opt, others, plain = pair(momentum_dtype=I8)
+    counter = CompileCounterWithBackend("inductor")
+    step = torch.compile(opt.step, fullgraph=True, backend=counter)
+    for i in range(4):
+        set_grads(params, i)
+        set_grads(others, i)
+        opt.param_groups[0]["lr"] = plain.param_groups[0]["lr"] = 0.1 / (i + 1)
+        step()
+        plain.step()
+    assert counter.frame_count == 1
+    assert all(map(torch.equal, params, others))
+    assert same(opt, plain)
+
+
+def test_what_changes_under_a_compiled_step_is_seen() -> None:
+    params, opt, others, plain = pair(momentum_dtype=I8)
+    step = torch.compile(opt.step, fullgraph=True, backend=Backend())
+    both = ((params, opt), (others, plain))
+
+    def check() -> None:
+        for ps, _ in both:
+            set_grads(ps, 1)
+        step()
+        plain.step()
+        assert all(map(torch.equal, params, others))
+        assert same(opt, plain)
+
+    check()
+    for ps, o in both:  # replaced entries
+        o.state[ps[0]]["cover"] = o.state[ps[0]]["cover"] * 2
+        o.state[ps[1]]["step"] = torch.tensor(17.0)
+    check()
+    for _, o in both:  # options
+        o.param_groups[0]["momentum"] = 0.25
+        o.param_groups[1]["weight_decay"] = 0.5
+    check()
+    for ps, o in both:  # state that was dropped
+        o.state[ps[3]] = {}
+    check()
+    opt.load_state_dict(copy.deepcopy(plain.state_dict()))
+    check()
+    extra = [nn.Parameter(torch.ones(3, 2)) for _ in both]
+    for (ps, o), p in zip(both, extra, strict=True):
+        o.add_param_group({"params": [p], "lr": 0.5})
+        ps.append(p)
+    check()
+    for ps, _ in both:  # a parameter without gradient
+        set_grads(ps, 2)
+        ps[4].grad = ps[0].grad = None
+    step()
+    plain.step()
+    assert all(map(torch.equal, params, others))
+    assert same(opt, plain)
+
+
+def test_compiled_and_plain_steps_may_alternate() -> None:
+    params, opt, others, plain = pair()
+    backend = Backend()
+    step = torch.compile(opt.step, fullgraph=True, backend=backend)
+    for i in range(6):
+        set_grads(params, i)
+        set_grads(others, i)
+        opt.step() if i % 2 else step()
+        plain.step()
+    assert all(map(torch.equal, params, others))
+    assert same(opt, plain)
+    assert len(backend.graphs) == 1
+
+
+def test_a_gradient_scaler_works_through_a_compiled_step() -> None:
+    params, opt, others, plain = pair()
+    compiled = torch.compile(opt.step, fullgraph=True, backend=Backend())
+    for i, found in enumerate((0.0, 1.0, 0.0)):
+        for ps, o in ((params, opt), (others, plain)):
+            set_grads(ps, i)
+            o.grad_scale, o.found_inf = torch.tensor(4.0), torch.tensor(found)
+        compiled()
+        plain.step()
+    assert all(map(torch.equal, params, others))
+    assert same(opt, plain)
+    assert float(opt.state[params[0]]["step"]) == 2
+
+
+def test_a_whole_training_step_compiles() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    plain = copy.deepcopy(model)
+    opt, ref = SM3(model.parameters(), lr=0.05), SM3(plain.parameters(), lr=0.05)
+    x = torch.randn(32, 4)
+
+    def train(m: nn.Module, o: SM3) -> Tensor:
+        loss = (m(x) - x.sum(1, keepdim=True)).pow(2).mean()
+        loss.backward()
+        o.step()
+        o.zero_grad()
+        return loss
+
+    compiled = torch.compile(train, backend="aot_eager")  # backward() is a break of the graph in torch itself
+    first, last = 0.0, 0.0
+    for _ in range(30):
+        last = compiled(model, opt).item()
+        train(plain, ref)
+        first = first or last
+    assert last < 0.3 * first
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_plain_step_refuses_a_compiled_one_refuses() -> None:
+    table = nn.Embedding(5, 3, sparse=True)
+    opt = SM3(table.parameters())
+    table(torch.tensor([1])).sum().backward()
+    before = table.weight.detach().clone()
+    with pytest.raises(Exception, match="SM3 does not support sparse gradients; parameter 0"):
+        torch.compile(opt.step, fullgraph=True, backend=Backend())()
+    assert torch.equal(table.weight, before)
