@@ -99,7 +99,7 @@ def _place(call: np.ndarray[Any, Any], name: str, values: Tensor, like: Tensor) 
 
 
 def _table(slots: Sequence[tuple[int, ...]]) -> np.ndarray[Any, Any]:
-    """``slots``: (out, in, out2, offset, numel, tensor_id, columns), addresses and integers; the last may be left out."""
+    """``slots``: (out, in, out2, offset, numel, tensor_id[, columns]), addresses and integers."""
     table = np.zeros(len(slots), SLOT)
     names = ("out", "in", "out2", "offset", "numel", "tensor_id", "columns")
     for name, column in zip(names, zip(*slots, strict=True), strict=False):
