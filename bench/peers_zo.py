@@ -12,6 +12,8 @@ from torch import Tensor
 from leanops._registry import Case
 from leanops.bench.peers import Args, Peer, Probe, Subject, Unavailable, add
 from leanops.bench.weights import minilm, minilm_file
+from leanops.zo import columns_of
+from leanops.zo.cases import AXPY_DISTRIBUTIONS
 
 _PIECE = 2048  # elements of a tensor that one probe compares
 _MANY = 16  # beyond so many seeds, eager peers time one pass of them
@@ -22,13 +24,14 @@ _MANY = 16  # beyond so many seeds, eager peers time one pass of them
 
 def _minilm_case(distribution: str, into: bool) -> Case:
     real = minilm()
+    right = (torch.tensor([7]), [columns_of(t.shape) for t in real], 2) if distribution == "lowrank" else ()
 
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Args:
         weights = [t.to(device, dtype, copy=True) for t in real]
         seeds = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator)
         numbers = (seeds, torch.tensor([1e-3], dtype=torch.float64), torch.tensor([0.0], dtype=torch.float64))
         places = (list(range(len(weights))), [0] * len(weights))
-        rest = (*numbers, *places, distribution, "nearest", False)
+        rest = (*numbers, *places, distribution, "nearest", False, *right)
         return ([torch.empty_like(t) for t in weights], weights, *rest) if into else (weights, *rest)
 
     return Case(f"{distribution}-minilm-weights", make, bench=True)
@@ -37,12 +40,12 @@ def _minilm_case(distribution: str, into: bool) -> Case:
 def _minilm_cases(into: bool) -> tuple[Case, ...]:
     if isinstance(minilm_file(), str):
         return ()
-    return tuple(_minilm_case(d, into) for d in ("gaussian", "rademacher"))
+    return tuple(_minilm_case(d, into) for d in AXPY_DISTRIBUTIONS)
 
 
 def _minilm_absent() -> dict[str, str]:
     file = minilm_file()
-    return {f"{d}-minilm-weights": file for d in ("gaussian", "rademacher")} if isinstance(file, str) else {}
+    return {f"{d}-minilm-weights": file for d in AXPY_DISTRIBUTIONS} if isinstance(file, str) else {}
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
@@ -120,7 +123,7 @@ add(
 def _axpy_probes(into: bool) -> Callable[[Args], list[Probe]]:
     def probes(args: Args) -> list[Probe]:
         written, tensors = (args[0], args[1]) if into else (args[0], args[0])
-        seeds, coeffs, decays, ids, offsets, *rest = args[2:] if into else args[1:]
+        seeds, coeffs, decays, ids, offsets, distribution, rounding, sequential, *right = args[2:] if into else args[1:]
         if into:
             for t in written:
                 t.fill_(torch.nan)
@@ -132,6 +135,9 @@ def _axpy_probes(into: bool) -> Callable[[Args], list[Probe]]:
             for a, b in _pieces(flat.numel(), size)[: 3 if size == _PIECE else 1]:
                 b = min(b, a + size) if size != _PIECE else b
                 piece = flat[a:b].clone()
+                rest = (distribution, rounding, sequential)
+                if distribution == "lowrank":
+                    rest += (right[0], [right[1][j]], right[2])
                 numbers = (seeds, coeffs, decays, [ids[j]], [offsets[j] + a], *rest)
                 reference = ([torch.full_like(piece, torch.nan)], [piece], *numbers) if into else ([piece], *numbers)
                 found.append(Probe(reference, lambda _, r=result, a=a, b=b: [r[a:b]]))  # type: ignore[misc]
@@ -185,6 +191,32 @@ def _foreach(args: Args) -> Callable[[], object]:
     return call
 
 
+def _lozo(into: bool) -> Callable[[Args], Callable[[], object]]:
+    """LOZO's loop: for each matrix draw U, multiply by the V that is kept, and add; noise for the others."""
+
+    def make(args: Args) -> Callable[[], object]:
+        written, tensors = (args[0], args[1]) if into else (args[0], args[0])
+        coeffs, rank = _passes(args, 3 if into else 2), args[-1]
+
+        def drawn(p: Tensor, lines: int) -> Tensor:
+            return torch.randn(lines, rank, device=p.device, dtype=p.dtype)
+
+        kept = [drawn(p, p[0].numel()) if p.dim() >= 2 and p.numel() else None for p in tensors]
+
+        def call() -> None:
+            for i, c in enumerate(coeffs):
+                for o, p, v in zip(written, tensors, kept, strict=True):
+                    z = torch.randn_like(p) if v is None else (drawn(p, len(p)) @ v.t()).view_as(p)
+                    if into:
+                        torch.add(o if i else p, z, alpha=c, out=o)
+                    else:
+                        p.add_(z, alpha=c)
+
+        return call
+
+    return make
+
+
 def _tiled(like: Tensor) -> Tensor:
     """Random values of a tensor's shape, a few drawn and repeated: drawing a billion takes longer than timing them."""
     drawn = torch.randn(min(like.numel(), 1 << 16), device=like.device).to(like.dtype)
@@ -233,6 +265,7 @@ def _axpy_subject(name: str) -> Subject:
     peers = [
         Peer("mezo eager", "re-expressed", _only("gaussian", _loop(_normal, into), distribution), times),
         Peer("eager loop, bernoulli", "torch", _only("rademacher", _loop(_signs, into), distribution), times),
+        Peer("lozo eager", "re-expressed", _only("lowrank", _lozo(into), distribution), times),
         Peer("torch.add alpha", "torch", _stored(into), times),
     ]
     if not into:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanops.optim.noise import Noise, Seed
 from leanops.optim.params import Slot, is_sharded
 from leanops.optim.perturb import Copy, InPlace, Perturber, drop_unsharded, fsdp_modules
 from leanops.optim.scratch import Scratch
@@ -74,11 +75,11 @@ class Reduction:
 class Evaluator:
     """Runs the closure at the perturbed weights that an estimate asks for."""
 
-    def __init__(self, mode: str, distribution: str, model: nn.Module | None, same_rng: bool) -> None:
+    def __init__(self, mode: str, noise: Noise, model: nn.Module | None, same_rng: bool) -> None:
         if mode not in MODES:
             raise ValueError(f"MeZO: perturb must be one of {', '.join(MODES)}, got {mode!r}")
         self._mode = mode
-        self._distribution = distribution
+        self._noise = noise
         self._model = model
         self._same_rng = same_rng
         self._perturber: Perturber | None = None
@@ -94,9 +95,9 @@ class Evaluator:
         if self._perturber is None or key != self._for:
             mode = self._choose(slots)
             if mode == "scratch":
-                self._perturber = Scratch(slots, self._distribution)
+                self._perturber = Scratch(slots, self._noise)
             else:
-                self._perturber = (Copy if mode == "copy" else InPlace)(slots, self._distribution, self._model)
+                self._perturber = (Copy if mode == "copy" else InPlace)(slots, self._noise, self._model)
             self._for = key
         return self._perturber
 
@@ -116,7 +117,7 @@ class Evaluator:
         self,
         closure: Callable[[], Any],
         slots: Sequence[Slot],
-        seeds: Sequence[int],
+        seeds: Sequence[Seed],
         eps: float,
         variant: str,
         reduce: Reduction,
@@ -152,7 +153,7 @@ class Evaluator:
         return rounded, torch.tensor(mean, dtype=wide, device=kind.device)
 
     def _losses(
-        self, closure: Callable[[], Any], slots: Sequence[Slot], points: Sequence[tuple[int, float]]
+        self, closure: Callable[[], Any], slots: Sequence[Slot], points: Sequence[tuple[Seed, float]]
     ) -> tuple[list[float], Tensor | None]:
         perturber = self._ready(slots)
         rng = _Generators(slots) if self._same_rng else None

@@ -16,12 +16,14 @@ from leanops.optim import params as managed
 from leanops.optim import seeds
 from leanops.optim.evaluate import Evaluator, Reduction
 from leanops.optim.log import FIELDS, ZoLog
+from leanops.optim.noise import Noise, Seed
 from leanops.optim.params import Slot
 from leanops.optim.record import Record, dtype_name
 from leanops.optim.update import accumulate_, apply_, descend_, new_momentum, terms, window
-from leanops.zo import VERSION
+from leanops.zo import MAX_RANK, VERSION
 
 VARIANTS = ("spsa", "one_sided", "sign", "fzoo")
+_RUN = ("zo", "seed_rule", "variant", "directions", "rounding", "momentum_mode")
 _EXEMPT = ("bias", "layer_norm", "layernorm")
 
 
@@ -80,7 +82,9 @@ class MeZO(Optimizer):
         weight_decay: λ, of the group; :func:`decay_groups` makes the usual two groups of a model.
         momentum: β in m ← β m + g z, θ ← θ - η m (no dampening).
         directions: n.
-        distribution: of z, ``"gaussian"`` or ``"rademacher"`` (less variance, and far cheaper to make; FZOO's own).
+        distribution: of z, ``"gaussian"``, ``"rademacher"`` (less variance, and far cheaper to make; FZOO's own) or
+            ``"lowrank"``, which is LOZO: Z = U Vᵀ for a parameter of two or more dimensions (rows: ``size(0)``), plain
+            Gaussian for the others. U is new in every direction of every step, V every ``period`` steps.
         rounding: of the update, ``"nearest"`` or ``"stochastic"``. In bf16 and fp16 nearest rounding swallows most of a
             small update (a cosine of 0.15 with what was intended at lr 1e-7); stochastic rounding is right on average.
         seed: of the run; the seed of each direction of each step follows from it.
@@ -103,6 +107,9 @@ class MeZO(Optimizer):
             parameters use the group of their mesh by themselves.
         parallel: ``"data"``: every process evaluates the same perturbation on its own data; ``"direction"``: process j
             evaluates directions j, j + W, ... of n >= W.
+        rank: r of ``"lowrank"``, U [n, r] and V [m, r]. E Z Zᵀ is r times that of Gaussian z: a learning rate of LOZO's
+            paper, whose estimate has a factor 1/r, is to be divided by r here.
+        period: of ``"lowrank"``, the steps that V lives.
 
     ``step(closure)`` calls ``closure()`` under no_grad, two times a direction (n + 1 times in all for one_sided and
     fzoo), and returns the mean of the evaluations. The closure returns a scalar: a tensor of one element or a number.
@@ -113,7 +120,7 @@ class MeZO(Optimizer):
         ValueError: bad hyperparameters; parameters that are not dense floats, that overlap, or come twice.
         RuntimeError: no closure; a parameter whose dtype or shape has changed. FloatingPointError: see on_nonfinite.
 
-    Sources: MeZO (2305.17333), FZOO.
+    Sources: MeZO (2305.17333), FZOO, LOZO (2410.07698).
     """
 
     def __init__(
@@ -137,12 +144,18 @@ class MeZO(Optimizer):
         log_file: str | os.PathLike[str] | None = None,
         process_group: Any = None,
         parallel: str = "data",
+        rank: int = 2,
+        period: int = 50,
     ) -> None:
         if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
             raise ValueError(f"MeZO: directions must be an integer >= 1, got {directions!r}")
         if variant == "fzoo" and directions < 2:
             raise ValueError("MeZO: fzoo needs at least 2 directions, for it divides by the deviation of their losses")
-        _one_of("distribution", distribution, ("gaussian", "rademacher"))
+        _one_of("distribution", distribution, ("gaussian", "rademacher", "lowrank"))
+        for name, value, most in (("rank", rank, MAX_RANK), ("period", period, 2**63)):
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(f"MeZO: {name} must be an integer in [1, {most}], got {value!r}")
+        noise = Noise(distribution, rank, period) if distribution == "lowrank" else Noise(distribution)
         _one_of("rounding", rounding, ("nearest", "stochastic"))
         _one_of("variant", variant, VARIANTS)
         _one_of("momentum_mode", momentum_mode, ("recompute", "store"))
@@ -153,14 +166,14 @@ class MeZO(Optimizer):
             "seed_rule": seeds.RULE,
             "variant": variant,
             "directions": directions,
-            "distribution": distribution,
+            **noise.settings,
             "rounding": rounding,
             "momentum_mode": momentum_mode,
             "eps": _finite("eps", eps, 0.0, above=True),
         }
         self._on_nonfinite = on_nonfinite
         self._names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
-        self._evaluator = Evaluator(perturb, distribution, model, same_rng)
+        self._evaluator = Evaluator(perturb, noise, model, same_rng)
         self._reduction = Reduction(process_group, parallel, directions)
         self._log_file = log_file
         self._record = Record(settings)
@@ -286,9 +299,9 @@ class MeZO(Optimizer):
         record.log.append(scalars if applied else None)
         return loss
 
-    def _update(self, slots: list[list[Slot]], step_seeds: list[int], scalars: list[float]) -> None:
+    def _update(self, slots: list[list[Slot]], step_seeds: list[Seed], scalars: list[float]) -> None:
         settings = self._record.settings
-        distribution, rounding = settings["distribution"], settings["rounding"]
+        noise, rounding = Noise.of(settings), settings["rounding"]
         longest = max(window(float(g["momentum"])) for g in self.param_groups)
         self._record.remember(step_seeds, scalars, longest)
         for group, moved in zip(self.param_groups, slots, strict=True):
@@ -296,11 +309,11 @@ class MeZO(Optimizer):
             decay = lr * float(group["weight_decay"])
             if beta and settings["momentum_mode"] == "store":
                 momenta = [self._momentum(s) for s in moved]
-                accumulate_(moved, momenta, step_seeds, scalars, beta, distribution)
+                accumulate_(moved, momenta, step_seeds, scalars, beta, noise)
                 if lr:  # a step of zero length changes no bit, the sign of a zero included
-                    descend_(moved, momenta, lr, decay, rounding, step_seeds[0])
+                    descend_(moved, momenta, lr, decay, rounding, step_seeds[0].left)
             elif moved and lr:
-                apply_(moved, *terms(self._record.history, lr, beta), decay, distribution, rounding)
+                apply_(moved, *terms(self._record.history, lr, beta), decay, noise, rounding)
 
     def _momentum(self, slot: Slot) -> Tensor:
         state = self.state[slot.param]
@@ -328,9 +341,9 @@ class MeZO(Optimizer):
             raise ValueError(f"{op}: not the state of a MeZO optimizer, it has no entry 'mezo'")
         log = ZoLog.from_bytes(state_dict["mezo"]["log"].cpu().numpy().tobytes(), name=op)
         settings = self._record.settings
-        for key in ("zo", "seed_rule", "variant", "directions", "distribution", "rounding", "momentum_mode"):
-            if log.header[key] != settings[key]:
-                raise ValueError(f"{op}: {key} must be the saved run's, {log.header[key]!r}, got {settings[key]!r}")
+        for key in (*_RUN, "distribution", "rank", "period"):
+            if (theirs := log.header.get(key)) != (mine := settings.get(key)):
+                raise ValueError(f"{op}: {key} must be the saved run's, {theirs!r}, got {mine!r}")
         saved = [(e["id"], e["shape"], e["dtype"]) for e in log.params()]
         mine = [(i, list(p.shape), dtype_name(p)) for i, p in enumerate(self._flat())]
         if saved != mine:

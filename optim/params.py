@@ -9,17 +9,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from leanops.zo import columns_of
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Slot(NamedTuple):
-    """A tensor, or this rank's rows of it. ``offset`` is the index of its first element in the whole tensor."""
+    """A tensor, or this rank's rows of it. ``offset`` is the index of its first element in the whole tensor, and
+    ``columns`` counts the elements of a row, 0 for a tensor of fewer than two dimensions."""
 
     param: Tensor
     local: Tensor
     tensor_id: int
     offset: int
     name: str
+    columns: int
 
 
 def is_sharded(p: Tensor) -> bool:
@@ -71,7 +75,7 @@ def local(p: Any) -> Tensor:
 
 
 def slot(op: str, name: str, tensor_id: int, p: Tensor) -> Slot:
-    return Slot(p, local(p), tensor_id, place(op, name, p) if is_sharded(p) else 0, name)
+    return Slot(p, local(p), tensor_id, place(op, name, p) if is_sharded(p) else 0, name, columns_of(p.shape))
 
 
 def by_device(slots: Iterable[Slot]) -> list[list[Slot]]:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from leanops.optim.noise import Noise, Seed
 from leanops.optim.params import Slot, by_device
 from leanops.zo import zo_axpy_, zo_axpy_into_
 
@@ -23,7 +24,7 @@ class Perturber(Protocol):
         """Around the evaluations of one step; at its end the weights are what they were, whatever happened."""
         ...
 
-    def evaluate(self, closure: Closure, seed: int, scale: float, again: Callable[[], None]) -> object:
+    def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> object:
         """closure() at W + scale z(seed). ``again`` prepares a repeated call (it resets random number generators)."""
         ...
 
@@ -34,9 +35,9 @@ class Copy:
     Everything sees the perturbed weights: compiled graphs, scripted modules, FSDP, C++ code.
     """
 
-    def __init__(self, slots: Sequence[Slot], distribution: str, model: nn.Module | None = None) -> None:
+    def __init__(self, slots: Sequence[Slot], noise: Noise, model: nn.Module | None = None) -> None:
         self._parts = by_device(slots)
-        self._distribution = distribution
+        self._noise = noise
         self._sharded = fsdp_modules(model)
         self._saved: list[list[Tensor]] = []
 
@@ -54,21 +55,13 @@ class Copy:
             self._saved = []
             drop_unsharded(self._sharded)
 
-    def place(self, seed: int, scale: float) -> None:
+    def place(self, seed: Seed, scale: float) -> None:
         """Let the weights be W + scale z(seed), within a session."""
         for part, saved in zip(self._parts, self._saved, strict=True):
-            zo_axpy_into_(
-                [s.local for s in part],
-                saved,
-                seed,
-                scale,
-                tensor_ids=[s.tensor_id for s in part],
-                offsets=[s.offset for s in part],
-                distribution=self._distribution,
-            )
+            zo_axpy_into_([s.local for s in part], saved, seed.left, scale, **self._noise.arguments(part, [seed]))
         drop_unsharded(self._sharded)
 
-    def evaluate(self, closure: Closure, seed: int, scale: float, again: Callable[[], None]) -> object:
+    def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> object:
         self.place(seed, scale)
         return closure()
 
@@ -82,35 +75,28 @@ class InPlace:
     machine that has no room for the scratch of the default mode.
     """
 
-    def __init__(self, slots: Sequence[Slot], distribution: str, model: nn.Module | None = None) -> None:
+    def __init__(self, slots: Sequence[Slot], noise: Noise, model: nn.Module | None = None) -> None:
         self._parts = by_device(slots)
-        self._distribution = distribution
+        self._noise = noise
         self._sharded = fsdp_modules(model)
-        self._seed, self._scale = 0, 0.0
+        self._seed, self._scale = Seed(0), 0.0
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        self._seed, self._scale = 0, 0.0
+        self._seed, self._scale = Seed(0), 0.0
         try:
             yield
         finally:
             self._move(self._seed, -self._scale)
             self._scale = 0.0
 
-    def _move(self, seed: int, scale: float) -> None:
+    def _move(self, seed: Seed, scale: float) -> None:
         if scale:
             for part in self._parts:
-                zo_axpy_(
-                    [s.local for s in part],
-                    seed,
-                    scale,
-                    tensor_ids=[s.tensor_id for s in part],
-                    offsets=[s.offset for s in part],
-                    distribution=self._distribution,
-                )
+                zo_axpy_([s.local for s in part], seed.left, scale, **self._noise.arguments(part, [seed]))
         drop_unsharded(self._sharded)
 
-    def evaluate(self, closure: Closure, seed: int, scale: float, again: Callable[[], None]) -> object:
+    def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> object:
         if seed != self._seed and self._scale:
             self._move(self._seed, -self._scale)
             self._scale = 0.0

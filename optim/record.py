@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from leanops.optim import seeds
 from leanops.optim.log import FIELDS, ZoLog
+from leanops.optim.noise import Noise, Seed
 from leanops.optim.params import Slot
 from leanops.optim.update import History, window
 
@@ -30,8 +30,8 @@ class Record:
         self._recorded: dict[tuple[int, str], float] = {}
         self._frozen: list[int] = []
 
-    def step_seeds(self, step: int) -> list[int]:
-        return [seeds.derive(self.settings["seed"], step, k) for k in range(self.settings["directions"])]
+    def step_seeds(self, step: int) -> list[Seed]:
+        return Noise.of(self.settings).seeds(self.settings["seed"], step, self.settings["directions"])
 
     def join(self, new: list[dict[str, Any]]) -> None:
         """Further parameters, one group of them."""
@@ -65,7 +65,7 @@ class Record:
             self._frozen = frozen
             self.history.clear()
 
-    def remember(self, step_seeds: Sequence[int], scalars: Sequence[float], longest: int) -> None:
+    def remember(self, step_seeds: Sequence[Seed], scalars: Sequence[float], longest: int) -> None:
         """An applied step enters momentum's window, which looks back ``longest`` steps."""
         self.history.appendleft((step_seeds, scalars))
         while len(self.history) > longest:

@@ -17,9 +17,10 @@ from torch import Tensor
 from leanops.optim import params as managed
 from leanops.optim import seeds as rule
 from leanops.optim.log import LogError, ZoLog
+from leanops.optim.noise import Noise, Seed, left
 from leanops.optim.params import Params, Slot, by_device
 from leanops.optim.update import History, accumulate_, apply_, descend_, new_momentum, terms, window
-from leanops.zo import VERSION, zo_axpy_
+from leanops.zo import VERSION, columns_of, zo_axpy_
 
 _CALL = 8192  # seeds a call
 _SLICE = 1 << 18  # elements that stay in a cache while steps of several terms pass over them
@@ -30,9 +31,9 @@ _FILE_SLICE = 1 << 22  # elements of a file's tensor in memory at a time
 class Update:
     """One applied step for the parameters of a group."""
 
-    seeds: Sequence[int]
+    seeds: Sequence[Seed]
     scalars: Sequence[float]
-    terms: tuple[list[int], list[float]]  # seeds and coefficients, momentum's window included
+    terms: tuple[list[Seed], list[float]]  # seeds and coefficients, momentum's window included
     lr: float
     beta: float
     decay: float
@@ -60,7 +61,7 @@ def programs(log: ZoLog, start: int = 0, stop: int | None = None) -> list[Progra
         )
     if not 0 <= start <= (len(log) if stop is None else stop) <= len(log):
         raise ValueError(f"replay_: start and stop must lie in order within [0, {len(log)}], got {start} and {stop}")
-    base, n, stored = header["seed"], log.directions, header["momentum_mode"] == "store"
+    noise, base, n, stored = Noise.of(header), header["seed"], log.directions, header["momentum_mode"] == "store"
     found: list[Program] = []
     history: History = deque()
     for step in log.steps(stop=stop):
@@ -69,7 +70,7 @@ def programs(log: ZoLog, start: int = 0, stop: int | None = None) -> list[Progra
             history.clear()
         if step.scalars is None:
             continue
-        seeds = [rule.derive(base, step.index, k) for k in range(n)]
+        seeds = noise.seeds(base, step.index, n)
         history.appendleft((seeds, step.scalars))
         longest = max(window(values["momentum"]) for values in step.groups)
         while len(history) > longest:
@@ -94,42 +95,45 @@ def _fusable(updates: Sequence[Update], dtype: torch.dtype, stored: bool) -> boo
 
 def _run(slots: Sequence[Slot], updates: Sequence[Update], header: Mapping[str, Any], fused: bool) -> None:
     """Apply a program to tensors of one device and of one kind of dtype."""
-    distribution, rounding = header["distribution"], header["rounding"]
+    noise, rounding = Noise.of(header), header["rounding"]
     stored = header["momentum_mode"] == "store"
-    where: dict[str, Any] = {"tensor_ids": [s.tensor_id for s in slots], "offsets": [s.offset for s in slots]}
-    where |= {"distribution": distribution, "rounding": rounding}
     tensors = [s.local for s in slots]
-    if fused:
-        seeds, coeffs, decay = _combined(updates, stored)
+
+    def pass_over(seeds: list[Seed], coeffs: list[float], decay: float | list[float], sequential: bool) -> None:
         if seeds:
-            zo_axpy_(tensors, seeds, coeffs, decay=decay, **where)
+            how: dict[str, Any] = {"decay": decay, "rounding": rounding, "sequential": sequential}
+            zo_axpy_(tensors, left(seeds), coeffs, **how, **noise.arguments(slots, seeds))
+
+    if fused:
+        pass_over(*_combined(updates, stored), False)
     elif _fusable(updates, slots[0].local.dtype, stored):
-        seeds, coeffs, decays = [], [], []
+        seeds: list[Seed] = []
+        coeffs: list[float] = []
+        decays: list[float] = []
         for u in updates:
             seeds += u.terms[0]
             coeffs += u.terms[1]
             decays += [u.decay] + [0.0] * (len(u.terms[0]) - 1)
             if len(seeds) >= _CALL:
-                zo_axpy_(tensors, seeds, coeffs, decay=decays, sequential=True, **where)
+                pass_over(seeds, coeffs, decays, True)
                 seeds, coeffs, decays = [], [], []
-        if seeds:
-            zo_axpy_(tensors, seeds, coeffs, decay=decays, sequential=True, **where)
+        pass_over(seeds, coeffs, decays, True)
     else:
         for part in _slices(slots):
-            _each([part], updates, distribution, rounding, stored)
+            _each([part], updates, noise, rounding, stored)
 
 
-def _each(slots: Sequence[Slot], updates: Sequence[Update], distribution: str, rounding: str, stored: bool) -> None:
+def _each(slots: Sequence[Slot], updates: Sequence[Update], noise: Noise, rounding: str, stored: bool) -> None:
     """Step by step, as the run did it."""
     momenta: list[Tensor] = []
     for u in updates:
         if stored and u.beta:
             momenta = momenta or [new_momentum(s) for s in slots]
-            accumulate_(slots, momenta, u.seeds, u.scalars, u.beta, distribution)
+            accumulate_(slots, momenta, u.seeds, u.scalars, u.beta, noise)
             if u.write:
-                descend_(slots, momenta, u.lr, u.decay, rounding, u.seeds[0])
+                descend_(slots, momenta, u.lr, u.decay, rounding, u.seeds[0].left)
         else:
-            apply_(slots, *u.terms, u.decay, distribution, rounding)
+            apply_(slots, *u.terms, u.decay, noise, rounding)
 
 
 def _slices(slots: Sequence[Slot]) -> Iterator[Slot]:
@@ -142,10 +146,10 @@ def _slices(slots: Sequence[Slot]) -> Iterator[Slot]:
             yield s._replace(local=flat[start : start + _SLICE], offset=s.offset + start)
 
 
-def _combined(updates: Sequence[Update], stored: bool) -> tuple[list[int], list[float], float]:
+def _combined(updates: Sequence[Update], stored: bool) -> tuple[list[Seed], list[float], float]:
     """All steps as one: (1 - decay) p + sum c z, in double precision."""
-    total: dict[int, float] = {}
-    momentum: dict[int, float] = {}
+    total: dict[Seed, float] = {}
+    momentum: dict[Seed, float] = {}
     keep = 1.0
     for u in reversed(updates):  # what a step adds is decayed by the steps after it
         if not (stored and u.beta):
@@ -334,7 +338,7 @@ def _replayed(
         if update is not None:
             dtype = next(getattr(torch, k) for k, v in _DTYPES.items() if v == info["dtype"])
             part = torch.frombuffer(data, dtype=dtype)  # writes into `data`
-            slot = Slot(part, part, update[0], start // part.element_size(), "")
+            slot = Slot(part, part, update[0], start // part.element_size(), "", columns_of(info["shape"]))
             with torch.no_grad():
                 _run([slot], update[1], header, fused)
         yield data

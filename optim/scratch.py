@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from leanops.optim.noise import Noise, Seed
 from leanops.optim.params import Slot
 from leanops.optim.perturb import Closure, Copy
+from leanops.zo import zo_axpy_into_
 
 _ALIGN = 64
 _ROW = 16384  # a row of its own costs an operator as much as this many elements (about 10 us; measured on Zen 5)
@@ -92,14 +94,15 @@ class _Arena:
 class _Mode(TorchFunctionMode):
     """Shows ``W + scale z(seed)`` to torch functions in place of W; at ``scale`` 0 W itself, through the same path."""
 
-    def __init__(self, owner: Scratch, seed: int, scale: float, trace: list[float] | None) -> None:
+    def __init__(self, owner: Scratch, seed: Seed, scale: float, trace: list[float] | None) -> None:
         super().__init__()
         self._slots = owner.slots
         self._seen = owner.seen
         self._all = {id(s.param) for s in owner.all}
         self._arenas = owner.arenas
-        self._distribution = owner.distribution
-        self._seed, self._scale = torch.tensor([seed - (seed >> 63 << 64)]), torch.tensor([scale], dtype=torch.float64)
+        self._noise = owner.noise
+        self._seed, self._scale = seed, torch.tensor([scale], dtype=torch.float64)
+        self._left = torch.tensor([seed.left - (seed.left >> 63 << 64)])
         self._active = scale != 0.0
         self._trace = trace
         self._kept: list[object] = []  # memory that foreign code may hold by address
@@ -144,7 +147,7 @@ class _Mode(TorchFunctionMode):
             used.append(arena)
             slots = [s for s in found.values() if s.local.device == device]
             out = arena.take([s.local for s in slots])
-            self._perturb(out, [s.local for s in slots], [s.tensor_id for s in slots], [s.offset for s in slots])
+            self._perturb(out, slots)
             replaced |= {id(s.param): o for s, o in zip(slots, out, strict=True)}
         result = func(*_replace(args, replaced), **_replace(kwargs, replaced))
         for arena in used:
@@ -156,10 +159,9 @@ class _Mode(TorchFunctionMode):
                 self._kept.append(buffer)
         return result
 
-    def _perturb(self, out: list[Tensor], tensors: list[Tensor], ids: list[int], offsets: list[int]) -> None:
-        torch.ops.leanops.zo_axpy_into_(
-            out, tensors, self._seed, self._scale, _NO_DECAY, ids, offsets, self._distribution, "nearest", False
-        )
+    def _perturb(self, out: list[Tensor], slots: Sequence[Slot]) -> None:
+        tensors, about = [s.local for s in slots], self._noise.arguments(slots, [self._seed])
+        zo_axpy_into_(out, tensors, self._left, self._scale, decay=_NO_DECAY, **about)
 
     def _embedding(
         self,
@@ -184,7 +186,8 @@ class _Mode(TorchFunctionMode):
         rows = weight.detach()[ids]
         out = torch.empty_like(rows)
         offsets = (slot.offset + ids * width).tolist()
-        self._perturb(list(out.unbind()), list(rows.unbind()), [slot.tensor_id] * len(offsets), offsets)
+        pairs = zip(rows.unbind(), offsets, strict=True)
+        self._perturb(list(out.unbind()), [slot._replace(local=row, offset=offset) for row, offset in pairs])
         return out[places]
 
 
@@ -226,10 +229,10 @@ class Scratch:
     parameters play no part and stay untouched; else they are perturbed that way in every evaluation from then on.
     """
 
-    def __init__(self, slots: Sequence[Slot], distribution: str) -> None:
+    def __init__(self, slots: Sequence[Slot], noise: Noise) -> None:
         self.all = list(slots)
         self.slots = {id(s.param): s for s in slots}
-        self.distribution = distribution
+        self.noise = noise
         self.seen: dict[int, Slot] = {}
         self.arenas: dict[torch.device, _Arena] = {}
         self.held: Copy | None = None
@@ -244,7 +247,7 @@ class Scratch:
                 stack.enter_context(self.held.session())
             yield
 
-    def evaluate(self, closure: Closure, seed: int, scale: float, again: Callable[[], None]) -> object:
+    def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> object:
         if self._checked or scale == 0.0:
             return self._run(closure, seed, scale)
         trace: list[float] = []
@@ -257,7 +260,7 @@ class Scratch:
         self._checked = True
         return loss
 
-    def _run(self, closure: Closure, seed: int, scale: float, trace: list[float] | None = None) -> object:
+    def _run(self, closure: Closure, seed: Seed, scale: float, trace: list[float] | None = None) -> object:
         if self.held is not None:
             self.held.place(seed, scale)
         with _eager(), _Mode(self, seed, scale, trace):
@@ -266,7 +269,7 @@ class Scratch:
     def _check(
         self,
         closure: Closure,
-        seed: int,
+        seed: Seed,
         scale: float,
         again: Callable[[], None],
         unseen: list[Slot],
@@ -274,7 +277,7 @@ class Scratch:
         loss: object,
     ) -> object:
         first = loss.detach().clone() if isinstance(loss, Tensor) else loss
-        held = Copy(unseen, self.distribution)
+        held = Copy(unseen, self.noise)
         for s in unseen:
             del self.slots[id(s.param)]
         second_trace: list[float] = []

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from leanops.optim import params as managed
 from leanops.optim import seeds as rule
 from leanops.optim.evaluate import Evaluator, Reduction
+from leanops.optim.noise import Noise, Seed
 from leanops.optim.params import Params
 from leanops.optim.update import apply_
 from leanops.zo import VERSION
@@ -86,6 +87,10 @@ class SeedPool:
     def __repr__(self) -> str:
         used = int(np.count_nonzero(self.counts))
         return f"SeedPool(size={self.size}, seed={self.seed}, {self.distribution!r}, {used} candidates with history)"
+
+    @property
+    def _noise(self) -> Noise:
+        return Noise(self.distribution)
 
     # --- learning -----------------------------------------------------------------------------------------------------
 
@@ -157,7 +162,7 @@ class SeedPool:
             return
         slots = [managed.slot("SeedPool.apply_", name, i, p) for i, name, p in moved]
         coeffs = (-lr * self.sums[used].astype(np.float64)).tolist()
-        apply_(slots, self.seeds[used].tolist(), coeffs, 0.0, self.distribution, self.rounding)
+        apply_(slots, list(map(Seed, self.seeds[used].tolist())), coeffs, 0.0, self._noise, self.rounding)
 
     @torch.no_grad()
     def step_(
@@ -172,12 +177,12 @@ class SeedPool:
         for _, name, p in pairs:
             managed.check("SeedPool.step_", name, p)
         slots = [managed.slot("SeedPool.step_", name, i, p) for i, name, p in pairs]
-        seed = [int(self.seeds[k]) % 2**64]
-        evaluator = self._evaluator = self._evaluator or Evaluator("auto", self.distribution, None, True)
+        seed = [Seed(int(self.seeds[k]) % 2**64)]
+        evaluator = self._evaluator = self._evaluator or Evaluator("auto", self._noise, None, True)
         (g,), _ = evaluator.estimate(closure, slots, seed, eps, "spsa", Reduction(None, "data", 1))
         if not math.isfinite(g):
             raise FloatingPointError("SeedPool.step_: a loss is not finite; nothing was changed")
-        apply_(slots, seed, [-lr * g], 0.0, self.distribution, self.rounding)
+        apply_(slots, seed, [-lr * g], 0.0, self._noise, self.rounding)
         self.add(k, g)
         return g
 

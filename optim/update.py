@@ -16,11 +16,12 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from leanops.optim.noise import Noise, Seed, left
 from leanops.optim.params import Slot, by_device
 from leanops.zo import zo_axpy_
 from leanops.zo.reference import round_to
 
-History = deque[tuple[Sequence[int], Sequence[float]]]  # (seeds, scalars) of steps, the newest first
+History = deque[tuple[Sequence[Seed], Sequence[float]]]  # (seeds, scalars) of steps, the newest first
 
 _ROUND_CHUNK = 1 << 18
 
@@ -31,10 +32,10 @@ def window(beta: float) -> int:
 
 
 def terms(
-    history: Iterable[tuple[Sequence[int], Sequence[float]]], lr: float, beta: float
-) -> tuple[list[int], list[float]]:
+    history: Iterable[tuple[Sequence[Seed], Sequence[float]]], lr: float, beta: float
+) -> tuple[list[Seed], list[float]]:
     """Seeds and coefficients of one update, the present step first: its first seed keys stochastic rounding."""
-    seeds: list[int] = []
+    seeds: list[Seed] = []
     coeffs: list[float] = []
     for j, (step_seeds, scalars) in enumerate(islice(history, window(beta))):
         weight = lr * beta**j / len(scalars)
@@ -44,19 +45,17 @@ def terms(
 
 
 def apply_(
-    slots: Sequence[Slot], seeds: Sequence[int], coeffs: Sequence[float], decay: float, distribution: str, rounding: str
+    slots: Sequence[Slot], seeds: Sequence[Seed], coeffs: Sequence[float], decay: float, noise: Noise, rounding: str
 ) -> None:
     """One pass over the tensors, one call a device."""
     for part in by_device(slots):
         zo_axpy_(
             [s.local for s in part],
-            seeds,
+            left(seeds),
             coeffs,
-            tensor_ids=[s.tensor_id for s in part],
-            offsets=[s.offset for s in part],
             decay=decay,
-            distribution=distribution,
             rounding=rounding,
+            **noise.arguments(part, seeds),
         )
 
 
@@ -69,14 +68,14 @@ def new_momentum(slot: Slot) -> Tensor:
 def accumulate_(
     slots: Sequence[Slot],
     momenta: Sequence[Tensor],
-    seeds: Sequence[int],
+    seeds: Sequence[Seed],
     scalars: Sequence[float],
     beta: float,
-    distribution: str,
+    noise: Noise,
 ) -> None:
     """m <- beta m + (1/n) sum_k g_k z(s_k)."""
     moved = [s._replace(local=m) for s, m in zip(slots, momenta, strict=True)]
-    apply_(moved, seeds, [g / len(scalars) for g in scalars], 1.0 - beta, distribution, "nearest")
+    apply_(moved, seeds, [g / len(scalars) for g in scalars], 1.0 - beta, noise, "nearest")
 
 
 def descend_(

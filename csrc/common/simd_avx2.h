@@ -93,6 +93,12 @@ LEANOPS_INLINE void interleave(F even, F odd, F& first, F& second) {
   first = _mm256_permute2f128_ps(lo, hi, 0x20);
   second = _mm256_permute2f128_ps(lo, hi, 0x31);
 }
+LEANOPS_INLINE void deinterleave(F first, F second, F& even, F& odd) {
+  const F lo = _mm256_permute2f128_ps(first, second, 0x20);  // elements 0..3 and 8..11
+  const F hi = _mm256_permute2f128_ps(first, second, 0x31);  // elements 4..7 and 12..15
+  even = _mm256_shuffle_ps(lo, hi, 0x88);
+  odd = _mm256_shuffle_ps(lo, hi, 0xdd);
+}
 LEANOPS_INLINE void store_words(uint32_t* p, I a, I b) {
   const I lo = _mm256_unpacklo_epi32(a, b);
   const I hi = _mm256_unpackhi_epi32(a, b);

@@ -107,6 +107,12 @@ LEANOPS_INLINE void interleave(F even, F odd, F& first, F& second) {
   first = _mm512_permutex2var_ps(even, lo, odd);
   second = _mm512_permutex2var_ps(even, hi, odd);
 }
+LEANOPS_INLINE void deinterleave(F first, F second, F& even, F& odd) {
+  const I lo = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const I hi = _mm512_set_epi32(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  even = _mm512_permutex2var_ps(first, lo, second);
+  odd = _mm512_permutex2var_ps(first, hi, second);
+}
 // a = words 0 and 2 of each block, b = words 1 and 3 -> 2W words in memory order
 LEANOPS_INLINE void store_words(uint32_t* p, I a, I b) {
   const I lo = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);

@@ -213,6 +213,12 @@ LEANOPS_INLINE void interleave(F even, F odd, F& first, F& second) {
   first = r[0];
   second = r[1];
 }
+LEANOPS_INLINE void deinterleave(F first, F second, F& even, F& odd) {
+  F r[2];
+  for (int j = 0; j < 2 * W; ++j) r[j & 1].v[j / 2] = j < W ? first.v[j] : second.v[j - W];
+  even = r[0];
+  odd = r[1];
+}
 LEANOPS_INLINE void store_words(uint32_t* p, I a, I b) {
   for (int j = 0; j < 2 * W; ++j) p[j] = j & 1 ? b.v[j / 2] : a.v[j / 2];
 }

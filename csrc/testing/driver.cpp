@@ -44,19 +44,20 @@ void in_threads(int64_t n, int threads, const Run& run) {
   for (std::thread& thread : pool) thread.join();
 }
 
-int check(const Kernels& cpu, DType dtype, int64_t n, uint64_t index, const Terms& terms) {
+int check(const Kernels& cpu, DType dtype, int64_t n, uint64_t index, const Terms& terms, uint64_t columns) {
   const int64_t size = element_size(dtype);
   const auto at = [&](Bytes& bytes, int64_t first) { return bytes.data() + first * size; };
   const auto same = [](const Bytes& a, const Bytes& b) { return a == b; };
   Bytes whole = start(dtype, n), parts = whole, into(whole.size()), source = whole;
-  cpu.axpy(whole.data(), whole.data(), dtype, n, terms, 7, index);
+  cpu.axpy(whole.data(), whole.data(), dtype, n, terms, 7, index, columns);
   in_threads(n, 3, [&](int64_t first, int64_t count) {
-    cpu.axpy(at(parts, first), at(parts, first), dtype, count, terms, 7,
-             index + static_cast<uint64_t>(first));
-    cpu.axpy(at(into, first), at(source, first), dtype, count, terms, 7,
-             index + static_cast<uint64_t>(first));
+    cpu.axpy(at(parts, first), at(parts, first), dtype, count, terms, 7, index + static_cast<uint64_t>(first),
+             columns);
+    cpu.axpy(at(into, first), at(source, first), dtype, count, terms, 7, index + static_cast<uint64_t>(first),
+             columns);
   });
   int bad = !same(whole, parts) + !same(whole, into);
+  if (terms.distribution == Distribution::kLowRank) return bad;  // the other kernels have none
 
   Bytes noise(whole.size()), pieces(whole.size());
   cpu.noise(noise.data(), dtype, n, 11, 7, index, terms.distribution);
@@ -85,7 +86,7 @@ int main() {
     return 2;
   }
   const Kernels& cpu = kernels(choice.isa);
-  const std::vector<uint64_t> seeds = {3, ~uint64_t{0}, uint64_t{1} << 33};
+  const std::vector<uint64_t> seeds = {3, ~uint64_t{0}, uint64_t{1} << 33}, right_seeds = {5, 5, 6};
   const std::vector<double> coeffs = {1e-3, -2.0, 1e-7}, decays = {0.1, 0.0, 1e-3};
   int bad = 0, runs = 0;
   for (int dtype = 0; dtype < 4; ++dtype) {
@@ -102,9 +103,17 @@ int main() {
                                  sequential && count == 3 ? 3 : 1,
                                  static_cast<Distribution>(bits & 1),
                                  static_cast<Rounding>(bits >> 1 & 1),
-                                 sequential};
-            bad += check(cpu, static_cast<DType>(dtype), n, index, terms);
-            ++runs;
+                                 sequential,
+                                 right_seeds.data(),
+                                 2};
+            bad += check(cpu, static_cast<DType>(dtype), n, index, terms, 0);
+            Terms low_rank = terms;
+            low_rank.distribution = Distribution::kLowRank;
+            low_rank.rank = bits & 1 ? 3 : 64;
+            for (uint64_t columns : {uint64_t{1}, uint64_t{7}, uint64_t{300}, uint64_t{6000}}) {
+              bad += check(cpu, static_cast<DType>(dtype), n, index, low_rank, columns);
+            }
+            runs += 5;
           }
         }
       }

@@ -70,10 +70,14 @@ void noise(const std::string& isa, py::array out, const std::string& dtype, uint
 void axpy(const std::string& isa, py::array out, const py::array& in, const std::string& dtype,
           const std::vector<uint64_t>& seeds, const std::vector<double>& coeffs,
           const std::vector<double>& decays, uint32_t tensor_id, uint64_t index,
-          const std::string& distribution, bool stochastic, bool sequential) {
+          const std::string& distribution, bool stochastic, bool sequential,
+          const std::vector<uint64_t>& right_seeds, uint64_t columns, int64_t rank) {
   const DType type = dtype_of(dtype, out);
   dtype_of(dtype, in);
+  const bool low_rank = distribution == "lowrank";
   if (in.size() != out.size() || seeds.size() != coeffs.size()) throw std::invalid_argument("lengths differ");
+  if (low_rank && (right_seeds.size() != seeds.size() || rank < 1 || rank > kMaxRank))
+    throw std::invalid_argument("right_seeds or rank");
   if (decays.size() != 1 && !(sequential && decays.size() == seeds.size()))
     throw std::invalid_argument("decays");
   const Terms terms = {seeds.data(),
@@ -81,11 +85,14 @@ void axpy(const std::string& isa, py::array out, const py::array& in, const std:
                        decays.data(),
                        static_cast<int64_t>(seeds.size()),
                        static_cast<int64_t>(decays.size()),
-                       distribution_of(distribution),
+                       low_rank ? Distribution::kLowRank : distribution_of(distribution),
                        stochastic ? Rounding::kStochastic : Rounding::kNearest,
-                       sequential};
+                       sequential,
+                       right_seeds.data(),
+                       rank};
   const py::gil_scoped_release release;
-  kernels(isa_of(isa)).axpy(out.mutable_data(), in.data(), type, out.size(), terms, tensor_id, index);
+  kernels(isa_of(isa))
+      .axpy(out.mutable_data(), in.data(), type, out.size(), terms, tensor_id, index, columns);
 }
 
 void both(const std::string& isa, py::array plus, py::array minus, const py::array& in,
@@ -137,7 +144,8 @@ PYBIND11_MODULE(leanops_native, m) {
         py::arg("tensor_id"), py::arg("index"), py::arg("distribution"));
   m.def("axpy", axpy, py::arg("isa"), py::arg("out").noconvert(), py::arg("in_").noconvert(),
         py::arg("dtype"), py::arg("seeds"), py::arg("coeffs"), py::arg("decays"), py::arg("tensor_id"),
-        py::arg("index"), py::arg("distribution"), py::arg("stochastic"), py::arg("sequential"));
+        py::arg("index"), py::arg("distribution"), py::arg("stochastic"), py::arg("sequential"),
+        py::arg("right_seeds") = std::vector<uint64_t>(), py::arg("columns") = 0, py::arg("rank") = 2);
   m.def("both", both, py::arg("isa"), py::arg("plus").noconvert(), py::arg("minus").noconvert(),
         py::arg("in_").noconvert(), py::arg("dtype"), py::arg("seed"), py::arg("coeff"), py::arg("tensor_id"),
         py::arg("index"), py::arg("distribution"));

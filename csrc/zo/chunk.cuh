@@ -152,17 +152,6 @@ struct Lane {
         if (range.holds(j * 32 * V + e)) at[j * 32 * V + e] = element(words[j], e);
   }
 
- private:
-  struct Range {  // positions from `first` on that are elements of the tensor
-    int low;
-    u32 count;
-    LEANOPS_DEVICE bool holds(int position) const { return (u32)(position - low) < count; }
-  };
-  LEANOPS_DEVICE Range valid() const {
-    const int low = (int)(first < 0 ? min(-first, (i64)4096) : 0);
-    const int high = (int)min(max(numel - first, (i64)0), (i64)4096);
-    return Range{low, (u32)max(high - low, 0)};
-  }
   LEANOPS_DEVICE static T element(const vec16* words, int e) {
     const int per = 16 / sizeof(T);
     const vec16& v = words[e / per];
@@ -173,6 +162,18 @@ struct Lane {
     } else {
       return as_double((u64)v.w[e % per * 2 + 1] << 32 | v.w[e % per * 2]);
     }
+  }
+
+ private:
+  struct Range {  // positions from `first` on that are elements of the tensor
+    int low;
+    u32 count;
+    LEANOPS_DEVICE bool holds(int position) const { return (u32)(position - low) < count; }
+  };
+  LEANOPS_DEVICE Range valid() const {
+    const int low = (int)(first < 0 ? min(-first, (i64)4096) : 0);
+    const int high = (int)min(max(numel - first, (i64)0), (i64)4096);
+    return Range{low, (u32)max(high - low, 0)};
   }
 };
 

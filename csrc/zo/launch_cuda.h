@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "zo.cuh"
+#include "lowrank.cuh"
 
 namespace leanops {
 namespace zo {
@@ -16,6 +16,12 @@ template <class T, int DIST, int MODE, bool STOCHASTIC>
 __global__ void __launch_bounds__(32 * WARPS, RESIDENT<T, MODE, STOCHASTIC>)
     zo_kernel(const __grid_constant__ Call call) {
   work<T, DIST, MODE, STOCHASTIC>(call);
+}
+
+template <class T, bool STOCHASTIC>
+__global__ void __launch_bounds__(32 * WARPS, sizeof(T) == 8 ? 4 : 5)
+    low_rank_kernel(const __grid_constant__ Call call) {
+  low_rank<T, STOCHASTIC>(call);
 }
 
 __global__ void __launch_bounds__(128) upload_kernel(const __grid_constant__ Upload from) {
@@ -51,6 +57,18 @@ inline i64 plan(std::vector<Slot>& slots, Mode mode) {
   return units;
 }
 
+// The same for low-rank noise over matrices of elements of `chunk` to a lane; sets Call::wide as well.
+inline i64 plan_low_rank(std::vector<Slot>& slots, Call& call, int chunk) {
+  call.wide = std::min<i64>(32 * chunk, PANEL_FLOATS / call.rank / chunk * chunk);
+  i64 units = 0;
+  for (Slot& slot : slots) {
+    slot.first = units;
+    const i64 m = slot.columns, last = (slot.offset + slot.numel - 1) / m;
+    units += (last / UNIT_ROWS - slot.offset / m / UNIT_ROWS + 1) * ((m + call.wide - 1) / call.wide);
+  }
+  return units;
+}
+
 // Enough blocks to fill the device several times over; each block then strides through the units.
 inline int blocks_for(i64 work, i64 per_block, int processors) {
   return (int)std::min<i64>((work + per_block - 1) / per_block, (i64)processors * 32);
@@ -66,6 +84,18 @@ inline cudaError_t upload_words(u64 target, const u64* words, i64 count, cudaStr
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
   return cudaSuccess;
+}
+
+template <class T>
+cudaError_t launch_low_rank(const Call& call, bool stochastic, int processors, cudaStream_t stream) {
+  constexpr bool S = sizeof(T) == 2;  // wider types ignore stochastic rounding
+  const int blocks = blocks_for(call.units, WARPS, processors);
+  if (S && stochastic) {
+    low_rank_kernel<T, S><<<blocks, 32 * WARPS, 0, stream>>>(call);
+  } else {
+    low_rank_kernel<T, false><<<blocks, 32 * WARPS, 0, stream>>>(call);
+  }
+  return cudaGetLastError();
 }
 
 template <class T, int DIST, Mode MODE, bool STOCHASTIC>

@@ -7,7 +7,13 @@
 namespace leanops {
 namespace zo {
 
-enum Stream : u32 { STREAM_GAUSSIAN = 0, STREAM_RADEMACHER = 1, STREAM_ROUNDING = 2 };
+enum Stream : u32 {
+  STREAM_GAUSSIAN = 0,
+  STREAM_RADEMACHER = 1,
+  STREAM_ROUNDING = 2,
+  STREAM_LEFT = 3,
+  STREAM_RIGHT = 4
+};
 
 // (z_even, z_odd) = sqrt(-2 ln u1) (cos, sin)(2 pi u2); u1 = ((a >> 8) + 1) 2^-24, u2 = (b >> 8) 2^-24.
 LEANOPS_DEVICE void box_muller(u32 a, u32 b, float& z_even, float& z_odd) {
@@ -42,8 +48,8 @@ LEANOPS_DEVICE void box_muller(u32 a, u32 b, float& z_even, float& z_odd) {
 }
 
 // The four elements 4 block .. 4 block + 3.
-LEANOPS_DEVICE void gaussian4(u64 seed, u64 block, u32 tensor_id, float* z) {
-  const Words r = philox(seed, block, tensor_id, STREAM_GAUSSIAN);
+LEANOPS_DEVICE void gaussian4(u64 seed, u64 block, u32 tensor_id, float* z, u32 stream = STREAM_GAUSSIAN) {
+  const Words r = philox(seed, block, tensor_id, stream);
   box_muller(r.x[0], r.x[1], z[0], z[1]);
   box_muller(r.x[2], r.x[3], z[2], z[3]);
 }

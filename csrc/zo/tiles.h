@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../common/formats.h"
+#include "lowrank.h"
 #include "noise.h"
 #include "zo.h"
 
@@ -13,16 +14,12 @@ namespace LEANOPS_ISA {
 using zo::Distribution;
 using zo::Terms;
 
-constexpr int64_t G = 2 * W;
-constexpr int64_t kTile = 4096;  // elements: with signs, bits and accumulators 25 KB
 constexpr int64_t kSlack = 4 * kBatch;
-// Groups whose Philox rounds run side by side. Gaussian bf16 on Zen 5, ns an element for 1, 2, 3, 4, 6:
-// AVX-512 .60 .42 .41 .34 .30 (but .47 for 6 in the sequential kernel), AVX2 1.42 1.00 .94 .89.
-constexpr int kUnroll = LEANOPS_LEVEL == 0 ? 1 : 4;
 
 // Where the bits of one tile and one term come from.
 struct Source {
   PhiloxPlan plan;                                      // of the Gaussian
+  const float* z;                                       // of low-rank noise: the tile's
   int64_t first;                                        // the tile's first group within signs
   alignas(64) uint32_t signs[kTile / 32 + 4 + kSlack];  // of Rademacher: one bit an element
   RoundingBits<kTile> rounding;
@@ -39,6 +36,18 @@ static void prepare_noise(Source& src, uint64_t seed, uint32_t tensor_id, uint64
     src.first = skipped / G;
     philox_words(philox_plan(seed, tensor_id, zo::kStreamRademacher, high32(block)), block,
                  (skipped + groups * G + 127) / 128, src.signs);
+  }
+}
+
+// Of term k of a call.
+template <Distribution D>
+static void prepare_term(Source& src, const Terms& terms, int64_t k, uint32_t tensor_id, uint64_t index,
+                         int64_t groups, Factors* factors) {
+  if constexpr (D == Distribution::kLowRank) {
+    factors->fill(factors->z, terms.seeds[k], terms.right_seeds[k], tensor_id, index, groups * G);
+    src.z = factors->z;
+  } else {
+    prepare_noise<D>(src, terms.seeds[k], tensor_id, index, groups);
   }
 }
 
@@ -61,6 +70,17 @@ LEANOPS_INLINE void values(F* z, const Source& src, uint64_t index, int64_t g) {
         z[2 * u + 1] = odd;
       } else {
         interleave(even, odd, z[2 * u], z[2 * u + 1]);
+      }
+    }
+  } else if constexpr (D == Distribution::kLowRank) {
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) {
+      const F first = load(src.z + (g + u) * G), second = load(src.z + (g + u) * G + W);
+      if constexpr (Pairs) {
+        deinterleave(first, second, z[2 * u], z[2 * u + 1]);
+      } else {
+        z[2 * u] = first;
+        z[2 * u + 1] = second;
       }
     }
   } else {
@@ -111,9 +131,9 @@ static void noise_tile(typename T::Scalar* out, int64_t groups, uint64_t index, 
 // One term: read, add, round, write.
 template <class T, Distribution D, Rounding R>
 static void one_term(typename T::Scalar* out, const typename T::Scalar* in, int64_t groups, uint64_t index,
-                     const Terms& terms, uint32_t tensor_id) {
+                     const Terms& terms, uint32_t tensor_id, Factors* factors) {
   Source src;
-  prepare_noise<D>(src, terms.seeds[0], tensor_id, index, groups);
+  prepare_term<D>(src, terms, 0, tensor_id, index, groups, factors);
   if constexpr (R == Rounding::kStochastic) prepare_rounding(src, terms.seeds[0], tensor_id, index, groups);
   const F c = set_f(static_cast<float>(terms.coeffs[0]));
   const F keep = set_f(static_cast<float>(1.0 - terms.decays[0]));
@@ -136,7 +156,7 @@ static void one_term(typename T::Scalar* out, const typename T::Scalar* in, int6
 // Several terms over one tile of accumulators.
 template <class T, Distribution D, Rounding R, bool Sequential>
 static void many_terms(typename T::Scalar* out, const typename T::Scalar* in, int64_t groups, uint64_t index,
-                       const Terms& terms, uint32_t tensor_id) {
+                       const Terms& terms, uint32_t tensor_id, Factors* factors) {
   Source src;
   alignas(64) float tile[kTile];
   const F start = set_f(Sequential ? 1.0f : static_cast<float>(1.0 - terms.decays[0]));
@@ -147,7 +167,7 @@ static void many_terms(typename T::Scalar* out, const typename T::Scalar* in, in
     store(tile + g * G + W, mul(b, start));
   }
   for (int64_t k = 0; k < terms.count; ++k) {
-    prepare_noise<D>(src, terms.seeds[k], tensor_id, index, groups);
+    prepare_term<D>(src, terms, k, tensor_id, index, groups, factors);
     if constexpr (Sequential && R == Rounding::kStochastic) {
       prepare_rounding(src, terms.seeds[k], tensor_id, index, groups);
     }

@@ -4,6 +4,8 @@
 //   axpy, plain:       p <- round((1 - d) p + sum_k c_k z_k)           accumulated in order of k, rounded
 //   once axpy, sequential:  for each k: p <- round((1 - d_k) p + c_k z_k)   the bits of K calls, in one pass
 //   over p
+// Low-rank: z = U V^T for element i of a matrix of so many columns, row i / columns and column i % columns; U
+// from the term's seed, V from its right seed. A tensor of 0 columns is a vector and has Gaussian z.
 // fp32, bf16 and fp16 accumulate in fp32 with one fma a term; fp64 in double, product and sum rounded
 // separately.
 #pragma once
@@ -16,10 +18,11 @@
 namespace leanops {
 namespace zo {
 
-enum class Distribution : int { kGaussian = 0, kRademacher = 1 };
+enum class Distribution : int { kGaussian = 0, kRademacher = 1, kLowRank = 2 };
 
 // Philox streams, the fourth counter word. Rounding has one of its own in types.h.
-constexpr uint32_t kStreamGaussian = 0, kStreamRademacher = 1;
+constexpr uint32_t kStreamGaussian = 0, kStreamRademacher = 1, kStreamLeft = 3, kStreamRight = 4;
+constexpr int64_t kMaxRank = 64;
 
 struct Terms {
   const uint64_t* seeds;  // [count]
@@ -30,6 +33,8 @@ struct Terms {
   Distribution distribution;
   Rounding rounding;
   bool sequential;
+  const uint64_t* right_seeds;  // [count] where low-rank
+  int64_t rank;                 // in [1, kMaxRank]
 };
 
 // words: count Philox blocks from `block` on, four words each. The others work on n consecutive elements
@@ -39,9 +44,9 @@ struct Kernels {
                 uint64_t seed);
   void (*noise)(void* out, DType dtype, int64_t n, uint64_t seed, uint32_t tensor_id, uint64_t index,
                 Distribution distribution);
-  // out may be in, and may not overlap it otherwise.
+  // out may be in, and may not overlap it otherwise. columns: of low-rank noise.
   void (*axpy)(void* out, const void* in, DType dtype, int64_t n, const Terms& terms, uint32_t tensor_id,
-               uint64_t index);
+               uint64_t index, uint64_t columns);
   // plus = round(in + coeff z), minus = round(in - coeff z): the bits of two calls of axpy, one making of z.
   void (*both)(void* plus, void* minus, const void* in, DType dtype, int64_t n, uint64_t seed, double coeff,
                uint32_t tensor_id, uint64_t index, Distribution distribution);

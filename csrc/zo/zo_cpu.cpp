@@ -1,6 +1,7 @@
 // Registers the CPU kernels of the zeroth-order family with torch, through the stable ABI.
 // Arguments arrive validated; what is checked here again is only what would read or write outside a tensor.
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "zo_linear_cpu.h"
@@ -56,7 +57,8 @@ struct Job {
   DType dtype;
   uint32_t tensor_id;
   uint64_t index;
-  int64_t begin;  // of its elements in the numbering of all jobs together
+  uint64_t columns;  // of low-rank noise
+  int64_t begin;     // of its elements in the numbering of all jobs together
 };
 
 constexpr int64_t kUnit = 4096;        // elements; threads share the work in these
@@ -90,7 +92,7 @@ void zo_noise_(Tensor out, Tensor seed, int64_t tensor_id, int64_t offset, std::
   const uint64_t key = seed_of(seed);
   const std::vector<Job> jobs = {{static_cast<char*>(dense.mutable_data_ptr()), nullptr,
                                   dtype_of(out, "zo_noise_"), static_cast<uint32_t>(tensor_id),
-                                  static_cast<uint64_t>(offset), 0}};
+                                  static_cast<uint64_t>(offset), 0, 0}};
   for_all(jobs, n, 1, [&](const Job& job, int64_t first, int64_t count) {
     cpu.noise(job.out + first * element_size(job.dtype), job.dtype, count, key, job.tensor_id,
               job.index + static_cast<uint64_t>(first), kind);
@@ -102,17 +104,24 @@ void zo_noise_(Tensor out, Tensor seed, int64_t tensor_id, int64_t offset, std::
 void axpy(const char* op, std::vector<Tensor>* out, std::vector<Tensor>& tensors, const Tensor& seeds,
           const Tensor& coeffs, const Tensor& decays, const std::vector<int64_t>& tensor_ids,
           const std::vector<int64_t>& offsets, const std::string& distribution, const std::string& rounding,
-          bool sequential) {
+          bool sequential, const std::optional<Tensor>& right_seeds,
+          const std::optional<std::vector<int64_t>>& columns, int64_t rank) {
   const Kernels& cpu = active_kernels();
+  const bool low_rank = distribution == "lowrank";
+  STD_TORCH_CHECK(low_rank == right_seeds.has_value() && low_rank == columns.has_value(), op,
+                  ": right_seeds and columns must be given for distribution lowrank, and for it alone");
   const Tensor s = torch::stable::contiguous(seeds), c = torch::stable::contiguous(coeffs),
-               d = torch::stable::contiguous(decays);
+               d = torch::stable::contiguous(decays),
+               r = low_rank ? torch::stable::contiguous(*right_seeds) : s;
   Terms terms;
   terms.seeds = reinterpret_cast<const uint64_t*>(s.const_data_ptr<int64_t>());
   terms.coeffs = c.const_data_ptr<double>();
   terms.decays = d.const_data_ptr<double>();
   terms.count = s.numel();
   terms.decay_count = d.numel();
-  terms.distribution = distribution_of(distribution, op);
+  terms.distribution = low_rank ? Distribution::kLowRank : distribution_of(distribution, op);
+  terms.right_seeds = reinterpret_cast<const uint64_t*>(r.const_data_ptr<int64_t>());
+  terms.rank = rank;
   terms.rounding = rounding_of(rounding, op);
   terms.sequential = sequential;
   STD_TORCH_CHECK(c.numel() == terms.count, op, ": seeds and coeffs must have the same length, got ",
@@ -120,6 +129,11 @@ void axpy(const char* op, std::vector<Tensor>* out, std::vector<Tensor>& tensors
   STD_TORCH_CHECK(terms.decay_count == 1 || (sequential && terms.decay_count == terms.count), op,
                   ": decays must have length 1", sequential ? " or that of seeds" : "", ", got ",
                   terms.decay_count);
+  STD_TORCH_CHECK(r.numel() == terms.count, op, ": seeds and right_seeds must have the same length, got ",
+                  terms.count, " and ", r.numel());
+  STD_TORCH_CHECK(rank >= 1 && rank <= kMaxRank, op, ": rank must be in [1, ", kMaxRank, "], got ", rank);
+  STD_TORCH_CHECK(!low_rank || columns->size() == tensors.size(), op,
+                  ": columns must have one entry a tensor");
   STD_TORCH_CHECK(tensor_ids.size() == tensors.size() && offsets.size() == tensors.size(), op,
                   ": tensor_ids and offsets must have one entry a tensor");
 
@@ -145,33 +159,37 @@ void axpy(const char* op, std::vector<Tensor>* out, std::vector<Tensor>& tensors
     }
     jobs.push_back({static_cast<char*>(dense.mutable_data_ptr()), static_cast<const char*>(from),
                     dtype_of(target, op), static_cast<uint32_t>(tensor_ids[j]),
-                    static_cast<uint64_t>(offsets[j]), total});
+                    static_cast<uint64_t>(offsets[j]), low_rank ? static_cast<uint64_t>((*columns)[j]) : 0,
+                    total});
     total += n;
   }
   if (total == 0) return;
   for_all(jobs, total, terms.count, [&](const Job& job, int64_t first, int64_t count) {
     const int64_t bytes = first * element_size(job.dtype);
     cpu.axpy(job.out + bytes, job.in + bytes, job.dtype, count, terms, job.tensor_id,
-             job.index + static_cast<uint64_t>(first));
+             job.index + static_cast<uint64_t>(first), job.columns);
   });
   for (auto& [target, dense] : copied_out) torch::stable::copy_(target, dense);
 }
 
 void zo_axpy_(std::vector<Tensor> tensors, Tensor seeds, Tensor coeffs, Tensor decays,
               std::vector<int64_t> tensor_ids, std::vector<int64_t> offsets, std::string distribution,
-              std::string rounding, bool sequential) {
+              std::string rounding, bool sequential, std::optional<Tensor> right_seeds,
+              std::optional<std::vector<int64_t>> columns, int64_t rank) {
   axpy("zo_axpy_", nullptr, tensors, seeds, coeffs, decays, tensor_ids, offsets, distribution, rounding,
-       sequential);
+       sequential, right_seeds, columns, rank);
 }
 
 void zo_axpy_into_(std::vector<Tensor> out, std::vector<Tensor> tensors, Tensor seeds, Tensor coeffs,
                    Tensor decays, std::vector<int64_t> tensor_ids, std::vector<int64_t> offsets,
-                   std::string distribution, std::string rounding, bool sequential) {
+                   std::string distribution, std::string rounding, bool sequential,
+                   std::optional<Tensor> right_seeds, std::optional<std::vector<int64_t>> columns,
+                   int64_t rank) {
   STD_TORCH_CHECK(out.size() == tensors.size(),
                   "zo_axpy_into_: out and tensors must have the same length, got ", out.size(), " and ",
                   tensors.size());
   axpy("zo_axpy_into_", &out, tensors, seeds, coeffs, decays, tensor_ids, offsets, distribution, rounding,
-       sequential);
+       sequential, right_seeds, columns, rank);
 }
 
 }  // namespace

@@ -75,9 +75,9 @@ u64 place(const Tensor& values, N* inline_values, const Tensor& like, const Devi
   return address(target);
 }
 
-void set_slots(Call& call, std::vector<Slot>& slots, Mode mode, const Tensor& like, const Device& device,
-               std::vector<Tensor>& alive) {
-  call.units = plan(slots, mode);
+void set_slots(Call& call, const std::vector<Slot>& slots, i64 units, const Tensor& like,
+               const Device& device, std::vector<Tensor>& alive) {
+  call.units = units;
   call.tensors = (int)slots.size();
   if (slots.size() <= INLINE_SLOTS) {
     std::copy(slots.begin(), slots.end(), call.inline_slots);
@@ -99,8 +99,9 @@ void noise_(Tensor out, Tensor seed, int64_t tensor_id, int64_t offset, std::str
   call.seeds = place(seed, call.inline_seeds, out, device, alive);
   const Tensor dense = out.is_contiguous() ? out : torch::stable::new_empty(out, out.sizes());
   std::vector<Slot> slots = {
-      {address(dense), address(dense), address(dense), offset, out.numel(), 0, (u64)tensor_id}};
-  set_slots(call, slots, NOISE, out, device, alive);
+      {address(dense), address(dense), address(dense), offset, out.numel(), 0, (u64)tensor_id, 0}};
+  const i64 units = plan(slots, NOISE);
+  set_slots(call, slots, units, out, device, alive);
   for_dtype(out.scalar_type(), [&](auto type) {
     STD_CUDA_CHECK(launch<decltype(type)>(call, distribution_of(distribution), NOISE, false,
                                           device.processors, device.stream));
@@ -110,7 +111,9 @@ void noise_(Tensor out, Tensor seed, int64_t tensor_id, int64_t offset, std::str
 
 void axpy_into_(std::vector<Tensor> out, std::vector<Tensor> tensors, Tensor seeds, Tensor coeffs,
                 Tensor decays, std::vector<int64_t> tensor_ids, std::vector<int64_t> offsets,
-                std::string distribution, std::string rounding, bool sequential) {
+                std::string distribution, std::string rounding, bool sequential,
+                std::optional<Tensor> right_seeds, std::optional<std::vector<int64_t>> columns,
+                int64_t rank) {
   if (out.empty()) return;
   const Device device(out[0]);
   std::vector<Tensor> alive;
@@ -121,12 +124,14 @@ void axpy_into_(std::vector<Tensor> out, std::vector<Tensor> tensors, Tensor see
   terms.seeds = place(seeds, terms.inline_seeds, out[0], device, alive);
   terms.coeffs = place(coeffs, terms.inline_coeffs, out[0], device, alive);
   terms.decays = place(decays, terms.inline_decays, out[0], device, alive);
+  if (right_seeds) terms.right_seeds = place(*right_seeds, terms.inline_right_seeds, out[0], device, alive);
+  terms.rank = rank;
   const Mode mode = terms.terms == 1 ? SINGLE : MANY;
 
   std::vector<std::pair<size_t, Tensor>> strided;  // results to copy back
   for (const ScalarType dtype :
        {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half}) {
-    std::vector<Slot> slots;
+    std::vector<Slot> slots, matrices;  // of low-rank noise, whose vectors have the Gaussian
     for (size_t i = 0; i < out.size(); ++i) {
       if (out[i].numel() == 0 || out[i].scalar_type() != dtype) continue;
       const Tensor source = torch::stable::contiguous(tensors[i]);
@@ -136,15 +141,27 @@ void axpy_into_(std::vector<Tensor> out, std::vector<Tensor> tensors, Tensor see
         strided.emplace_back(i, target);
       }
       alive.push_back(source);
-      slots.push_back({address(target), address(source), address(target), offsets[i], target.numel(), 0,
-                       (u64)tensor_ids[i]});
+      const i64 width = columns ? (*columns)[i] : 0;
+      (width ? matrices : slots)
+          .push_back({address(target), address(source), address(target), offsets[i], target.numel(), 0,
+                      (u64)tensor_ids[i], width});
     }
-    if (slots.empty()) continue;
-    Call call = terms;
-    set_slots(call, slots, mode, out[0], device, alive);
     for_dtype(dtype, [&](auto type) {
-      STD_CUDA_CHECK(launch<decltype(type)>(call, distribution_of(distribution), mode,
-                                            rounding == "stochastic", device.processors, device.stream));
+      using T = decltype(type);
+      const bool stochastic = rounding == "stochastic";
+      if (!slots.empty()) {
+        Call call = terms;
+        const i64 units = plan(slots, mode);
+        set_slots(call, slots, units, out[0], device, alive);
+        STD_CUDA_CHECK(launch<T>(call, distribution_of(distribution), mode, stochastic, device.processors,
+                                 device.stream));
+      }
+      if (!matrices.empty()) {
+        Call call = terms;
+        const i64 units = plan_low_rank(matrices, call, Element<T>::CHUNK);
+        set_slots(call, matrices, units, out[0], device, alive);
+        STD_CUDA_CHECK(launch_low_rank<T>(call, stochastic, device.processors, device.stream));
+      }
     });
   }
   for (auto& [i, result] : strided) torch::stable::copy_(out[i], result);
@@ -152,9 +169,10 @@ void axpy_into_(std::vector<Tensor> out, std::vector<Tensor> tensors, Tensor see
 
 void axpy_(std::vector<Tensor> tensors, Tensor seeds, Tensor coeffs, Tensor decays,
            std::vector<int64_t> tensor_ids, std::vector<int64_t> offsets, std::string distribution,
-           std::string rounding, bool sequential) {
-  axpy_into_(tensors, tensors, seeds, coeffs, decays, tensor_ids, offsets, distribution, rounding,
-             sequential);
+           std::string rounding, bool sequential, std::optional<Tensor> right_seeds,
+           std::optional<std::vector<int64_t>> columns, int64_t rank) {
+  axpy_into_(tensors, tensors, seeds, coeffs, decays, tensor_ids, offsets, distribution, rounding, sequential,
+             right_seeds, columns, rank);
 }
 
 Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
@@ -213,7 +231,7 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::optional<Tensor> x_minus, Tenso
     const Tensor minus = x_minus ? torch::stable::new_empty(x, {width, m}) : plus;
     const u64 in = x_minus ? address(dense) + (u64)(first * m) * x.element_size() : address(plus);
     std::vector<Slot> slots = {
-        {address(plus), in, address(minus), offset + first * m, width * m, 0, (u64)tensor_id}};
+        {address(plus), in, address(minus), offset + first * m, width * m, 0, (u64)tensor_id, 0}};
     call.units = plan(slots, mode);
     call.tensors = (int)slots.size();
     if (call.units && rows) {

@@ -58,13 +58,13 @@ void noise_run(typename T::Scalar* out, int64_t n, uint64_t seed, uint32_t tenso
 
 template <class T, Distribution D, Rounding R>
 void axpy_run(typename T::Scalar* out, const typename T::Scalar* in, int64_t n, const Terms& terms,
-              uint32_t tensor_id, uint64_t index) {
+              uint32_t tensor_id, uint64_t index, Factors* factors) {
   using S = typename T::Scalar;
   const auto tile = terms.count == 1   ? one_term<T, D, R>
                     : terms.sequential ? many_terms<T, D, R, true>
                                        : many_terms<T, D, R, false>;
   for_whole_groups<S>(out, nullptr, in, n, index, [&](S* o, S*, const S* i, int64_t groups, uint64_t first) {
-    tile(o, i, groups, first, terms, tensor_id);
+    tile(o, i, groups, first, terms, tensor_id, factors);
   });
 }
 
@@ -81,14 +81,18 @@ void both_run(void* plus, void* minus, const void* in, int64_t n, uint64_t seed,
 // fp64 holds and adds the fp32 z; product and sum are rounded one after the other.
 template <Distribution D>
 void axpy_double(double* out, const double* in, int64_t n, const Terms& terms, uint32_t tensor_id,
-                 uint64_t index) {
+                 uint64_t index, Factors* factors) {
   for_tiles(n, index, [&](int64_t done, uint64_t at, int64_t count) {
     double acc[kTile];
-    float z[kTile];
+    float z[kTile + W];
     const double start = terms.sequential ? 1.0 : 1.0 - terms.decays[0];
     for (int64_t j = 0; j < count; ++j) acc[j] = in[done + j] * start;
     for (int64_t k = 0; k < terms.count; ++k) {
-      noise_run<Float32, D>(z, count, terms.seeds[k], tensor_id, at);
+      if constexpr (D == Distribution::kLowRank) {
+        factors->fill(z, terms.seeds[k], terms.right_seeds[k], tensor_id, at, count);
+      } else {
+        noise_run<Float32, D>(z, count, terms.seeds[k], tensor_id, at);
+      }
       const double keep = terms.sequential ? 1.0 - terms.decays[terms.decay_count > 1 ? k : 0] : 1.0;
       const double c = terms.coeffs[k];
       for (int64_t j = 0; j < count; ++j) {
@@ -122,31 +126,31 @@ void noise_by_dtype(void* out, DType dtype, int64_t n, uint64_t seed, uint32_t t
 
 template <class T, Distribution D>
 void axpy_by_rounding(void* out, const void* in, int64_t n, const Terms& terms, uint32_t tensor_id,
-                      uint64_t index) {
+                      uint64_t index, Factors* factors) {
   using S = typename T::Scalar;
   S* o = static_cast<S*>(out);
   const S* i = static_cast<const S*>(in);
   if constexpr (sizeof(S) == 2) {
     if (terms.rounding == Rounding::kStochastic && terms.count > 0) {  // no term, no seed to round with
-      return axpy_run<T, D, Rounding::kStochastic>(o, i, n, terms, tensor_id, index);
+      return axpy_run<T, D, Rounding::kStochastic>(o, i, n, terms, tensor_id, index, factors);
     }
   }
-  axpy_run<T, D, Rounding::kNearest>(o, i, n, terms, tensor_id, index);
+  axpy_run<T, D, Rounding::kNearest>(o, i, n, terms, tensor_id, index, factors);
 }
 
 template <Distribution D>
 void axpy_by_dtype(void* out, const void* in, DType dtype, int64_t n, const Terms& terms, uint32_t tensor_id,
-                   uint64_t index) {
+                   uint64_t index, Factors* factors = nullptr) {
   switch (dtype) {
     case DType::kFloat32:
-      return axpy_by_rounding<Float32, D>(out, in, n, terms, tensor_id, index);
+      return axpy_by_rounding<Float32, D>(out, in, n, terms, tensor_id, index, factors);
     case DType::kBFloat16:
-      return axpy_by_rounding<BFloat16, D>(out, in, n, terms, tensor_id, index);
+      return axpy_by_rounding<BFloat16, D>(out, in, n, terms, tensor_id, index, factors);
     case DType::kFloat16:
-      return axpy_by_rounding<Float16, D>(out, in, n, terms, tensor_id, index);
+      return axpy_by_rounding<Float16, D>(out, in, n, terms, tensor_id, index, factors);
     case DType::kFloat64:
       return axpy_double<D>(static_cast<double*>(out), static_cast<const double*>(in), n, terms, tensor_id,
-                            index);
+                            index, factors);
   }
 }
 
@@ -229,12 +233,47 @@ void noise(void* out, DType dtype, int64_t n, uint64_t seed, uint32_t tensor_id,
   }
 }
 
+// Where a matrix has more columns than a panel of V, panel by panel over blocks of rows.
+void axpy_low_rank(void* out, const void* in, DType dtype, int64_t n, const Terms& terms, uint32_t tensor_id,
+                   uint64_t index, uint64_t columns) {
+  constexpr uint64_t kRows = 64;  // a panel's V is made once for so many
+  Factors factors;
+  factors.columns = columns;
+  factors.rank = terms.rank;
+  factors.one_right = true;
+  for (int64_t k = 1; k < terms.count; ++k) factors.one_right &= terms.right_seeds[k] == terms.right_seeds[0];
+  const uint64_t size = static_cast<uint64_t>(zo::element_size(dtype));
+  const auto run = [&](uint64_t begin, uint64_t end) {
+    factors.begin = begin;
+    factors.end = end;
+    axpy_by_dtype<Distribution::kLowRank>(static_cast<char*>(out) + (begin - index) * size,
+                                          static_cast<const char*>(in) + (begin - index) * size, dtype,
+                                          static_cast<int64_t>(end - begin), terms, tensor_id, begin,
+                                          &factors);
+  };
+  const uint64_t end = index + static_cast<uint64_t>(n), panel = factors.panel();
+  if (columns <= panel) return run(index, end);
+  for (uint64_t top = index - index % columns; top < end; top += kRows * columns) {
+    for (uint64_t column = 0; column < columns; column += panel) {
+      const uint64_t width = columns - column < panel ? columns - column : panel;
+      for (uint64_t row = top; row < end && row - top < kRows * columns; row += columns) {
+        const uint64_t from = row + column < index ? index : row + column;
+        const uint64_t to = row + column + width < end ? row + column + width : end;
+        if (from < to) run(from, to);
+      }
+    }
+  }
+}
+
 void axpy(void* out, const void* in, DType dtype, int64_t n, const Terms& terms, uint32_t tensor_id,
-          uint64_t index) {
-  if (terms.distribution == Distribution::kGaussian) {
+          uint64_t index, uint64_t columns) {
+  if (n == 0) return;
+  if (terms.distribution == Distribution::kRademacher) {
+    axpy_by_dtype<Distribution::kRademacher>(out, in, dtype, n, terms, tensor_id, index);
+  } else if (terms.distribution == Distribution::kGaussian || columns == 0) {
     axpy_by_dtype<Distribution::kGaussian>(out, in, dtype, n, terms, tensor_id, index);
   } else {
-    axpy_by_dtype<Distribution::kRademacher>(out, in, dtype, n, terms, tensor_id, index);
+    axpy_low_rank(out, in, dtype, n, terms, tensor_id, index, columns);
   }
 }
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from leanops._registry import BadInput, Case, Draw
+from leanops.zo.ops import columns_of
 
 DISTRIBUTIONS = ("gaussian", "rademacher")
+AXPY_DISTRIBUTIONS = (*DISTRIBUTIONS, "lowrank")
 
 ROUNDINGS = ("nearest", "stochastic")
 
@@ -90,6 +92,11 @@ def noise_like(name: str, shape: Sequence[int], distribution: str) -> Case:
     return Case(name, make)
 
 
+def low_rank(distribution: str, right_seeds: Tensor, columns: Sequence[int], rank: int = 2) -> tuple[Any, ...]:
+    """An axpy's last arguments: right_seeds, columns and rank, for the noise that has them."""
+    return (right_seeds, list(columns), rank) if distribution == "lowrank" else (None, None, 2)
+
+
 def axpy_inputs(
     shapes: Sequence[Sequence[int]], terms: int, distribution: str, rounding: str, sequential: bool, into: bool
 ) -> Callable[[torch.device, torch.dtype, torch.Generator], tuple[Any, ...]]:
@@ -98,7 +105,10 @@ def axpy_inputs(
         seeds = torch.randint(-(2**63), 2**63 - 1, (terms,), generator=generator)
         coeffs = 1e-3 * torch.randn(terms, generator=generator, dtype=torch.float64)
         decays = f64(*([1e-3] * terms)) if sequential else f64(1e-3)
-        rest = (seeds, coeffs, decays, list(range(len(shapes))), [0] * len(shapes), distribution, rounding, sequential)
+        places = (list(range(len(shapes))), [0] * len(shapes))
+        right_seeds = seeds[torch.arange(terms) // 50]  # LOZO keeps V for 50 steps
+        right = low_rank(distribution, right_seeds, [columns_of(s) for s in shapes])
+        rest = (seeds, coeffs, decays, *places, distribution, rounding, sequential, *right)
         return ([torch.empty_like(t) for t in tensors], tensors, *rest) if into else (tensors, *rest)
 
     return make
@@ -108,23 +118,23 @@ def axpy_cases(into: bool) -> tuple[Case, ...]:
     small = [(33, 7), (), (5,), (0, 3), (129,)]
     cases = [
         Case(f"{d}-{r}-K{k}{'-sequential' if s else ''}", axpy_inputs(small, k, d, r, s, into))
-        for d in DISTRIBUTIONS
+        for d in AXPY_DISTRIBUTIONS
         for r, k, s in (("nearest", 1, False), ("stochastic", 3, False), ("stochastic", 3, True))
     ]
     real: dict[str, list[tuple[int, ...]]] = {
-        "16M": [(1 << 24,)],
+        "16M": [(1 << 12, 1 << 12)],
         "opt-125m": [shape for shape, count in OPT_125M.items() for _ in range(count)],
         "llama-3.2-1b": [shape for shape, count in LLAMA_1B.items() for _ in range(count)],
         "1000x64x64": [(64, 64)] * 1000,
     }
     cases += [
         Case(f"{d}-{name}", axpy_inputs(shapes, 1, d, "nearest", False, into), bench=True)
-        for d in DISTRIBUTIONS
+        for d in AXPY_DISTRIBUTIONS
         for name, shapes in real.items()
     ]
     cases += [
-        Case(f"{d}-1M-K4096", axpy_inputs([(1 << 20,)], 4096, d, "nearest", False, into), bench=True)
-        for d in DISTRIBUTIONS
+        Case(f"{d}-1M-K4096", axpy_inputs([(1 << 10, 1 << 10)], 4096, d, "nearest", False, into), bench=True)
+        for d in AXPY_DISTRIBUTIONS
     ]
     return tuple(cases)
 
@@ -134,15 +144,20 @@ def axpy_fuzz(draw: Draw, dtype: torch.dtype, into: bool) -> tuple[Any, ...]:
     tensors = [draw.tensor(s, dtype) for s in shapes]
     terms = draw.integer(1, 5)
     sequential = draw.choice((False, True))
+    distribution, rank = draw.choice(AXPY_DISTRIBUTIONS), draw.choice((1, 2, 3, 8, 64))
+    far = 2**62 if distribution != "lowrank" else 2**62 // rank
+    right_seeds = i64(*(draw.choice((5, draw.integer(-(2**63), 2**63 - 1))) for _ in range(terms)))
+    columns = [draw.choice((columns_of(s), 0, draw.integer(1, 30), 9000)) for s in shapes]
     rest = (
         i64(*(draw.integer(-(2**63), 2**63 - 1) for _ in range(terms))),
         f64(*(draw.choice((0.0, 1e-3, -2.5, 1e4)) for _ in range(terms))),
         f64(*(draw.choice((0.0, 1e-2)) for _ in range(draw.choice((1, terms)) if sequential else 1))),
         [draw.integer(0, 2**32 - 1) for _ in shapes],
-        [draw.choice((0, draw.integer(0, 300), draw.integer(0, 2**62))) for _ in shapes],
-        draw.choice(DISTRIBUTIONS),
+        [draw.choice((0, draw.integer(0, 300), draw.integer(0, far))) for _ in shapes],
+        distribution,
         draw.choice(ROUNDINGS),
         sequential,
+        *low_rank(distribution, right_seeds, columns, rank),
     )
     return ([draw.tensor(s, dtype) for s in shapes], tensors, *rest) if into else (tensors, *rest)
 
@@ -170,6 +185,7 @@ def axpy_bad(name: str) -> tuple[BadInput, ...]:
             values |= {"tensors": [torch.ones(8, device=device), torch.ones(4, device=device)]}
             values |= {"seeds": i64(1, 2), "coeffs": f64(1.0, 2.0), "decays": f64(0.0), "ids": [0, 1]}
             values |= {"offsets": [0, 0], "dist": "gaussian", "rounding": "nearest", "sequential": False}
+            values |= {"right_seeds": None, "columns": None, "rank": 2}
             values |= {k: v(device) if callable(v) else v for k, v in change.items()}
             return tuple(values.values())
 
@@ -193,7 +209,20 @@ def axpy_bad(name: str) -> tuple[BadInput, ...]:
     def empty(device: torch.device) -> list[Tensor]:
         return [torch.ones(8, device=device), torch.ones(4, device="meta")]
 
+    def lowrank(**change: Any) -> Callable[[torch.device], tuple[Any, ...]]:
+        return make(**({"dist": "lowrank", "right_seeds": i64(1, 2), "columns": [2, 0]} | change))
+
     bad = [
+        BadInput("lowrank without right", lowrank(right_seeds=None), f"{name}: right_seeds must be given .*None"),
+        BadInput("lowrank without columns", lowrank(columns=None), f"{name}: columns must be given .*None"),
+        BadInput("right lengths", lowrank(right_seeds=i64(1)), f"{name}: seeds and right_seeds .*got 2 and 1"),
+        BadInput("right dtype", lowrank(right_seeds=f64(1.0, 2.0)), f"{name}: right_seeds .*int64.*float64"),
+        BadInput("right of others", make(right_seeds=i64(1, 2)), f"{name}: right_seeds .*lowrank, got gaussian"),
+        BadInput("columns", lowrank(columns=[2]), f"{name}: columns .*2.*got 1"),
+        BadInput("column range", lowrank(columns=[2, -4]), rf"{name}: columns\[1\].*-4"),
+        BadInput("offset of U", lowrank(offsets=[2**62, 0]), rf"{name}: offsets\[0\].*{2**62}"),
+        BadInput("no rank", lowrank(rank=0), f"{name}: rank .*got 0"),
+        BadInput("large rank", lowrank(rank=65), f"{name}: rank .*got 65"),
         BadInput("lengths", make(coeffs=f64(1.0)), f"{name}: seeds and coeffs must have the same length, got 2 and 1"),
         BadInput("no seeds", make(seeds=i64(), coeffs=f64()), f"{name}: seeds must not be empty"),
         BadInput("seeds dtype", make(seeds=f64(1.0, 2.0)), f"{name}: seeds .*int64.*float64"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from leanops._checks import in_range, one_of, require, same_layout
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_RANK = 64  # of low-rank noise: the factors of a tile fit the buffers of every backend
 _ID = 2**32
 _INDEX = 2**63
 
@@ -78,6 +79,9 @@ def _axpy(
     distribution: str,
     rounding: str,
     sequential: bool,
+    right_seeds: Tensor | None = None,
+    columns: Sequence[int] | None = None,
+    rank: int = 2,
 ) -> None:
     device = written[0].device if written else None
     for i, t in enumerate(written):
@@ -104,8 +108,36 @@ def _axpy(
             in_range(op, f"tensor_ids[{i}]", tensor_id, 0, _ID)
         if offset:
             in_range(op, f"offsets[{i}]", offset, 0, _INDEX - t.numel())
-    one_of(op, "distribution", distribution, ("gaussian", "rademacher"))
+    one_of(op, "distribution", distribution, ("gaussian", "rademacher", "lowrank"))
     one_of(op, "rounding", rounding, ("nearest", "stochastic"))
+    if distribution == "lowrank":
+        _low_rank(op, written, k, offsets, right_seeds, columns, rank)
+    elif right_seeds is not None or columns is not None:
+        raise ValueError(f"{op}: right_seeds and columns are for distribution lowrank, got {distribution}")
+
+
+def _low_rank(
+    op: str,
+    written: Sequence[Tensor],
+    k: int,
+    offsets: Sequence[int],
+    right_seeds: Tensor | None,
+    columns: Sequence[int] | None,
+    rank: int,
+) -> None:
+    if right_seeds is None or columns is None:
+        absent = "right_seeds" if right_seeds is None else "columns"
+        raise ValueError(f"{op}: {absent} must be given for distribution lowrank, got None")
+    _vector(op, "right_seeds", right_seeds, torch.int64, written[0].device if written else None)
+    n = right_seeds.numel()
+    require(n == k, f"{op}: seeds and right_seeds must have the same length, got {k} and {n}")
+    in_range(op, "rank", rank, 1, MAX_RANK + 1)
+    if len(columns) != len(written):
+        raise ValueError(f"{op}: columns must have one entry a tensor ({len(written)}), got {len(columns)}")
+    for i, (t, width, offset) in enumerate(zip(written, columns, offsets, strict=True)):
+        in_range(op, f"columns[{i}]", width, 0, _INDEX // rank)
+        if width:  # the factors' own indices have 63 bits too
+            in_range(op, f"offsets[{i}]", offset, 0, _INDEX // rank - t.numel())
 
 
 def axpy_(
@@ -118,8 +150,12 @@ def axpy_(
     distribution: str,
     rounding: str,
     sequential: bool,
+    right_seeds: Tensor | None = None,
+    columns: Sequence[int] | None = None,
+    rank: int = 2,
 ) -> None:
-    rest = (seeds, coeffs, decays, tensor_ids, offsets, distribution, rounding, sequential)
+    z = (distribution, rounding, sequential, right_seeds, columns, rank)
+    rest = (seeds, coeffs, decays, tensor_ids, offsets, *z)
     _axpy("zo_axpy_", tensors, "tensors", *rest)
 
 
@@ -134,12 +170,16 @@ def axpy_into_(
     distribution: str,
     rounding: str,
     sequential: bool,
+    right_seeds: Tensor | None = None,
+    columns: Sequence[int] | None = None,
+    rank: int = 2,
 ) -> None:
     op = "zo_axpy_into_"
     require(
         len(out) == len(tensors), f"{op}: out and tensors must have the same length, got {len(out)} and {len(tensors)}"
     )
-    rest = (seeds, coeffs, decays, tensor_ids, offsets, distribution, rounding, sequential)
+    z = (distribution, rounding, sequential, right_seeds, columns, rank)
+    rest = (seeds, coeffs, decays, tensor_ids, offsets, *z)
     _axpy(op, out, "out", *rest)
     for i, (o, t) in enumerate(zip(out, tensors, strict=True)):
         same_layout(op, f"out[{i}]", o, f"tensors[{i}]", t)

@@ -17,6 +17,7 @@ class Pair(NamedTuple):
     source: Tensor
     tensor_id: int
     offset: int
+    columns: int = 0  # of low-rank noise
 
 
 @contextmanager
@@ -30,19 +31,24 @@ def dense(out: Tensor) -> Iterator[Tensor]:
 
 @contextmanager
 def dense_pairs(
-    out: Sequence[Tensor], tensors: Sequence[Tensor], tensor_ids: Sequence[int], offsets: Sequence[int]
+    out: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    tensor_ids: Sequence[int],
+    offsets: Sequence[int],
+    columns: Sequence[int] | None = None,
 ) -> Iterator[dict[torch.dtype, list[Pair]]]:
     """The non-empty tensors as contiguous pairs, by dtype; strided results are copied back afterwards."""
     pairs: dict[torch.dtype, list[Pair]] = {}
     strided: list[tuple[Tensor, Tensor]] = []
-    for o, t, tensor_id, offset in zip(out, tensors, tensor_ids, offsets, strict=True):
+    widths = [0] * len(out) if columns is None else columns
+    for o, t, tensor_id, offset, width in zip(out, tensors, tensor_ids, offsets, widths, strict=True):
         if o.numel() == 0:
             continue
         source, target = t.contiguous(), o
         if not o.is_contiguous():
             target = torch.empty_like(source) if source is t else source
             strided.append((o, target))
-        pairs.setdefault(o.dtype, []).append(Pair(target, source, tensor_id, offset))
+        pairs.setdefault(o.dtype, []).append(Pair(target, source, tensor_id, offset, width))
     yield pairs
     for o, target in strided:
         o.copy_(target)

@@ -14,17 +14,19 @@ from leanops.zo.launch import dense, dense_pairs
 
 # csrc/zo/call.cuh, byte for byte
 _WARPS, _UNIT_LONG, _UNIT_SHORT, _INLINE_SLOTS, _INLINE_TERMS, _UPLOAD_WORDS = 4, 4096, 1024, 16, 8, 448
+_UNIT_ROWS, _PANEL_FLOATS = 32, 1024
 _NOISE, _SINGLE, _MANY, _PAIR = range(4)
 SLOT = np.dtype(
     [(n, "u8") for n in ("out", "in", "out2")]
     + [(n, "i8") for n in ("offset", "numel", "first")]
-    + [("tensor_id", "u8")]
+    + [("tensor_id", "u8"), ("columns", "i8")]
 )
 CALL = np.dtype(
-    [(n, "u8") for n in ("slots", "seeds", "coeffs", "decays")]
-    + [("units", "i8")]
+    [(n, "u8") for n in ("slots", "seeds", "right_seeds", "coeffs", "decays")]
+    + [(n, "i8") for n in ("units", "rank", "wide")]
     + [(n, "i4") for n in ("tensors", "terms", "decay_count", "sequential")]
-    + [(f"inline_{n}", t, _INLINE_TERMS) for n, t in (("seeds", "i8"), ("coeffs", "f8"), ("decays", "f8"))]
+    + [(f"inline_{n}", "i8", _INLINE_TERMS) for n in ("seeds", "right_seeds")]
+    + [(f"inline_{n}", "f8", _INLINE_TERMS) for n in ("coeffs", "decays")]
     + [("inline_slots", SLOT, _INLINE_SLOTS)]
 )
 _UPLOAD = np.dtype([("target", "u8"), ("count", "i8"), ("words", "u8", _UPLOAD_WORDS)])
@@ -48,6 +50,14 @@ def work(dtype: torch.dtype, distribution: str, mode: int, stochastic: bool) -> 
     body = f"work<{_TYPE[dtype]}, {int(distribution == 'rademacher')}, {mode}, {random}>"
     resident = f"RESIDENT<{_TYPE[dtype]}, {mode}, {random}>"
     return _core(body, ["const __grid_constant__ Call"], 32 * _WARPS, resident)
+
+
+def low_rank(dtype: torch.dtype, stochastic: bool) -> _nvrtc.Kernel:
+    """The kernel that serves matrices of low-rank noise."""
+    body = f"low_rank<{_TYPE[dtype]}, {'true' if stochastic and dtype.itemsize == 2 else 'false'}>"
+    resident = "4" if dtype.itemsize == 8 else "5"
+    parameters = ("const __grid_constant__ Call",)
+    return _nvrtc.Kernel("zo/lowrank.cuh", "leanops::zo", body, parameters, 32 * _WARPS, resident)
 
 
 COPY_WORDS = _core("copy_words", ["const __grid_constant__ Upload"], 128)
@@ -88,6 +98,15 @@ def _place(call: np.ndarray[Any, Any], name: str, values: Tensor, like: Tensor) 
     return target
 
 
+def _table(slots: Sequence[tuple[int, ...]]) -> np.ndarray[Any, Any]:
+    """``slots``: (out, in, out2, offset, numel, tensor_id[, columns]), addresses and integers."""
+    table = np.zeros(len(slots), SLOT)
+    names = ("out", "in", "out2", "offset", "numel", "tensor_id", "columns")
+    for name, column in zip(names, zip(*slots, strict=True), strict=False):
+        table[name] = column
+    return table
+
+
 def _run(
     call: np.ndarray[Any, Any],
     slots: Sequence[tuple[int, ...]],
@@ -96,13 +115,26 @@ def _run(
     mode: int,
     stochastic: bool,
 ) -> None:
-    """``slots``: (out, in, out2, offset, numel, tensor_id), addresses and integers."""
-    table = np.zeros(len(slots), SLOT)
-    names = ("out", "in", "out2", "offset", "numel", "tensor_id")
-    for name, column in zip(names, zip(*slots, strict=True), strict=True):
-        table[name] = column
+    table = _table(slots)
     unit = _UNIT_SHORT if mode == _MANY else _UNIT_LONG
     units = (table["offset"] + table["numel"] - 1) // unit - table["offset"] // unit + 1
+    _start(call, table, units, like, work(like.dtype, distribution, mode, stochastic))
+
+
+def _run_low_rank(call: np.ndarray[Any, Any], slots: Sequence[tuple[int, ...]], like: Tensor, stochastic: bool) -> None:
+    table = _table(slots)
+    chunk = 8 if like.dtype.itemsize == 2 else 4
+    wide = min(32 * chunk, _PANEL_FLOATS // int(call["rank"][0]) // chunk * chunk)
+    first, last = table["offset"] // table["columns"], (table["offset"] + table["numel"] - 1) // table["columns"]
+    units = (last // _UNIT_ROWS - first // _UNIT_ROWS + 1) * -(-table["columns"] // wide)
+    call["wide"] = wide
+    _start(call, table, units, like, low_rank(like.dtype, stochastic))
+
+
+def _start(
+    call: np.ndarray[Any, Any], table: np.ndarray[Any, Any], units: Any, like: Tensor, kernel: _nvrtc.Kernel
+) -> None:
+    """Launch over the tensors of ``table``, which have so many units each."""
     table["first"] = np.cumsum(units) - units
     call["units"], call["tensors"] = units.sum(), table.size
     keep = None
@@ -111,9 +143,7 @@ def _run(
     else:
         keep = _upload(table.view(np.uint64), like)
         call["slots"] = keep.data_ptr()
-    _nvrtc.launch(
-        work(like.dtype, distribution, mode, stochastic), like, _grid(int(units.sum()), _WARPS, like), (call,)
-    )
+    _nvrtc.launch(kernel, like, _grid(int(units.sum()), _WARPS, like), (call,))
 
 
 def _grid(work_items: int, per_block: int, like: Tensor) -> int:
@@ -142,18 +172,31 @@ def zo_axpy_into_(
     distribution: str,
     rounding: str,
     sequential: bool,
+    right_seeds: Tensor | None = None,
+    columns: Sequence[int] | None = None,
+    rank: int = 2,
 ) -> None:
-    with dense_pairs(out, tensors, tensor_ids, offsets) as groups:
+    stochastic, mode = rounding == "stochastic", _SINGLE if seeds.numel() == 1 else _MANY
+    numbers = {"seeds": seeds, "coeffs": coeffs, "decays": decays}
+    if right_seeds is not None:
+        numbers["right_seeds"] = right_seeds
+    with dense_pairs(out, tensors, tensor_ids, offsets, columns) as groups:
         for pairs in groups.values():
             like = pairs[0].target
             call = np.zeros(1, CALL)
             call["terms"], call["decay_count"], call["sequential"] = seeds.numel(), decays.numel(), sequential
-            _keep = [_place(call, n, v, like) for n, v in (("seeds", seeds), ("coeffs", coeffs), ("decays", decays))]
-            slots = [
-                (p.target.data_ptr(), p.source.data_ptr(), p.target.data_ptr(), p.offset, p.target.numel(), p.tensor_id)
-                for p in pairs
-            ]
-            _run(call, slots, like, distribution, _SINGLE if seeds.numel() == 1 else _MANY, rounding == "stochastic")
+            call["rank"] = rank
+            _keep = [_place(call, n, v, like) for n, v in numbers.items()]
+            vectors: list[tuple[int, ...]] = []
+            matrices: list[tuple[int, ...]] = []  # of low-rank noise, whose vectors have the Gaussian
+            for p in pairs:
+                at = p.target.data_ptr()
+                slot = (at, p.source.data_ptr(), at, p.offset, p.target.numel(), p.tensor_id, p.columns)
+                (matrices if p.columns else vectors).append(slot)
+            if vectors:
+                _run(call, vectors, like, distribution, mode, stochastic)
+            if matrices:
+                _run_low_rank(call, matrices, like, stochastic)
 
 
 def zo_axpy_(
@@ -166,8 +209,12 @@ def zo_axpy_(
     distribution: str,
     rounding: str,
     sequential: bool,
+    right_seeds: Tensor | None = None,
+    columns: Sequence[int] | None = None,
+    rank: int = 2,
 ) -> None:
-    zo_axpy_into_(tensors, tensors, seeds, coeffs, decays, tensor_ids, offsets, distribution, rounding, sequential)
+    rest = (distribution, rounding, sequential, right_seeds, columns, rank)
+    zo_axpy_into_(tensors, tensors, seeds, coeffs, decays, tensor_ids, offsets, *rest)
 
 
 def zo_linear(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,6 +29,25 @@ def _scalars(values: float | Sequence[float] | Tensor) -> Tensor:
     if isinstance(values, Tensor):
         return values.reshape(-1).to(torch.float64)
     return torch.tensor([values] if isinstance(values, (int, float)) else list(values), dtype=torch.float64)
+
+
+def columns_of(shape: Sequence[int]) -> int:
+    """Elements of a row of a tensor that low-rank noise takes as a matrix; 0 for one that it takes as a vector."""
+    return math.prod(shape[1:]) if len(shape) >= 2 else 0
+
+
+def _low_rank(
+    tensors: Sequence[Tensor],
+    distribution: str,
+    right_seeds: int | Sequence[int] | Tensor | None,
+    columns: Sequence[int] | None,
+    rank: int,
+) -> tuple[Tensor | None, list[int] | None, int]:
+    """The operators' last arguments."""
+    if columns is None and distribution == "lowrank":
+        columns = [columns_of(t.shape) for t in tensors]
+    right = None if right_seeds is None else seed_tensor(right_seeds)
+    return right, None if columns is None else list(columns), rank
 
 
 def zo_noise(
@@ -77,6 +97,9 @@ def zo_axpy_(
     distribution: str = "gaussian",
     rounding: str = "nearest",
     sequential: bool = False,
+    right_seeds: int | Sequence[int] | Tensor | None = None,
+    columns: Sequence[int] | None = None,
+    rank: int = 2,
 ) -> None:
     r"""Add seeded noise to many tensors in place, in one pass.
 
@@ -87,6 +110,13 @@ def zo_axpy_(
     Perturbing, restoring, the update of MeZO, an update from many directions and the replay of thousands of seeds are
     all this call; the weights are read and written once, however many seeds there are.
 
+    Low-rank noise takes a tensor of two or more dimensions as a matrix of n = ``size(0)`` rows and m columns:
+
+    .. math:: Z = U V^\top, \qquad Z_{ij} = \sum_p U_{ip} V_{jp}
+
+    with U [n, r] Gaussian from the seed and V [m, r] Gaussian from the right seed, summed in fp32 by fma in the order
+    of p. A tensor of fewer dimensions gets plain Gaussian z. U and V exist only for the tile at work.
+
     Args:
         tensors: tensors of float32, bfloat16, float16 or float64, of any shape and strides, not overlapping.
         seeds, coeffs: ``K`` seeds and ``K`` coefficients: numbers, sequences, or tensors (int64, float64) on the CPU or
@@ -94,18 +124,22 @@ def zo_axpy_(
         tensor_ids: one id a tensor, by default its position in the list.
         offsets: index of each tensor's first element in its whole logical tensor (for shards), by default 0.
         decay: weight decay of the call; with ``sequential``, one number or ``K``.
-        distribution: ``"gaussian"`` or ``"rademacher"``.
+        distribution: ``"gaussian"``, ``"rademacher"`` or ``"lowrank"``.
         rounding: ``"nearest"`` (ties to even), or ``"stochastic"`` for bf16 and fp16: 16 random bits, from the first
             seed of the call (of each term with ``sequential``), are added below the last bit that stays. fp32
             and fp64 tensors are not affected.
         sequential: round after every term, so that the result is bit-equal to ``K`` calls of one seed each.
+        right_seeds: of ``"lowrank"``, ``K`` seeds of V; equal ones next to each other cost V once.
+        columns: of ``"lowrank"``, m of each whole tensor (0: plain Gaussian), by default from the tensor's shape. With
+            it, and ``offsets``, any contiguous part of a matrix gets its part of Z.
+        rank: of ``"lowrank"``, r in [1, 64].
 
     Raises:
         ValueError: lengths that differ, an unknown name, an id or offset out of range, overlapping memory.
         RuntimeError: a tensor that requires grad while grad is enabled.
         Nothing is written when an error is raised.
 
-    Sources: MeZO (2305.17333), FedKSeed (2312.06353).
+    Sources: MeZO (2305.17333), FedKSeed (2312.06353); LOZO (2410.07698) for Z = U V^T.
     """
     written = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     _ops.zo_axpy_(
@@ -118,6 +152,7 @@ def zo_axpy_(
         distribution,
         rounding,
         sequential,
+        *_low_rank(written, distribution, right_seeds, columns, rank),
     )
 
 
@@ -133,6 +168,9 @@ def zo_axpy_into_(
     distribution: str = "gaussian",
     rounding: str = "nearest",
     sequential: bool = False,
+    right_seeds: int | Sequence[int] | Tensor | None = None,
+    columns: Sequence[int] | None = None,
+    rank: int = 2,
 ) -> None:
     r"""As :func:`zo_axpy_`, from ``tensors`` into ``out``; ``tensors`` are only read.
 
@@ -160,6 +198,7 @@ def zo_axpy_into_(
         distribution,
         rounding,
         sequential,
+        *_low_rank(read, distribution, right_seeds, columns, rank),
     )
 
 

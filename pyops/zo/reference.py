@@ -1,8 +1,9 @@
 """The zeroth-order operators in pure PyTorch: the specification that every kernel is compared with.
 
 ``zo/1`` defines the noise ``z`` as a function of (seed, tensor_id, index) alone: Philox4x32-10 counters, 24-bit
-uniforms, and a Box-Muller transform of fixed fp32 polynomials with every fma written out. Read from
-:func:`philox` down; the operators at the end only apply it.
+uniforms, and a Box-Muller transform of fixed fp32 polynomials with every fma written out. Low-rank noise is made of
+two such Gaussians, one of rows and one of columns. Read from :func:`philox` down; the operators at the end only apply
+it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _MASK = 0xFFFFFFFF
 _CHUNK = 1 << 18  # elements worked on at a time, so that the temporaries stay small (a multiple of 128)
 
 # stream numbers: the last counter word
-GAUSSIAN, RADEMACHER, ROUNDING = 0, 1, 2
+GAUSSIAN, RADEMACHER, ROUNDING, LEFT, RIGHT = 0, 1, 2, 3, 4
 
 # minimax polynomials, rounded to fp32: -2 ln(1 + f) / f on [-1/4, 1/2]; -sin(pi y) / y and cos(pi y) in y^2, |y| <= 1/2
 _LOG = [float.fromhex(c) for c in (
@@ -87,6 +88,34 @@ def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return rho * (_horner(_SIN, s) * y), rho * _horner(_COS, s)
 
 
+def gaussian(index: Tensor, seed: int, tensor_id: int, stream: int) -> Tensor:
+    """Standard normal values, fp32, at a contiguous run of indices (int64) of a stream."""
+    x = _words(index, 4, stream, seed, tensor_id)
+    half = (index % 4 // 2)[:, None] * 2  # which pair of words: 0 or 2
+    even, odd = box_muller(x.gather(1, half)[:, 0], x.gather(1, half + 1)[:, 0])
+    return torch.where(index % 2 == 0, even, odd)
+
+
+def low_rank(index: Tensor, left: int, right: int, tensor_id: int, columns: int, rank: int) -> Tensor:
+    """z = U V^T at a contiguous run of indices of a matrix with ``columns`` columns.
+
+    u[i, p] is the Gaussian of stream 3, key left, at index i rank + p; v[j, p] that of stream 4, key right, at
+    j rank + p. z[i, j] = u[i, 0] v[j, 0], then z = fma(u[i, p], v[j, p], z) for p = 1, 2, ...
+    """
+
+    def factor(lines: Tensor, seed: int, stream: int) -> Tensor:
+        """The factor's rows ``lines``: [n, rank]."""
+        low, high = int(lines.min()), int(lines.max()) + 1
+        at = torch.arange(low * rank, high * rank, device=index.device)
+        return gaussian(at, seed, tensor_id, stream).view(-1, rank)[lines - low]
+
+    u, v = factor(index // columns, left, LEFT), factor(index % columns, right, RIGHT)
+    z = u[:, 0] * v[:, 0]
+    for p in range(1, rank):
+        z = fma(u[:, p], v[:, p], z)
+    return z
+
+
 def noise(index: Tensor, seed: int, tensor_id: int, distribution: str) -> Tensor:
     """z, fp32, at a contiguous run of indices (int64)."""
     if index.numel() == 0:
@@ -95,10 +124,7 @@ def noise(index: Tensor, seed: int, tensor_id: int, distribution: str) -> Tensor
         words = _words(index, 128, RADEMACHER, seed, tensor_id)
         word = words.gather(1, (index % 128 // 32)[:, None])[:, 0]
         return (1 - 2 * ((word >> (index % 32)) & 1)).float()
-    x = _words(index, 4, GAUSSIAN, seed, tensor_id)
-    half = (index % 4 // 2)[:, None] * 2  # which pair of words: 0 or 2
-    even, odd = box_muller(x.gather(1, half)[:, 0], x.gather(1, half + 1)[:, 0])
-    return torch.where(index % 2 == 0, even, odd)
+    return gaussian(index, seed, tensor_id, GAUSSIAN)
 
 
 def rounding_bits(index: Tensor, seed: int, tensor_id: int) -> Tensor:
@@ -130,10 +156,13 @@ def _axpy(
     p: Tensor,
     index: Tensor,
     seeds: list[int],
+    right_seeds: list[int],
     coeffs: list[float],
     decays: list[float],
     tensor_id: int,
     distribution: str,
+    columns: int,
+    rank: int,
     rounding: str,
     sequential: bool,
 ) -> Tensor:
@@ -149,7 +178,10 @@ def _axpy(
     for k, (seed, c) in enumerate(zip(seeds, coeffs, strict=True)):
         if sequential:
             acc = acc.to(wide) * scalar(1.0 - decays[k % len(decays)])
-        z = noise(index, seed, tensor_id, distribution)
+        if columns and index.numel():
+            z = low_rank(index, seed, right_seeds[k], tensor_id, columns, rank)
+        else:
+            z = noise(index, seed, tensor_id, distribution)
         acc = fma(z, scalar(c), acc) if wide == torch.float32 else acc + z.double() * c
         if sequential:
             acc = round_to(acc, dtype, rounding, index, seed, tensor_id)
@@ -191,14 +223,20 @@ def zo_axpy_into_(
     distribution: str,
     rounding: str,
     sequential: bool,
+    right_seeds: Tensor | None = None,
+    columns: Sequence[int] | None = None,
+    rank: int = 2,
 ) -> None:
     s, c, d = seeds.tolist(), coeffs.tolist(), decays.tolist()
-    for o, p, tensor_id, offset in zip(out, tensors, tensor_ids, offsets, strict=True):
+    right = [] if right_seeds is None else right_seeds.tolist()
+    widths = [0] * len(out) if columns is None else columns
+    for o, p, tensor_id, offset, width in zip(out, tensors, tensor_ids, offsets, widths, strict=True):
         flat = p.reshape(-1).clone()
         for start in range(0, flat.numel(), _CHUNK):
             part = flat[start : start + _CHUNK]
             index = torch.arange(offset + start, offset + start + part.numel(), device=p.device)
-            part.copy_(_axpy(part, index, s, c, d, tensor_id, distribution, rounding, sequential))
+            z = (tensor_id, distribution, width, rank)
+            part.copy_(_axpy(part, index, s, right, c, d, *z, rounding, sequential))
         o.copy_(flat.view(o.shape))
 
 
@@ -212,8 +250,12 @@ def zo_axpy_(
     distribution: str,
     rounding: str,
     sequential: bool,
+    right_seeds: Tensor | None = None,
+    columns: Sequence[int] | None = None,
+    rank: int = 2,
 ) -> None:
-    zo_axpy_into_(tensors, tensors, seeds, coeffs, decays, tensor_ids, offsets, distribution, rounding, sequential)
+    rest = (distribution, rounding, sequential, right_seeds, columns, rank)
+    zo_axpy_into_(tensors, tensors, seeds, coeffs, decays, tensor_ids, offsets, *rest)
 
 
 def zo_linear(

@@ -119,7 +119,7 @@ register(
 
 _AXPY_REST = (
     "Tensor seeds, Tensor coeffs, Tensor decays, int[] tensor_ids, int[] offsets, str distribution, str rounding, "
-    "bool sequential) -> ()"
+    "bool sequential, Tensor? right_seeds=None, int[]? columns=None, int rank=2) -> ()"
 )
 
 

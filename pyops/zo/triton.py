@@ -22,7 +22,9 @@ from torch import Tensor
 
 from leanops.zo.launch import Pair, dense, dense_pairs
 from leanops.zo.triton_linear import linear
-from leanops.zo.triton_noise import noise, round_to, widen
+from leanops.zo.triton_lowrank import low_rank_update
+from leanops.zo.triton_lowrank import tile_of as low_rank_tile_of
+from leanops.zo.triton_noise import accumulate, find_row, noise, round_to, widen
 
 
 def tile_of(dtype: torch.dtype, distribution: str, terms: int) -> int:
@@ -31,14 +33,6 @@ def tile_of(dtype: torch.dtype, distribution: str, terms: int) -> int:
 
 
 _DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@triton.jit
-def _accumulate(acc, c, z):
-    if acc.dtype == tl.float64:
-        return acc + c * z.to(tl.float64)  # two roundings, as the definition has it
-    else:
-        return tl.fma(tl.zeros_like(acc) + c, z, acc)
 
 
 @triton.jit
@@ -59,7 +53,7 @@ def _tile(
             acc = widen(tl.load(source + index), WORK)
         if INLINE:
             acc = acc * (1.0 - decay).to(WORK)
-            acc = _accumulate(acc, coeff.to(WORK), noise(seed, logical, tensor_id, TILE, IS_RADEMACHER))
+            acc = accumulate(acc, coeff.to(WORK), noise(seed, logical, tensor_id, TILE, IS_RADEMACHER))
         else:
             if not IN_ORDER:
                 acc = acc * (1.0 - tl.load(decays)).to(WORK)
@@ -69,7 +63,7 @@ def _tile(
                 if IN_ORDER:
                     d = tl.load(decays + tl.where(decay_count > 1, k, 0))
                     acc = acc * (1.0 - d).to(WORK)
-                acc = _accumulate(acc, c, noise(term_seed, logical, tensor_id, TILE, IS_RADEMACHER))
+                acc = accumulate(acc, c, noise(term_seed, logical, tensor_id, TILE, IS_RADEMACHER))
                 if IN_ORDER:
                     acc = widen(round_to(acc, term_seed, logical, tensor_id, DTYPE, STOCHASTIC, TILE), WORK)
     rounded = round_to(acc, rounding_seed, logical, tensor_id, DTYPE, STOCHASTIC and not IN_ORDER, TILE)
@@ -87,14 +81,7 @@ def update(
     IS_RADEMACHER: tl.constexpr, STOCHASTIC: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
-    low = 0
-    high = tensors
-    while high - low > 1:  # the last tensor whose first tile is not beyond this one
-        middle = (low + high) // 2
-        before = tl.load(table + middle * 6 + 4) <= tile
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-    row = table + low * 6  # out, in, offset, numel, first tile, tensor id
+    row = find_row(table, tensors, tile)
     out = tl.load(row).to(tl.pointer_type(DTYPE))
     source = tl.load(row + 1).to(tl.pointer_type(DTYPE))
     offset = tl.load(row + 2)
@@ -136,21 +123,30 @@ def _to_device(words: Tensor, device: torch.device) -> Tensor:
     return there
 
 
-def _table(pairs: Sequence[Pair], tile: int, device: torch.device) -> tuple[Tensor, int, bool]:
+def _tiles(tile: int | tuple[int, int], offset: int, numel: int, columns: int) -> int:
+    """How many tiles of so many elements, or of so many rows and columns of a matrix, a tensor has a part in."""
+    last = offset + numel - 1
+    if isinstance(tile, int):
+        return last // tile - offset // tile + 1
+    rows, across = tile
+    return (last // columns // rows - offset // columns // rows + 1) * -(-columns // across)
+
+
+def _table(pairs: Sequence[Pair], tile: int | tuple[int, int], device: torch.device) -> tuple[Tensor, int, bool]:
     """(table on the device, tiles, whether whole tiles lie on 16-byte boundaries). Kept for the next step's call."""
     rows = tuple(
-        (p.target.data_ptr(), p.source.data_ptr(), p.offset, p.target.numel(), p.target.element_size(), p.tensor_id)
+        (*(t.data_ptr() for t in (p.target, p.source)), p.offset, p.target.numel(), p.tensor_id, p.columns)
         for p in pairs
     )
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (rows, tile, device, stream)
+    key = (rows, pairs[0].target.dtype, tile, device, stream)
     if key in _tables:
         _tables.move_to_end(key)
         return _tables[key]
-    words, first, aligned = [], 0, True
-    for target, source, offset, numel, size, tensor_id in rows:
-        words.append((target, source, offset, numel, first, tensor_id))
-        first += (offset + numel - 1) // tile - offset // tile + 1
+    words, first, aligned, size = [], 0, True, pairs[0].target.element_size()
+    for target, source, offset, numel, tensor_id, columns in rows:
+        words.append((target, source, offset, numel, first, tensor_id, columns))
+        first += _tiles(tile, offset, numel, columns)
         aligned = aligned and target % 16 == source % 16 == offset * size % 16 == 0 and offset % 16 == 0
     value = (_to_device(torch.tensor(words, dtype=torch.int64), device), first, aligned)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -159,6 +155,11 @@ def _table(pairs: Sequence[Pair], tile: int, device: torch.device) -> tuple[Tens
     while len(_tables) > 64:
         _tables.popitem(last=False)
     return value
+
+
+def _there(values: Tensor, device: torch.device) -> Tensor:
+    dense = values.contiguous()
+    return dense if dense.device == device else _to_device(dense, device)
 
 
 def _bits(value: float) -> int:
@@ -188,14 +189,7 @@ def _launch(
             _bits(0.0 if decays is None else float(decays[0])),
         )
     else:
-        pointers = [
-            table
-            if v is None
-            else v.contiguous()
-            if v.device == like.device
-            else _to_device(v.contiguous(), like.device)
-            for v in numbers
-        ]
+        pointers = [table if v is None else _there(v, like.device) for v in numbers]
         scalars = (0, 0, 0)
     update[(tiles,)](
         table,
@@ -218,6 +212,27 @@ def _launch(
     )
 
 
+def _launch_low_rank(
+    pairs: Sequence[Pair], numbers: Sequence[Tensor], rank: int, rounding: str, sequential: bool
+) -> None:
+    """``numbers``: seeds, right seeds, coefficients and decays. One launch for each shape of tile."""
+    by_tile: dict[tuple[tuple[int, int], bool], list[Pair]] = {}
+    for p in pairs:
+        by_tile.setdefault((low_rank_tile_of(p.columns), p.columns % 8 == 0), []).append(p)
+    like = pairs[0].target
+    pointers = [_there(v, like.device) for v in numbers]
+    terms = numbers[0].numel()
+    for ((rows, across), aligned), part in by_tile.items():
+        table, tiles, _ = _table(part, (rows, across), like.device)
+        low_rank_update[(tiles,)](
+            table, len(part), *pointers, terms, numbers[3].numel(), rank,
+            IN_ORDER=sequential and terms > 1, DTYPE=_DTYPE[like.dtype],
+            WORK=tl.float64 if like.dtype == torch.float64 else tl.float32,
+            STOCHASTIC=rounding == "stochastic" and like.dtype.itemsize == 2, ALIGNED=aligned, ROWS=rows, COLS=across,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
 def zo_noise_(out: Tensor, seed: Tensor, tensor_id: int, offset: int, distribution: str) -> None:
     if out.numel() == 0:
         return
@@ -236,12 +251,21 @@ def zo_axpy_into_(
     distribution: str,
     rounding: str,
     sequential: bool,
+    right_seeds: Tensor | None = None,
+    columns: Sequence[int] | None = None,
+    rank: int = 2,
 ) -> None:
     if not out:
         return
-    with torch.cuda._DeviceGuard(out[0].get_device()), dense_pairs(out, tensors, tensor_ids, offsets) as groups:
+    places = (tensor_ids, offsets, columns)
+    with torch.cuda._DeviceGuard(out[0].get_device()), dense_pairs(out, tensors, *places) as groups:
         for pairs in groups.values():
-            _launch(pairs, seeds, coeffs, decays, distribution, rounding, sequential)
+            matrices = [p for p in pairs if p.columns]  # of low-rank noise, whose vectors have the Gaussian
+            vectors = [p for p in pairs if not p.columns]
+            if vectors:
+                _launch(vectors, seeds, coeffs, decays, distribution, rounding, sequential)
+            if matrices and right_seeds is not None:
+                _launch_low_rank(matrices, (seeds, right_seeds, coeffs, decays), rank, rounding, sequential)
 
 
 def zo_axpy_(
@@ -254,8 +278,12 @@ def zo_axpy_(
     distribution: str,
     rounding: str,
     sequential: bool,
+    right_seeds: Tensor | None = None,
+    columns: Sequence[int] | None = None,
+    rank: int = 2,
 ) -> None:
-    zo_axpy_into_(tensors, tensors, seeds, coeffs, decays, tensor_ids, offsets, distribution, rounding, sequential)
+    rest = (distribution, rounding, sequential, right_seeds, columns, rank)
+    zo_axpy_into_(tensors, tensors, seeds, coeffs, decays, tensor_ids, offsets, *rest)
 
 
 def zo_linear(

@@ -118,6 +118,15 @@ def noise(seed, logical, tensor_id, TILE: tl.constexpr, IS_RADEMACHER: tl.conste
 
 
 @triton.jit
+def gaussian_at(seed, index, tensor_id, STREAM: tl.constexpr):
+    """A stream's Gaussian at any indices, each computed on its own."""
+    w0, w1, w2, w3 = philox(seed, index >> 2, tensor_id, STREAM)
+    first = (index & 2) == 0
+    even, odd = box_muller(tl.where(first, w0, w2), tl.where(first, w1, w3))
+    return tl.where((index & 1) == 0, even, odd)
+
+
+@triton.jit
 def noise_at(seed, index, tensor_id, IS_RADEMACHER: tl.constexpr):
     """z at any indices, each computed on its own."""
     if IS_RADEMACHER:
@@ -126,10 +135,7 @@ def noise_at(seed, index, tensor_id, IS_RADEMACHER: tl.constexpr):
         w = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
         z = 1.0 - 2.0 * ((w >> (index & 31).to(tl.uint32)) & 1).to(tl.float32)
     else:
-        w0, w1, w2, w3 = philox(seed, index >> 2, tensor_id, GAUSSIAN)
-        first = (index & 2) == 0
-        even, odd = box_muller(tl.where(first, w0, w2), tl.where(first, w1, w3))
-        z = tl.where((index & 1) == 0, even, odd)
+        z = gaussian_at(seed, index, tensor_id, GAUSSIAN)
     return z
 
 
@@ -156,13 +162,49 @@ def widen(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def accumulate(acc, c, z):
+    """acc + c z: fused, but in fp64 of two roundings, as the definition has it."""
+    if acc.dtype == tl.float64:
+        return acc + c * z.to(tl.float64)
+    else:
+        return tl.fma(tl.zeros_like(acc) + c, z, acc)
+
+
+@triton.jit
+def find_row(table, tensors, tile):
+    """Where a tile's tensor lies in the table: out, in, offset, numel, first tile, tensor id, columns."""
+    low = 0
+    high = tensors
+    while high - low > 1:  # the last tensor whose first tile is not beyond this one
+        middle = (low + high) // 2
+        before = tl.load(table + middle * 7 + 4) <= tile
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return table + low * 7
+
+
+@triton.jit
+def halves(w0, w1, w2, w3):
+    """The 16-bit halves of [..., n] blocks' words in their order, as [..., n, 4, 2]."""
+    words = in_order(w0, w1, w2, w3)
+    return tl.join(words & 0xFFFF, words >> 16)
+
+
+@triton.jit
 def round_to(acc, seed, logical, tensor_id, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, TILE: tl.constexpr):
     """acc, [TILE], rounded once to DTYPE: ties to even, or stochastically for the 16-bit types."""
+    r = 0
     if STOCHASTIC and (tl.bfloat16 == DTYPE or tl.float16 == DTYPE):
         block = logical // 8 + tl.arange(0, TILE // 8)
         w0, w1, w2, w3 = philox(seed, block, tensor_id, ROUNDING)
-        words = in_order(w0, w1, w2, w3)
-        r = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [TILE])
+        r = tl.reshape(halves(w0, w1, w2, w3), [TILE])
+    return round_by(acc, r, DTYPE, STOCHASTIC)
+
+
+@triton.jit
+def round_by(acc, r, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """acc rounded once to DTYPE: ties to even, or for the 16-bit types by 16 random bits r."""
+    if STOCHASTIC and (tl.bfloat16 == DTYPE or tl.float16 == DTYPE):
         bits = acc.to(tl.uint32, bitcast=True)
         magnitude = bits & 0x7FFFFFFF
         finite = magnitude < 0x7F800000

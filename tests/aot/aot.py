@@ -35,6 +35,7 @@ MANY_TERMS = ("axpy of many", "axpy in order stochastic")
 _INSTANCES = """#include "zo/launch_cuda.h"
 namespace leanops { namespace zo {
 #define INSTANCE(T)                                                                                               \\
+  template cudaError_t launch_low_rank<T>(const Call&, bool, int, cudaStream_t);                                  \\
   template cudaError_t launch<T>(const Call&, Distribution, Mode, bool, int, cudaStream_t);                       \\
   template __global__ void combine_kernel<T>(u64, u64, u64, u64, u64, double, i64, i64, i64, i64);                \\
   template __global__ void add_bias_kernel<T>(u64, u64, i64, i64);
@@ -77,6 +78,8 @@ def _ptxas_rows(log: str) -> Iterable[tuple[str, int, int]]:
 
 def _readable(mangled: str) -> str:
     text = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
+    if match := re.search(r"low_rank_kernel<(\S+), (\w+)>", text):
+        return f"low-rank axpy {_NAMES.get(match[1], match[1])}{' stochastic' * (match[2] == 'true')}"
     match = re.search(r"zo_kernel<(\S+), (\d), (\d), (\w+)>", text)
     if match is None:
         inner = re.search(r"(\w+)(?:_kernel)?(?:<(?:leanops::)?(\w+)>)?\(", text)
@@ -123,7 +126,7 @@ def _triton_sources(arch: int) -> Iterable[tuple[str, Any, dict[str, str], dict[
     import triton.language as tl
 
     from leanops.zo import triton as kernels
-    from leanops.zo import triton_linear
+    from leanops.zo import triton_linear, triton_lowrank
 
     torch_types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
     types = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "fp64": tl.float64}
@@ -147,6 +150,22 @@ def _triton_sources(arch: int) -> Iterable[tuple[str, Any, dict[str, str], dict[
                     "ALIGNED": True,
                 }
                 yield f"{mode} {dtype} {distribution}", kernels.update, head, constants, {"num_warps": 4}
+    whole = dict(zip(("table", "tensors", "seeds", "right_seeds", "coeffs", "decays", "terms", "decay_count", "rank"),
+                     ("*i64", "i32", "*i64", "*i64", "*fp64", "*fp64", "i32", "i32", "i32"), strict=True))  # fmt: skip
+    for dtype, kind in types.items():
+        for aligned in (True, False):
+            rows, across = triton_lowrank.tile_of(4096)
+            constants = {
+                "IN_ORDER": not aligned,
+                "DTYPE": kind,
+                "WORK": tl.float64 if dtype == "fp64" else tl.float32,
+                "STOCHASTIC": dtype in ("bf16", "fp16"),
+                "ALIGNED": aligned,
+                "ROWS": rows,
+                "COLS": across,
+            }
+            name = f"low-rank axpy{'' if aligned else ' in order'} {dtype}"
+            yield name, triton_lowrank.low_rank_update, whole, constants, {"num_warps": 4}
     for dtype in ("fp32", "bf16", "fp16"):
         for distribution in ("gaussian", "rademacher"):
             for pair in (False, True):

@@ -55,6 +55,7 @@ def test_nvrtc_compiles_what_the_launchers_launch(arch):
     kernels = [nvrtc.COPY_WORDS, nvrtc.combine(torch.float16), nvrtc.add_bias(torch.bfloat16)]
     for distribution in ("gaussian", "rademacher"):
         kernels += [nvrtc.work(torch.bfloat16, distribution, mode, True) for mode in range(4)]
+    kernels += [nvrtc.low_rank(dtype, True) for dtype in (torch.bfloat16, torch.float64)]
     for kernel in kernels:
         aot.nvrtc_compile(library, _nvrtc.program(kernel, aot.ROOT / "csrc"), arch)
 

@@ -10,6 +10,7 @@ from leanops.zo import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DISTRIBUTIONS = ("gaussian", "rademacher")
+AXPY_DISTRIBUTIONS = (*DISTRIBUTIONS, "lowrank")
 OFFSETS = (0, 8, 5, 127, 4093, 2**40 + 3, 2**62 - 8192)
 # (terms, sequential, tensors)
 CALLS = ((1, False, 5), (1, True, 20), (6, False, 20), (6, True, 3), (11, False, 3))
@@ -65,6 +66,14 @@ def terms_of(count: int, sequential: bool) -> tuple[torch.Tensor, torch.Tensor, 
     return seeds, coeffs, decays
 
 
+def low_rank(distribution: str, seeds: torch.Tensor, tensors: int, rank: int = 3) -> tuple[Any, ...]:
+    """Right seeds, columns and rank, if the noise has them: V shared by two terms, and matrices cut anywhere."""
+    if distribution != "lowrank":
+        return ()
+    widths = (0, 1, 24, 33, 256, 700, 16, 5000)
+    return seeds[torch.arange(len(seeds)) // 2] // 3, [widths[i % 8] for i in range(tensors)], rank
+
+
 def axpy(
     backend: Any,
     device: str,
@@ -73,14 +82,17 @@ def axpy(
     rounding: str,
     call: tuple[int, bool, int],
     terms_device: str = "cpu",
+    rank: int = 3,
 ) -> None:
     count, sequential, tensors = call
     terms = terms_of(count, sequential)
     actual, ids, offsets = model(dtype, tensors, device)
     expected = [t.cpu().clone() for t in actual]
     rest = (ids, offsets, distribution, rounding, sequential)
-    backend.zo_axpy_(actual, *(t.to(terms_device) for t in terms), *rest)
-    reference.zo_axpy_(expected, *terms, *rest)
+    right = low_rank(distribution, terms[0], len(actual), rank)
+    there = (right[0].to(terms_device), *right[1:]) if right else ()
+    backend.zo_axpy_(actual, *(t.to(terms_device) for t in terms), *rest, *there)
+    reference.zo_axpy_(expected, *terms, *rest, *right)
     for a, e in zip(actual, expected, strict=True):
         assert_same(a, e)
 
@@ -89,7 +101,8 @@ def writes_nothing_else(backend: Any, device: str, dtype: torch.dtype, distribut
     for start, n in ((0, 4096), (8, 4096), (3, 777), (16, 12288)):
         storage = torch.full((n + 64,), 7.0, dtype=dtype, device=device)
         part = storage[start : start + n]
-        backend.zo_axpy_([part], i64(1), f64(0.5), f64(0.0), [0], [0], distribution, "nearest", False)
+        right = (i64(2), [48], 2) if distribution == "lowrank" else ()
+        backend.zo_axpy_([part], i64(1), f64(0.5), f64(0.0), [0], [0], distribution, "nearest", False, *right)
         assert (storage[:start] == 7).all()
         assert (storage[start + n :] == 7).all()
         assert (part != 7).sum() > 0.9 * n

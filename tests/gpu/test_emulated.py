@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from gpu import agreement
-from gpu.agreement import CALLS, DISTRIBUTIONS, DTYPES, OFFSETS
+from gpu.agreement import AXPY_DISTRIBUTIONS, CALLS, DISTRIBUTIONS, DTYPES, OFFSETS
 from gpu.emulated import Emulator, build
 
 from leanops import _nvrtc
@@ -39,16 +39,23 @@ def test_noise_has_the_bits_of_the_reference(emulator, dtype, distribution, offs
     agreement.noise(nvrtc, "cpu", dtype, distribution, offset)
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", AXPY_DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_axpy_has_the_bits_of_the_reference(emulator, dtype, distribution, rounding, call):
     agreement.axpy(nvrtc, "cpu", dtype, distribution, rounding, call)
     assert sum("work" in name for name in emulator.launches) == 1  # one launch for the whole model
+    assert sum("low_rank" in name for name in emulator.launches) == (distribution == "lowrank")  # and for its matrices
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("rank", [1, 2, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_low_rank_noise_of_any_rank(emulator, dtype, rank):
+    agreement.axpy(nvrtc, "cpu", dtype, "lowrank", "stochastic", (3, True, 8), rank=rank)
+
+
+@pytest.mark.parametrize("distribution", AXPY_DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_axpy_writes_nothing_beyond_its_tensor(emulator, dtype, distribution):
     agreement.writes_nothing_else(nvrtc, "cpu", dtype, distribution)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 f32, u16, u32, u64 = np.float32, np.uint16, np.uint32, np.uint64
 Array = NDArray[np.generic]
-STREAM = {"gaussian": 0, "rademacher": 1, "rounding": 2}
+STREAM = {"gaussian": 0, "rademacher": 1, "rounding": 2, "left": 3, "right": 4}
 
 
 def _coefficients(text: str) -> list[np.float32]:
@@ -73,7 +73,7 @@ def box_muller(a: Array, b: Array) -> tuple[Array, Array]:
 
 def noise(seed: int, tensor_id: int, index: int, n: int, distribution: str) -> Array:
     """z as float32.                                                                                  [n]"""
-    per_block = {"gaussian": 4, "rademacher": 128}[distribution]
+    per_block = 128 if distribution == "rademacher" else 4
     first, last = index // per_block, (index + n + per_block - 1) // per_block
     words = philox(first, last - first, tensor_id, STREAM[distribution], seed)
     if distribution == "rademacher":
@@ -82,6 +82,21 @@ def noise(seed: int, tensor_id: int, index: int, n: int, distribution: str) -> A
     else:
         z = np.stack(box_muller(words[:, 0::2].copy(), words[:, 1::2].copy()), -1).reshape(-1)
     return z[index % per_block :][:n]
+
+
+def low_rank(left: int, right: int, tensor_id: int, index: int, n: int, columns: int, rank: int) -> Array:
+    """z = U V^T at consecutive elements of a matrix.                                                 [n]"""
+    at = np.arange(index, index + n, dtype=np.int64)
+    factors = []
+    for lines, seed, stream in ((at // columns, left, "left"), (at % columns, right, "right")):
+        low, high = int(lines.min()), int(lines.max()) + 1
+        made = noise(seed, tensor_id, low * rank, (high - low) * rank, stream).reshape(-1, rank)
+        factors.append(made[lines - low])
+    u, v = factors
+    z = u[:, 0] * v[:, 0]
+    for p in range(1, rank):
+        z = fma(u[:, p], v[:, p], z)
+    return z
 
 
 def rounding_bits(seed: int, tensor_id: int, index: int, n: int) -> Array:
@@ -134,6 +149,9 @@ def axpy(
     distribution: str,
     stochastic: bool,
     sequential: bool,
+    right_seeds: Sequence[int] = (),
+    columns: int = 0,
+    rank: int = 2,
 ) -> Array:
     work = np.float64 if dtype == "float64" else f32
     keeps = [work(1.0 - d) for d in decays] * (len(seeds) if len(decays) == 1 else 1)
@@ -148,7 +166,10 @@ def axpy(
         if not sequential:
             acc = acc * work(1.0 - decays[0])
         for k, seed in enumerate(seeds):
-            z = noise(seed, tensor_id, index, n, distribution)
+            if columns and n:
+                z = low_rank(seed, right_seeds[k], tensor_id, index, n, columns, rank)
+            else:
+                z = noise(seed, tensor_id, index, n, "gaussian" if distribution == "lowrank" else distribution)
             if sequential:
                 acc = acc * keeps[k]
             acc = acc + coeffs[k] * z.astype(work) if work is np.float64 else fma(f32(coeffs[k]), z, acc)

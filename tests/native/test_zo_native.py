@@ -171,6 +171,52 @@ def test_parts_equal_the_whole(native, dtype, distribution):
         assert not oracle.same(parts, p, dtype)
 
 
+# columns: of vectors, of rows shorter than a vector register, of several rows a tile, and of more than a panel of V
+@given(
+    n=st.one_of(st.integers(0, 300), st.sampled_from([4096, 9001])),
+    index=st.one_of(st.integers(0, 300), st.sampled_from([2**34 - 50, 2**56])),
+    seeds=st.lists(seeds64, min_size=1, max_size=4),
+    right_seeds=st.lists(st.sampled_from([7, 8]), min_size=4, max_size=4),
+    columns=st.sampled_from([0, 1, 3, 17, 64, 300, 5000, 20_000]),
+    rank=st.sampled_from([1, 2, 3, 64]),
+    dtype=st.sampled_from(DTYPES),
+    stochastic=st.booleans(),
+    sequential=st.booleans(),
+)
+@fuzz
+def test_low_rank_axpy_is_the_definition_on_every_isa(
+    native, n, index, seeds, right_seeds, columns, rank, dtype, stochastic, sequential
+):
+    coeffs, right_seeds = [0.5, -1e-3, 3.0, 1e-7][: len(seeds)], right_seeds[: len(seeds)]
+    p = weights(n, dtype, n, special=True)
+    rest = (seeds, coeffs, [1e-2], 5, index, "lowrank", stochastic, sequential, right_seeds, columns, rank)
+    want = oracle.axpy(p, dtype, *rest)
+    for isa in native.isas():
+        room = np.concatenate([np.full(32, 77, HELD[dtype]), p, np.full(32, 77, HELD[dtype])])
+        native.axpy(isa, room[32 : 32 + n], p, dtype, *rest)
+        assert oracle.same(room[32 : 32 + n], want, dtype)
+        assert np.all(room[:32] == 77)
+        assert np.all(room[32 + n :] == 77)
+
+
+def test_low_rank_panels_are_seamless(native):
+    """Columns of several panels, rows of several blocks: parts give the bits of the whole."""
+    columns, rows, index = 20_000, 70, 12_345
+    p = weights(rows * columns, "bfloat16", 1)
+    for isa in native.isas()[-1:]:
+        whole, parts = p.copy(), p.copy()
+        rest = ([3], [0.1], [0.0], 1)
+        more = ("lowrank", True, False, [9], columns, 2)
+        native.axpy(isa, whole, whole, "bfloat16", *rest, index, *more)
+        for start, stop in itertools.pairwise([0, 5, 19_999, 300_000, 300_001, rows * columns]):
+            part = parts[start:stop]
+            native.axpy(isa, part, part, "bfloat16", *rest, index + start, *more)
+        assert oracle.same(parts, whole, "bfloat16")
+        for start in (0, 7655 - 50, 8170 * 3, 64 * columns - 70):
+            want = oracle.axpy(p[start : start + 100], "bfloat16", *rest, index + start, *more)
+            assert oracle.same(whole[start : start + 100], want, "bfloat16")
+
+
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from leanops.optim import MeZO, ZoLog, replay_
 
 WORLD = 2
+LOZO = {"distribution": "lowrank", "period": 2}
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed; another has")
 
 
@@ -138,7 +139,7 @@ def sharded(rank: int) -> None:
 
     mesh = init_device_mesh("cpu", (WORLD,))
     x, y = data(0)
-    for options in ({}, {"momentum": 0.5, "momentum_mode": "store", "weight_decay": 0.1}, {"directions": 2}):
+    for options in ({}, {"momentum": 0.5, "momentum_mode": "store", "weight_decay": 0.1}, {"directions": 2}, LOZO):
         single, model, start = model_of(), model_of(), model_of()
         for layer in model:
             if isinstance(layer, nn.Linear):
@@ -172,13 +173,15 @@ def sharded_replay_and_refusals(rank: int) -> None:
     mesh = init_device_mesh("cpu", (WORLD,))
     plain = nn.Parameter(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)))
     start = plain.detach().clone()
-    opt = MeZO([plain], lr=1e-2)
-    for _ in range(4):
-        opt.step(lambda: (plain**2).sum())
-    for placement in (Shard(0), Replicate()):
-        d = distribute_tensor(start.clone(), mesh, [placement])
-        replay_([d], opt.log)
-        assert torch.equal(d.full_tensor(), plain)
+    for options in ({}, LOZO):
+        plain.data.copy_(start)
+        opt = MeZO([plain], lr=1e-2, **options)
+        for _ in range(4):
+            opt.step(lambda: (plain**2).sum())
+        for placement in (Shard(0), Replicate()):
+            d = distribute_tensor(start.clone(), mesh, [placement])
+            replay_([d], opt.log)
+            assert torch.equal(d.full_tensor(), plain)
     columns = nn.Parameter(distribute_tensor(start, mesh, [Shard(1)]))
     rows = nn.Parameter(distribute_tensor(start, mesh, [Shard(0)]))
     with pytest.raises(ValueError, match=r"Shard\(0\)"):

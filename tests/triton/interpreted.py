@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu import agreement
-from gpu.agreement import DISTRIBUTIONS, DTYPES, OFFSETS
+from gpu.agreement import AXPY_DISTRIBUTIONS, DISTRIBUTIONS, DTYPES, OFFSETS
 
 from leanops.zo import triton
 
@@ -20,7 +20,7 @@ def test_noise_has_the_bits_of_the_reference(dtype, distribution, offset):
     agreement.noise(triton, "cpu", dtype, distribution, offset)
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", AXPY_DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("call", [(1, False, 3), (1, True, 20), (3, False, 5), (3, True, 3)], ids=str)
@@ -28,7 +28,13 @@ def test_axpy_has_the_bits_of_the_reference(dtype, distribution, rounding, call)
     agreement.axpy(triton, "cpu", dtype, distribution, rounding, call)
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("rank", [1, 2, 7])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_low_rank_noise_of_any_rank(dtype, rank):
+    agreement.axpy(triton, "cpu", dtype, "lowrank", "stochastic", (2, True, 7), rank=rank)
+
+
+@pytest.mark.parametrize("distribution", AXPY_DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_axpy_writes_nothing_beyond_its_tensor(dtype, distribution):
     agreement.writes_nothing_else(triton, "cpu", dtype, distribution)

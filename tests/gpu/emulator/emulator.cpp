@@ -143,7 +143,7 @@ inline float fp16_to_float(u32 half) {
 
 }  // namespace leanops
 
-#include "zo/zo.cuh"
+#include "zo/lowrank.cuh"
 
 using namespace leanops;
 using namespace leanops::zo;
@@ -158,6 +158,11 @@ struct Entry {
 template <class T, int DIST, int MODE, bool STOCHASTIC>
 void call_work(void** a) {
   work<T, DIST, MODE, STOCHASTIC>(*(const Call*)a[0]);
+}
+
+template <class T, bool STOCHASTIC>
+void call_low_rank(void** a) {
+  low_rank<T, STOCHASTIC>(*(const Call*)a[0]);
 }
 
 template <class N>
@@ -187,6 +192,8 @@ void add_type(std::vector<Entry>& to, const std::string& type) {
   add_modes<T, 0, SINGLE>(to, type), add_modes<T, 1, SINGLE>(to, type);
   add_modes<T, 0, MANY>(to, type), add_modes<T, 1, MANY>(to, type);
   add_modes<T, 0, PAIR>(to, type), add_modes<T, 1, PAIR>(to, type);
+  to.push_back({"low_rank<" + type + ", false>", call_low_rank<T, false>});
+  if (sizeof(T) == 2) to.push_back({"low_rank<" + type + ", true>", call_low_rank<T, sizeof(T) == 2>});
   to.push_back({"combine<" + type + ">", call_combine<T>});
   to.push_back({"add_bias<" + type + ">", call_add_bias<T>});
 }
