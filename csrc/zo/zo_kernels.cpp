@@ -242,7 +242,7 @@ void axpy_low_rank(void* out, const void* in, DType dtype, int64_t n, const Term
   factors.rank = terms.rank;
   factors.one_right = true;
   for (int64_t k = 1; k < terms.count; ++k) factors.one_right &= terms.right_seeds[k] == terms.right_seeds[0];
-  const uint64_t size = static_cast<uint64_t>(zo::element_size(dtype));
+  const uint64_t size = static_cast<uint64_t>(element_size(dtype));
   const auto run = [&](uint64_t begin, uint64_t end) {
     factors.begin = begin;
     factors.end = end;
