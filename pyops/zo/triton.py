@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leanops._upload import to_device
 from leanops.zo.launch import Pair, dense, dense_pairs
 from leanops.zo.triton_linear import linear
 from leanops.zo.triton_noise import noise, round_to, widen
@@ -122,18 +123,6 @@ def update(
 
 
 _tables: OrderedDict[tuple[Any, ...], tuple[Tensor, int, bool]] = OrderedDict()
-_captured: list[Tensor] = []  # what a CUDA graph reads again at every replay
-
-
-def _to_device(words: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device, without waiting for it."""
-    if device.type != "cuda":
-        return words
-    pinned = words.pin_memory()
-    there = pinned.to(device, non_blocking=True)
-    if torch.cuda.is_current_stream_capturing():
-        _captured.extend((pinned, there))
-    return there
 
 
 def _table(pairs: Sequence[Pair], tile: int, device: torch.device) -> tuple[Tensor, int, bool]:
@@ -152,7 +141,7 @@ def _table(pairs: Sequence[Pair], tile: int, device: torch.device) -> tuple[Tens
         words.append((target, source, offset, numel, first, tensor_id))
         first += (offset + numel - 1) // tile - offset // tile + 1
         aligned = aligned and target % 16 == source % 16 == offset * size % 16 == 0 and offset % 16 == 0
-    value = (_to_device(torch.tensor(words, dtype=torch.int64), device), first, aligned)
+    value = (to_device(torch.tensor(words, dtype=torch.int64), device), first, aligned)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return value  # its contents exist only once the graph has run
     _tables[key] = value
@@ -193,7 +182,7 @@ def _launch(
             if v is None
             else v.contiguous()
             if v.device == like.device
-            else _to_device(v.contiguous(), like.device)
+            else to_device(v.contiguous(), like.device)
             for v in numbers
         ]
         scalars = (0, 0, 0)
@@ -277,5 +266,5 @@ def zo_linear(
             plus_minus = ((x, weight + scale * z), (minus, weight - scale * z))
             y_plus, y_minus = (torch.nn.functional.linear(a, w, bias) for a, w in plus_minus)
             return y_plus, y_minus
-        there = seed if seed.device == x.device else _to_device(seed.contiguous(), x.device)
+        there = seed if seed.device == x.device else to_device(seed.contiguous(), x.device)
         return linear(x, x_minus, weight, bias, there, scale, tensor_id, offset, distribution)
