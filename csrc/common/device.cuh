@@ -20,6 +20,9 @@ struct fp16 {
 struct __align__(16) vec16 {  // one 16-byte memory access
   u32 w[4];
 };
+struct __align__(8) vec8 {
+  u32 w[2];
+};
 
 #define LEANOPS_DEVICE __device__ __forceinline__
 
@@ -27,7 +30,9 @@ LEANOPS_DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
 LEANOPS_DEVICE u32 as_bits(float x) { return __float_as_uint(x); }
 LEANOPS_DEVICE double as_double(u64 bits) { return __longlong_as_double((i64)bits); }
 LEANOPS_DEVICE u64 as_bits(double x) { return (u64)__double_as_longlong(x); }
-LEANOPS_DEVICE u32 high_halves(u32 lo, u32 hi) { return __byte_perm(lo, hi, 0x7632); }
+// Byte k of the result is byte number selector >> 4k & 7 of (a, b), a's first.
+LEANOPS_DEVICE u32 select_bytes(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
+LEANOPS_DEVICE u32 high_halves(u32 lo, u32 hi) { return select_bytes(lo, hi, 0x7632); }
 
 LEANOPS_DEVICE u64 wide_mul(u32 a,
                             u32 b) {  // one instruction, which a 64-bit product by these constants is not
@@ -43,11 +48,17 @@ LEANOPS_DEVICE T* global(u64 address) {
   return (T*)__cvta_global_to_generic(address);
 }
 
-// One 16-byte store. Plain assignment is sometimes split into words.
+// One store. Plain assignment is sometimes split into words.
 LEANOPS_DEVICE void store(vec16* at, const vec16& x) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(x.w[0]), "r"(x.w[1]), "r"(x.w[2]),
                "r"(x.w[3])
                : "memory");
+}
+LEANOPS_DEVICE void store(vec8* at, const vec8& x) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(at), "r"(x.w[0]), "r"(x.w[1]) : "memory");
+}
+LEANOPS_DEVICE void store(u32* at, u32 x) {
+  asm volatile("st.global.u32 [%0], %1;" ::"l"(at), "r"(x) : "memory");
 }
 
 LEANOPS_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
@@ -55,6 +66,19 @@ LEANOPS_DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
 LEANOPS_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 LEANOPS_DEVICE double mul(double a, double b) { return __dmul_rn(a, b); }
 LEANOPS_DEVICE double add(double a, double b) { return __dadd_rn(a, b); }
+LEANOPS_DEVICE float div(float a, float b) { return __fdiv_rn(a, b); }
+LEANOPS_DEVICE float sqrt(float x) { return __fsqrt_rn(x); }
+
+// The smaller one; NaN if either is, where fminf drops it.
+LEANOPS_DEVICE float min_or_nan(float a, float b) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  float x;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+  return x;
+#else
+  return a < b || a != a ? a : b;
+#endif
+}
 
 // Correctly rounded sqrt of t = ±0 or 2^-97 <= t < 2^127: the fast path of sqrt.rn.f32 without its range
 // branch, which costs six instructions. The clamp keeps the reciprocal root of zero finite, so that sqrt(±0)
@@ -65,6 +89,23 @@ LEANOPS_DEVICE float sqrt_bounded(float t) {
   const float s = __fmul_rn(t, r);
   const float h = __fmul_rn(r, 0.5f);
   return __fmaf_rn(__fmaf_rn(-s, s, t), h, s);
+}
+
+// sqrt and div with the instructions that the compiler takes for arguments in range, without the test for
+// each of them: sqrt of 2^-101 <= t < 2^127, and a / b where b, 1 / b and a / b are normal and |a| >= 2^-100,
+// or a is zero (the zero's sign is lost).
+LEANOPS_DEVICE float sqrt_in_range(float t) {
+  float r;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(t));
+  const float s = __fmul_rn(t, r);
+  return __fmaf_rn(__fmaf_rn(-s, s, t), __fmul_rn(r, 0.5f), s);
+}
+LEANOPS_DEVICE float div_in_range(float a, float b) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
+  r = __fmaf_rn(r, __fmaf_rn(-b, r, 1.0f), r);
+  const float q = __fmul_rn(a, r);
+  return __fmaf_rn(r, __fmaf_rn(-b, q, a), q);
 }
 
 // Two floats to two 16-bit floats in one register, ties to even; lo in the low half.

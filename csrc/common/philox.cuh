@@ -6,6 +6,15 @@
 
 namespace leanops {
 
+// What a counter is for: its last word.
+enum Stream : u32 {
+  STREAM_GAUSSIAN = 0,
+  STREAM_RADEMACHER = 1,
+  STREAM_ROUNDING = 2,
+  STREAM_LEFT = 3,
+  STREAM_RIGHT = 4
+};
+
 struct Words {
   u32 x[4];
 };

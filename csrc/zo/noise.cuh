@@ -7,14 +7,6 @@
 namespace leanops {
 namespace zo {
 
-enum Stream : u32 {
-  STREAM_GAUSSIAN = 0,
-  STREAM_RADEMACHER = 1,
-  STREAM_ROUNDING = 2,
-  STREAM_LEFT = 3,
-  STREAM_RIGHT = 4
-};
-
 // (z_even, z_odd) = sqrt(-2 ln u1) (cos, sin)(2 pi u2); u1 = ((a >> 8) + 1) 2^-24, u2 = (b >> 8) 2^-24.
 LEANOPS_DEVICE void box_muller(u32 a, u32 b, float& z_even, float& z_odd) {
   // u1 = 2^e (1 + f), 1 + f in [0.75, 1.5)

@@ -1,20 +1,13 @@
 // Registers the zeroth-order operators for CUDA, over torch's stable ABI. Nothing here waits for the device.
 // Arguments come validated: shapes, dtypes, devices, lengths and overlap were checked before dispatch.
 
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
 
+#include "../common/torch_cuda.h"
 #include "launch_cuda.h"
-
-// Declared by torch's headers only where torch itself was built with CUDA.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace {
 
@@ -23,37 +16,7 @@ using namespace leanops::zo;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Makes a tensor's device current for a scope, and knows its stream.
-struct Device {
-  explicit Device(const Tensor& t) : index(t.get_device_index()), guard(index) {
-    void* current = nullptr;
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index, &current) == 0, "leanops: no CUDA stream");
-    stream = (cudaStream_t)current;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index));
-  }
-  int32_t index;
-  torch::stable::accelerator::DeviceGuard guard;
-  cudaStream_t stream;
-  int processors = 0;
-};
-
 Distribution distribution_of(const std::string& name) { return name == "rademacher" ? RADEMACHER : GAUSSIAN; }
-
-u64 address(const Tensor& t) { return (u64)t.data_ptr(); }
-
-template <class F>
-void for_dtype(ScalarType dtype, F&& f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(float());
-    case ScalarType::Double:
-      return f(double());
-    case ScalarType::BFloat16:
-      return f(bf16());
-    default:
-      return f(fp16());
-  }
-}
 
 // Numbers for a kernel: read in place on the device; from the CPU inline if they fit, else uploaded. Keeps
 // what it points to alive.

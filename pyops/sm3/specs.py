@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leanops._registry import Cost, OpSpec, register
+from leanops._registry import Cost, Loader, OpSpec, register
 from leanops.sm3 import checks, reference
 from leanops.sm3.cases import step_bad, step_cases, step_fuzz, step_large
+
+
+def _loader(module: str) -> Loader:
+    """A Python launcher; its module is imported at the first call."""
+    return lambda: importlib.import_module(f"leanops.sm3.{module}").sm3_step_
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
@@ -47,5 +53,6 @@ register(
         dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
         exact=True,
         large=step_large,
+        backends={"nvrtc": _loader("nvrtc")},
     )
 )

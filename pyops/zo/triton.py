@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leanops._upload import to_device
 from leanops.zo.launch import Pair, dense, dense_pairs
 from leanops.zo.triton_linear import linear
 from leanops.zo.triton_lowrank import low_rank_update
@@ -109,18 +110,6 @@ def update(
 
 
 _tables: OrderedDict[tuple[Any, ...], tuple[Tensor, int, bool]] = OrderedDict()
-_captured: list[Tensor] = []  # what a CUDA graph reads again at every replay
-
-
-def _to_device(words: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device, without waiting for it."""
-    if device.type != "cuda":
-        return words
-    pinned = words.pin_memory()
-    there = pinned.to(device, non_blocking=True)
-    if torch.cuda.is_current_stream_capturing():
-        _captured.extend((pinned, there))
-    return there
 
 
 def _tiles(tile: int | tuple[int, int], offset: int, numel: int, columns: int) -> int:
@@ -148,7 +137,7 @@ def _table(pairs: Sequence[Pair], tile: int | tuple[int, int], device: torch.dev
         words.append((target, source, offset, numel, first, tensor_id, columns))
         first += _tiles(tile, offset, numel, columns)
         aligned = aligned and target % 16 == source % 16 == offset * size % 16 == 0 and offset % 16 == 0
-    value = (_to_device(torch.tensor(words, dtype=torch.int64), device), first, aligned)
+    value = (to_device(torch.tensor(words, dtype=torch.int64), device), first, aligned)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return value  # its contents exist only once the graph has run
     _tables[key] = value
@@ -159,7 +148,7 @@ def _table(pairs: Sequence[Pair], tile: int | tuple[int, int], device: torch.dev
 
 def _there(values: Tensor, device: torch.device) -> Tensor:
     dense = values.contiguous()
-    return dense if dense.device == device else _to_device(dense, device)
+    return dense if dense.device == device else to_device(dense, device)
 
 
 def _bits(value: float) -> int:
@@ -305,5 +294,5 @@ def zo_linear(
             plus_minus = ((x, weight + scale * z), (minus, weight - scale * z))
             y_plus, y_minus = (torch.nn.functional.linear(a, w, bias) for a, w in plus_minus)
             return y_plus, y_minus
-        there = seed if seed.device == x.device else _to_device(seed.contiguous(), x.device)
+        there = _there(seed, x.device)
         return linear(x, x_minus, weight, bias, there, scale, tensor_id, offset, distribution)

@@ -1,0 +1,187 @@
+// The elements that a thread takes of a row: where they are, and how they travel to and from registers.
+#ifndef LEANOPS_SM3_LANE_CUH
+#define LEANOPS_SM3_LANE_CUH
+
+#include "../common/number.cuh"
+#include "../common/philox.cuh"
+#include "call.cuh"
+
+namespace leanops {
+namespace sm3 {
+
+// The storage of a momentum, by its kind.
+template <int M>
+struct Stored {
+  typedef float Type;
+};
+template <>
+struct Stored<BFLOAT16> {
+  typedef bf16 Type;
+};
+template <>
+struct Stored<INT8> {
+  typedef u8 Type;
+};
+
+// LANE elements of a type in their memory's format.
+template <class S>
+struct Raw {
+  u32 w[LANE * sizeof(S) / 4];
+};
+
+template <class S>
+LEANOPS_DEVICE void put(u32* w, int e, S x) {
+  if constexpr (sizeof(S) == 8) {
+    w[2 * e] = (u32)as_bits(x);
+    w[2 * e + 1] = (u32)(as_bits(x) >> 32);
+  } else if constexpr (sizeof(S) == 4) {
+    w[e] = as_bits(x);
+  } else if constexpr (sizeof(S) == 2) {
+    w[e / 2] |= (u32)x.bits << e % 2 * 16;
+  } else {
+    w[e / 4] |= (u32)x << e % 4 * 8;
+  }
+}
+LEANOPS_DEVICE float get(const u32* w, int e, const float*) { return as_float(w[e]); }
+LEANOPS_DEVICE double get(const u32* w, int e, const double*) {
+  return as_double((u64)w[2 * e + 1] << 32 | w[2 * e]);
+}
+LEANOPS_DEVICE bf16 get(const u32* w, int e, const bf16*) { return bf16{(u16)(w[e / 2] >> e % 2 * 16)}; }
+LEANOPS_DEVICE fp16 get(const u32* w, int e, const fp16*) { return fp16{(u16)(w[e / 2] >> e % 2 * 16)}; }
+LEANOPS_DEVICE u8 get(const u32* w, int e, const u8*) { return (u8)(w[e / 4] >> e % 4 * 8); }
+
+// V elements at once, in the widest accesses that they fill.
+template <class S, int V>
+LEANOPS_DEVICE void load_chunk(const S* at, u32* w) {
+  const int bytes = V * (int)sizeof(S);
+  if constexpr (bytes >= 16) {
+#pragma unroll
+    for (int i = 0; i < bytes / 16; ++i) {
+      const vec16 x = ((const vec16*)at)[i];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) w[4 * i + k] = x.w[k];
+    }
+  } else if constexpr (bytes == 8) {
+    const vec8 x = *(const vec8*)at;
+    w[0] = x.w[0];
+    w[1] = x.w[1];
+  } else {
+    w[0] = *(const u32*)at;
+  }
+}
+template <class S, int V>
+LEANOPS_DEVICE void store_chunk(S* at, const u32* w) {
+  const int bytes = V * (int)sizeof(S);
+  if constexpr (bytes >= 16) {
+#pragma unroll
+    for (int i = 0; i < bytes / 16; ++i)
+      store((vec16*)at + i, vec16{{w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]}});
+  } else if constexpr (bytes == 8) {
+    store((vec8*)at, vec8{{w[0], w[1]}});
+  } else {
+    store((u32*)at, w[0]);
+  }
+}
+
+// A thread's LANE elements of a row are chunks of V (16 bytes of the parameter; of fp64 32), which lie as far
+// apart as all threads of the warp along that row reach: neighbours access neighbouring memory.
+template <class T>
+struct Lane {
+  static const int V = Element<T>::CHUNK, J = LANE / V;
+  i64 at;       // index of the first element of chunk 0
+  int stride;   // elements from one chunk to the next
+  int left;     // elements of the tensor from `at` to the end of its row; none if not positive
+  bool vector;  // whole chunks may be accessed at once
+
+  // WHOLE: all elements are there, and `vector`.
+  template <bool WHOLE, class S>
+  LEANOPS_DEVICE void load(u64 address, Raw<S>& x) const {
+    const S* from = global<const S>(address) + at;
+    const int words = V * (int)sizeof(S) / 4;
+#pragma unroll
+    for (int j = 0; j < J; ++j) {
+      if (WHOLE || (vector && left - j * stride >= V)) {
+        load_chunk<S, V>(from + j * stride, x.w + j * words);
+      } else {
+#pragma unroll
+        for (int k = 0; k < words; ++k) x.w[j * words + k] = 0;
+#pragma unroll
+        for (int e = 0; e < V; ++e)
+          if (j * stride + e < left) put(x.w, j * V + e, from[j * stride + e]);
+      }
+    }
+  }
+  template <bool WHOLE, class S>
+  LEANOPS_DEVICE void store(u64 address, const Raw<S>& x) const {
+    S* to = global<S>(address) + at;
+    const int words = V * (int)sizeof(S) / 4;
+#pragma unroll
+    for (int j = 0; j < J; ++j) {
+      if (WHOLE || (vector && left - j * stride >= V)) {
+        store_chunk<S, V>(to + j * stride, x.w + j * words);
+      } else {
+#pragma unroll
+        for (int e = 0; e < V; ++e)
+          if (j * stride + e < left) to[j * stride + e] = get(x.w, j * V + e, (const S*)0);
+      }
+    }
+  }
+};
+
+// The 8 random halves of the logical elements from `index` on; they come from one Philox block or from two.
+LEANOPS_DEVICE Words rounding_halves(u64 seed, u64 index, u32 id) {
+  Words x = philox(seed, index / 8, id, STREAM_ROUNDING);
+  const int skip = (int)(index % 8);
+  if (skip != 0) {
+    const Words next = philox(seed, index / 8 + 1, id, STREAM_ROUNDING);
+    u32 w[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) w[i] = i < 4 ? x.x[i] : next.x[i - 4];
+#pragma unroll
+    for (int i = 0; i < 6; ++i) w[i] = skip & 4 ? w[i + 2] : w[i];
+#pragma unroll
+    for (int i = 0; i < 5; ++i) w[i] = skip & 2 ? w[i + 1] : w[i];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x.x[i] = skip & 1 ? w[i] >> 16 | w[i + 1] << 16 : w[i];
+  }
+  return x;
+}
+
+// w' of LANE elements in T's format, rounded once.
+template <class T, bool STOCHASTIC>
+LEANOPS_DEVICE void round_lane(const typename Element<T>::Work* w, u64 seed, u64 index, u32 id, Raw<T>& x) {
+  const int V = Element<T>::CHUNK, N = V * (int)sizeof(T) / 16;
+  Words random = {{0, 0, 0, 0}};
+  if (STOCHASTIC) random = rounding_halves(seed, index, id);
+#pragma unroll
+  for (int j = 0; j < LANE / V; ++j) {
+    vec16 words[N];
+    pack<STOCHASTIC>(w + j * V, random.x, words, (const T*)0);
+#pragma unroll
+    for (int i = 0; i < 4 * N; ++i) x.w[j * 4 * N + i] = words[i / 4].w[i % 4];
+  }
+}
+
+// Codes in [-127, 127]. 0x4b000000 | b is the float 2^23 + b, and b = code ^ 0x80 = code + 128.
+LEANOPS_DEVICE void from_codes(const Raw<u8>& codes, float scale, float* m) {
+#pragma unroll
+  for (int e = 0; e < LANE; ++e) {
+    const u32 biased = select_bytes(codes.w[e / 4] ^ 0x80808080u, 0x4b000000u, 0x7650u + e % 4);
+    m[e] = mul(add(as_float(biased), -8388736.0f), scale);
+  }
+}
+// rint(m inverse): adding 1.5 2^23 rounds to an integer, ties to even, and leaves it in the low byte.
+LEANOPS_DEVICE void to_codes(const float* m, float inverse, Raw<u8>& codes) {
+#pragma unroll
+  for (int i = 0; i < LANE / 4; ++i) {
+    u32 x[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[e] = as_bits(add(mul(m[4 * i + e], inverse), 12582912.0f));
+    codes.w[i] = select_bytes(select_bytes(x[0], x[1], 0x0040), select_bytes(x[2], x[3], 0x0040), 0x5410);
+  }
+}
+
+}  // namespace sm3
+}  // namespace leanops
+
+#endif
