@@ -135,9 +135,8 @@ def _axpy_probes(into: bool) -> Callable[[Args], list[Probe]]:
             for a, b in _pieces(flat.numel(), size)[: 3 if size == _PIECE else 1]:
                 b = min(b, a + size) if size != _PIECE else b
                 piece = flat[a:b].clone()
-                rest = (distribution, rounding, sequential)
-                if distribution == "lowrank":
-                    rest += (right[0], [right[1][j]], right[2])
+                mine = (right[0], [right[1][j]], right[2]) if distribution == "lowrank" else ()
+                rest = (distribution, rounding, sequential, *mine)
                 numbers = (seeds, coeffs, decays, [ids[j]], [offsets[j] + a], *rest)
                 reference = ([torch.full_like(piece, torch.nan)], [piece], *numbers) if into else ([piece], *numbers)
                 found.append(Probe(reference, lambda _, r=result, a=a, b=b: [r[a:b]]))  # type: ignore[misc]

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(32 * WARPS, RESIDENT<T, MODE, STOCHASTIC>)
 }
 
 template <class T, bool STOCHASTIC>
-__global__ void __launch_bounds__(32 * WARPS, sizeof(T) == 8 ? 4 : 5)
+__global__ void __launch_bounds__(32 * WARPS, LOW_RANK_RESIDENT<STOCHASTIC>)
     low_rank_kernel(const __grid_constant__ Call call) {
   low_rank<T, STOCHASTIC>(call);
 }

@@ -54,8 +54,8 @@ def work(dtype: torch.dtype, distribution: str, mode: int, stochastic: bool) -> 
 
 def low_rank(dtype: torch.dtype, stochastic: bool) -> _nvrtc.Kernel:
     """The kernel that serves matrices of low-rank noise."""
-    body = f"low_rank<{_TYPE[dtype]}, {'true' if stochastic and dtype.itemsize == 2 else 'false'}>"
-    resident = "4" if dtype.itemsize == 8 else "5"
+    random = "true" if stochastic and dtype.itemsize == 2 else "false"
+    body, resident = f"low_rank<{_TYPE[dtype]}, {random}>", f"LOW_RANK_RESIDENT<{random}>"
     parameters = ("const __grid_constant__ Call",)
     return _nvrtc.Kernel("zo/lowrank.cuh", "leanops::zo", body, parameters, 32 * _WARPS, resident)
 
