@@ -153,7 +153,8 @@ def _convergence(options: argparse.Namespace) -> int:
     if options.threads and not options.threads.isdigit():
         raise CommandError(f"leanops bench: --threads must be one number for convergence, got {options.threads}")
     given = {name: getattr(options, name) for name in ("tokens", "seed") if getattr(options, name) is not None}
-    given |= {"threads": int(options.threads or fingerprint.cores()), "device": options.device}
+    threads = 1 if options.quick else fingerprint.cores()  # a small model gains nothing from a second
+    given |= {"threads": int(options.threads or threads), "device": options.device}
     settings = convergence.Settings.quick(**given) if options.quick else convergence.Settings(**given)
     settings.check()
     only = options.only or ""

@@ -48,10 +48,10 @@ class Settings:
     heads: int = 6
     context: int = 256
     batch: int = 4
-    warmup: float = 0.05  # of the steps, linear
+    warmup: float = 0.1  # of the steps, linear
     floor: float = 0.1  # of the peak rate, where the cosine ends
     clip: float = 1.0  # global norm of the gradients
-    rounds: tuple[tuple[int, int], ...] = ((8, 4), (4, 2))  # (a run's part, rates that take part), round by round
+    rounds: tuple[tuple[int, int], ...] = ((8, 5), (4, 2))  # (a run's part, rates that take part), round by round
     draws: int = 15  # of blocks or matrices in a run, for the methods that select
     points: int = 20  # of the validation curve
     curve_windows: int = 24
@@ -252,10 +252,12 @@ def run(
 def collect(folder: Path, wanted: dict[str, Any], argv: Sequence[str] = ()) -> dict[str, Any]:
     """The results of all methods that are done in the folder."""
     rows = [result(folder / m.key, m) for m in METHODS if (folder / m.key / "train.json").exists()]
-    base = next((row for row in rows if row["key"] == BASELINE and not row["diverged"]), None)
+    good = {row["key"]: row for row in rows if not row["diverged"]}
     settings = Settings.load(folder)
     for row in rows:
-        row["against"] = None if base is None or row is base or row["diverged"] else against(row, base)
+        for name, key in (("against", BASELINE), ("against_adafactor", "adafactor")):
+            comparable = key in good and row["key"] in good and row["key"] not in (BASELINE, key)
+            row[name] = against(row, good[key]) if comparable else None
     usual = [row["forward_backward_s"] for row in rows if row["all_train"] and row["forward_backward_s"]]
     serving = {spec.name: info.serving(spec, torch.device(settings.device).type) for spec in _registry.specs()}
     return {

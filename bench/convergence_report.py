@@ -1,4 +1,4 @@
-"""The convergence benchmark's results as a table, as Markdown, and in words: where SM3 loses, and where it wins."""
+"""The convergence benchmark's results as a table, as Markdown, and in words: where SM3 loses and where it wins."""
 
 from __future__ import annotations
 
@@ -26,14 +26,17 @@ COLUMNS = (
 CLOSE = 0.02  # times, and shares of memory, that differ by less are called the same
 
 
-def loss_difference(row: Row) -> str:
+def _meaning(low: float, high: float, same: float = 0.0) -> str:
+    """Of a difference where more is worse, by its interval; within ``same`` of 0 it says nothing."""
+    return "worse" if low > same else "better" if high < -same else "not told apart"
+
+
+def loss_difference(versus: dict[str, Any] | None) -> str:
     """Signed, with its interval and what the sign means."""
-    versus = row["against"]
     if versus is None:
         return ""
     low, high = versus["test_bits_low"], versus["test_bits_high"]
-    meaning = "worse" if low > 0 else "better" if high < 0 else "not told apart"
-    return f"{versus['test_bits']:+.3f} [{low:+.3f}, {high:+.3f}] {meaning}"
+    return f"{versus['test_bits']:+.3f} [{low:+.3f}, {high:+.3f}] {_meaning(low, high)}"
 
 
 def cells(row: Row) -> list[str]:
@@ -41,7 +44,7 @@ def cells(row: Row) -> list[str]:
     if row["diverged"]:
         loss = [f"diverged at step {row['diverged']}", "", ""]
     else:
-        loss = [f"{row['test_bits']:.3f}", loss_difference(row), f"{row['train_bits']:.3f}"]
+        loss = [f"{row['test_bits']:.3f}", loss_difference(row["against"]), f"{row['train_bits']:.3f}"]
     return [
         row["label"],
         rate,
@@ -86,26 +89,26 @@ def facts(results: Results) -> list[str]:
 
 
 def verdict(row: Row, results: Results) -> str:
-    """One sentence: in what the method is worse than the baseline, in what better, in what the same."""
+    """In what the method is worse than the baseline, in what better, and in what the run cannot tell."""
     versus = row["against"]
     if row["diverged"]:
         return f"{row['label']} diverged at step {row['diverged']}: it loses to AdamW."
-    lists: dict[str, list[str]] = {"worse": [], "better": [], "the same": []}
-    low, high = versus["test_bits_low"], versus["test_bits_high"]
-    kind = "worse" if low > 0 else "better" if high < 0 else "the same"
-    lists[kind].append(f"held-out loss ({versus['test_bits']:+.3f} bits/byte)")
-    low, high = versus["tokens_per_s_low"], versus["tokens_per_s_high"]
+    lists: dict[str, list[str]] = {"worse": [], "better": [], "not told apart": []}
+    meaning = _meaning(versus["test_bits_low"], versus["test_bits_high"])
+    lists[meaning].append(f"held-out loss ({versus['test_bits']:+.3f} bits/byte)")
     noise = max(CLOSE, results["drift"] or 0.0)
-    kind = "worse" if high < 1 - noise else "better" if low > 1 + noise else "the same"
-    lists[kind].append(f"tokens/s ({100 * (versus['tokens_per_s'] - 1):+.1f}%)")
+    meaning = _meaning(1 - versus["tokens_per_s_high"], 1 - versus["tokens_per_s_low"], noise)
+    lists[meaning].append(f"tokens/s ({100 * (versus['tokens_per_s'] - 1):+.1f}%)")
     if versus["peak_bytes"] is not None:
         share = versus["peak_bytes"] / max(row["peak_bytes"] - versus["peak_bytes"], 1)
-        kind = "worse" if share > CLOSE else "better" if share < -CLOSE else "the same"
-        lists[kind].append(f"peak memory ({versus['peak_bytes'] / 2**20:+.0f} MiB)")
-    kind = "worse" if versus["state_bytes"] > 0 else "better"
-    lists[kind].append(f"optimizer bytes ({100 * versus['state_ratio']:.2g}% of AdamW's)")
-    told = [f"{kind} in {' and '.join(items)}" for kind, items in lists.items() if items]
-    return f"{row['label']} is {'; '.join(told)}."
+        lists[_meaning(share, share, CLOSE)].append(f"peak memory ({versus['peak_bytes'] / 2**20:+.0f} MiB)")
+    meaning = _meaning(versus["state_bytes"], versus["state_bytes"])
+    lists[meaning].append(f"optimizer bytes ({100 * versus['state_ratio']:.3g}% of AdamW's)")
+    told = [f"{meaning} in {', '.join(items)}" for meaning, items in lists.items() if items]
+    text = f"{row['label']}, beside AdamW: {'; '.join(told)}."
+    if row["against_adafactor"] is not None:
+        text += f" Held-out loss beside Adafactor's: {loss_difference(row['against_adafactor'])}."
+    return text
 
 
 def verdicts(results: Results) -> list[str]:

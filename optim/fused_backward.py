@@ -259,6 +259,8 @@ def fuse_into_backward(optimizer_class: type[Optimizer], model_or_params: Any, *
     accumulation; also reentrant checkpointing of a parameter that is used in two segments), and everything that reads
     gradients after the backward pass (clipping by norm or value, GradScaler's unscaling), for they are gone. The
     parameters whose gradient came first have moved by then: a backward pass that fails leaves a step half done.
+    Hugging Face's Trainer measures the norm of the gradients even where it does not clip (5.23 with
+    ``max_grad_norm=0``); a subclass whose ``_get_grad_norm`` returns None does not.
 
     Raises:
         ValueError: a DistributedDataParallel module, parameters that have a gradient, an optimizer whose ``step`` needs

@@ -74,7 +74,7 @@ class HalfFineTuning(Rounds):
     ) -> None:
         super().__init__(model, optimizer, period, seed)
         module, params = self._freezer.model, self._freezer.params
-        self._always = find_params("HalfFineTuning", "always", module, params.keys(), always) if always else set()
+        self._always = find_params("HalfFineTuning", "always", module, params.keys(), always)
         patterns = {}
         for name, text in (CATEGORIES if categories is None else categories).items():
             try:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from leanops.optim.mezo import MeZO
+from leanops.optim.selection import holder
 from leanops.optim.sm3 import SM3
 
 # what a fresh entry holds; of torch's optimizers and SM3. A string names the option of the group that it starts from.
@@ -82,14 +83,15 @@ def reset_momentum_(optimizer: Any, *, covers: bool = False) -> None:
         )
     for group in optimizer.param_groups:
         for p in group["params"]:
-            state = optimizer.state.get(p)
+            own = holder(optimizer, p)
+            state = own.state.get(p)
             if not state:
                 continue
             if not all(key in _START or _is_cover(key) for key in state):
-                del optimizer.state[p]
+                del own.state[p]
                 continue
             for key, value in state.items():
-                if value is None or (_is_cover(key) and not covers) or (key == "step" and isinstance(optimizer, SM3)):
+                if value is None or (_is_cover(key) and not covers) or (key == "step" and isinstance(own, SM3)):
                     continue
                 start = _START.get(key, 0)
                 start = float(group[start]) if isinstance(start, str) else start

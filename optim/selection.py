@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from leanops.optim import seeds
+from leanops.optim.fused_backward import FusedBackward
 from leanops.optim.mezo import MeZO
 from leanops.optim.sm3 import SM3
 
@@ -106,7 +107,7 @@ def _pattern(op: str, name: str, text: str) -> re.Pattern[str]:
         raise ValueError(f"{op}: {name} must be a name or a regular expression, got {text!r} ({error})") from error
 
 
-Named = str | Sequence[nn.Module | Tensor | str]
+Named = str | nn.Module | Tensor | Sequence[nn.Module | Tensor | str]
 
 
 def find_params(op: str, argument: str, model: nn.Module, names: Collection[str], which: Named) -> set[str]:
@@ -119,7 +120,7 @@ def find_params(op: str, argument: str, model: nn.Module, names: Collection[str]
         return found
     by_id = {id(p): n for n, p in model.named_parameters() if n in names}
     found = set()
-    for item in which:
+    for item in [which] if isinstance(which, nn.Module | Tensor) else which:
         if isinstance(item, str):
             found |= find_params(op, argument, model, names, item)
             continue
@@ -135,6 +136,11 @@ def find_params(op: str, argument: str, model: nn.Module, names: Collection[str]
 
 
 # --- freezing -------------------------------------------------------------------------------------------------------
+
+
+def holder(optimizer: Optimizer, p: Tensor) -> Optimizer:
+    """Who holds a parameter's state: an optimizer of its own where the backward pass takes the steps."""
+    return optimizer._own[p] if isinstance(optimizer, FusedBackward) else optimizer
 
 
 class Freezer:
@@ -156,8 +162,8 @@ class Freezer:
         self.params: dict[str, Tensor] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         if not self.params:
             raise ValueError(f"{op}: model must have parameters that require grad, got none")
-        self.groups = {id(p): group for group in inner.param_groups for p in group["params"]}
-        absent = [n for n, p in self.params.items() if id(p) not in self.groups]
+        held = {id(p) for group in inner.param_groups for p in group["params"]}
+        absent = [n for n, p in self.params.items() if id(p) not in held]
         if absent:
             raise ValueError(
                 f"{op}: optimizer must hold every parameter of the model that requires grad, got one without "
@@ -168,7 +174,8 @@ class Freezer:
     def fresh(self, p: Tensor) -> dict[str, Any]:
         """What the optimizer makes of a parameter when it is built: mostly nothing (Adagrad does not wait)."""
         try:
-            made = type(self.optimizer)([p], **self.optimizer.defaults)
+            kind = holder(self.optimizer, next(iter(self.params.values())))
+            made = type(kind)([p], **kind.defaults)
         except Exception:  # a class whose arguments are not its defaults, as torch's are: taken to wait
             return {}
         return dict(made.state.get(p, {}))
@@ -185,16 +192,17 @@ class Freezer:
                 p.requires_grad_(train)
             if not train:
                 p.grad = None
-            elif self._eager and p not in self.optimizer.state:
-                self.optimizer.state[p] = self.fresh(p)
+            elif self._eager and p not in (state := holder(self.optimizer, p).state):
+                state[p] = self.fresh(p)
 
     def free(self) -> None:
         """Drop the optimizer's state of all that is frozen."""
         for p in self.params.values():
             if not p.requires_grad:
-                self.optimizer.state.pop(p, None)
-        if isinstance(self.optimizer, SM3):
-            self.optimizer._plan = None  # which would hold those entries until the next step
+                optimizer = holder(self.optimizer, p)
+                optimizer.state.pop(p, None)
+                if isinstance(optimizer, SM3):
+                    optimizer._plan = None  # which would hold those entries until the next step
 
 
 class Rounds:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from leanops.optim.backward_flops import BackwardFlops, count, gradients, measure, undisturbed
+from leanops.optim.fused_backward import FusedBackward
 from leanops.optim.prefix_knapsack import prefix_knapsack
 from leanops.optim.selection import Freezer
 
@@ -101,6 +102,11 @@ class TensorSelector:
         if isinstance(rho, bool) or not isinstance(rho, int | float) or not 0 < rho <= 1:
             raise ValueError(f"TensorSelector: rho must be in (0, 1], got {rho!r}")
         self._freezer = Freezer("TensorSelector", model, optimizer)
+        if isinstance(self._freezer.optimizer, FusedBackward):
+            raise ValueError(
+                "TensorSelector: optimizer must not step inside of the backward pass, as fuse_into_backward's does: "
+                "measuring takes backward passes that move nothing"
+            )
         self.rho = float(rho)
         self.flops: BackwardFlops | None = None
         self.selection: TensorSelection | None = None
@@ -127,11 +133,12 @@ class TensorSelector:
     def importance(self, closure: Loss) -> dict[str, float]:
         """I of every tensor, on the batch of ``closure() -> loss``; 0 for tensors that get no gradient."""
         params = self._freezer.params
+        groups = {id(p): group for group in self._freezer.optimizer.param_groups for p in group["params"]}
         found: dict[str, Tensor] = {}
 
         def see(name: str, p: Tensor) -> None:
             assert p.grad is not None
-            found[name] = -(p.grad * self._trial(p, p.grad)).sum().double()
+            found[name] = -(p.grad * self._trial(p, p.grad, groups[id(p)])).sum().double()
 
         with undisturbed(self._freezer.model, params):
             for p in params.values():
@@ -146,9 +153,9 @@ class TensorSelector:
             return count(closure, params)
 
     @torch.no_grad()
-    def _trial(self, p: Tensor, grad: Tensor) -> Tensor:
+    def _trial(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
         """What the optimizer's next step would add to a parameter, on copies of it and of its state."""
-        optimizer, group = self._freezer.optimizer, self._freezer.groups[id(p)]
+        optimizer = self._freezer.optimizer
         moved = torch.nn.Parameter(p.detach().clone())
         moved.grad = grad
         state = optimizer.state[p] if p in optimizer.state else self._freezer.fresh(p)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from leanops.optim import SM3
+from leanops.optim import SM3, fuse_into_backward
 
 WIDTH, HIDDEN, VOCAB, LAYERS = 8, 12, 11, 5
 TOKENS = 3 * 4
@@ -69,6 +69,7 @@ OPTIMIZERS: dict[str, tuple[Callable[[Iterable[Any]], Optimizer], Callable[[Tens
     "Adagrad": (lambda p: torch.optim.Adagrad(p, lr=1e-2), lambda p: 4 * p.numel() + 4),
     "NAdam": (lambda p: torch.optim.NAdam(p, lr=1e-2), lambda p: 8 * p.numel() + 8),
     "RMSprop": (lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9), lambda p: 8 * p.numel() + 4),
+    "AdamW-in-backward": (lambda p: fuse_into_backward(torch.optim.AdamW, p, lr=1e-2), lambda p: 8 * p.numel() + 4),
     "SM3": (lambda p: SM3(p, lr=1e-2), lambda p: 4 * (p.numel() + sum(p.shape) + 1)),
 }
 

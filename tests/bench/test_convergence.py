@@ -160,9 +160,9 @@ def test_the_rate_warms_up_linearly_and_falls_to_a_tenth(text):
     rates = []
     for training.step in range(40):
         rates.append(training.rate())
-    assert rates[:3] == [1.0, 2.0, 2.0]
-    assert rates[2:] == sorted(rates[2:], reverse=True)
-    assert rates[21] == pytest.approx(0.55 * 2.0, rel=1e-3)
+    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[22] == pytest.approx(0.55 * 2.0, rel=1e-3)
     assert 0.2 < rates[-1] < 0.21
 
 
@@ -364,7 +364,7 @@ def test_one_command_gives_table_json_picture_and_page(tmp_path, monkeypatch, ca
     assert results["schema"] == convergence.SCHEMA
     assert results["proves_nothing"]
     assert "PROVES NOTHING" in error
-    assert "[1/30]" in error
+    assert "[1/32]" in error
     assert [row["key"] for row in results["rows"]] == ["adamw", "sm3-none"]
     adamw, none = results["rows"]
     assert adamw["state_bytes"] > 8 * adamw["parameters"]
@@ -372,7 +372,7 @@ def test_one_command_gives_table_json_picture_and_page(tmp_path, monkeypatch, ca
     for row in results["rows"]:
         assert len(row["losses"]) == len(row["seconds"]) == results["steps"] == 8
         assert row["test_bits"] == pytest.approx(sum(row["test_windows"]) / len(row["test_windows"]))
-        assert len(row["tuning"]) == 6
+        assert len(row["tuning"]) == 7
         assert row["lr"] in row["rates"]
         assert row["peak_bytes"] is None or row["peak_bytes"] > 4 * row["parameters"]
     assert none["against"]["test_bits"] == pytest.approx(none["test_bits"] - adamw["test_bits"])
@@ -402,6 +402,7 @@ def row(label="SM3", loss=3.0, peak=100 << 20, state=100, step=0.1, windows=16):
 
 def beside(own, base):
     own["against"] = convergence.against(own, base)
+    own["against_adafactor"] = None
     return own
 
 
@@ -409,16 +410,20 @@ def test_losing_is_said_plainly_and_with_its_sign():
     base = row("AdamW")
     worse = beside(row(loss=3.05, peak=120 << 20, state=200, step=0.2), base)
     told = convergence_report.verdict(worse, {"drift": 0.0})
-    assert told.startswith("SM3 is worse in held-out loss (+0.050 bits/byte) and tokens/s (-50.0%)")
-    assert "peak memory (+20 MiB)" in told
+    lost = "held-out loss (+0.050 bits/byte), tokens/s (-50.0%), peak memory (+20 MiB), optimizer bytes (200% of"
+    assert told.startswith(f"SM3, beside AdamW: worse in {lost}")
     assert "better" not in told
-    assert "+0.050" in convergence_report.loss_difference(worse)
-    assert convergence_report.loss_difference(worse).endswith("worse")
+    assert "told apart" not in told
+    assert convergence_report.loss_difference(worse["against"]).startswith("+0.050 [")
+    assert convergence_report.loss_difference(worse["against"]).endswith("worse")
     better = beside(row(loss=2.95, peak=80 << 20, state=50, step=0.05), base)
     told = convergence_report.verdict(better, {"drift": 0.0})
     assert "worse" not in told
-    assert "better in held-out loss (-0.050 bits/byte) and tokens/s (+100.0%) and peak memory (-20 MiB)" in told
+    assert "better in held-out loss (-0.050 bits/byte), tokens/s (+100.0%), peak memory (-20 MiB)" in told
     assert "50% of AdamW's" in told
+    better["against_adafactor"] = convergence.against(better, row("Adafactor", loss=2.9))
+    told = convergence_report.verdict(better, {"drift": 0.0})
+    assert "beside Adafactor's: +0.050 [+0.050, +0.050] worse." in told
 
 
 def test_what_is_within_the_noise_is_called_the_same():
@@ -426,12 +431,13 @@ def test_what_is_within_the_noise_is_called_the_same():
     own = beside(row(state=50, step=0.104), base)
     own["against"] |= {"test_bits": 0.001, "test_bits_low": -0.01, "test_bits_high": 0.01}
     told = convergence_report.verdict(own, {"drift": 0.06})
-    assert "the same in held-out loss (+0.001 bits/byte) and tokens/s (-3.8%) and peak memory (+0 MiB)" in told
-    assert convergence_report.loss_difference(own).endswith("not told apart")
+    assert "not told apart in held-out loss (+0.001 bits/byte), tokens/s (-3.8%), peak memory (+0 MiB)." in told
+    assert "better in optimizer bytes (50%" in told
+    assert convergence_report.loss_difference(own["against"]).endswith("not told apart")
 
 
 def test_a_diverged_method_loses():
-    lost = row() | {"diverged": 7, "against": None, "test_bits": None}
+    lost = row() | {"diverged": 7, "against": None, "against_adafactor": None}
     assert "diverged at step 7: it loses" in convergence_report.verdict(lost, {"drift": 0.0})
 
 
@@ -458,6 +464,6 @@ def test_labels_stay_apart_and_ticks_are_round():
 
 def test_every_method_has_a_colour_and_as_many_rates():
     assert set(convergence_plot._COLOURS) == set(BY_KEY)
-    assert {len(m.rates) for m in METHODS} == {4}
+    assert {len(m.rates) for m in METHODS} == {5}
     assert len({m.label for m in METHODS}) == len(METHODS)
     assert Path(convergence.__file__).name == "convergence.py"

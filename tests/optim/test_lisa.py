@@ -289,6 +289,11 @@ def test_what_always_trains_can_be_chosen() -> None:
     model = net()
     lisa = LISA(model, torch.optim.SGD(model.parameters()), always=[model.head, model.final.bias, "layers.0.norm"])
     assert lisa.always == ["final.bias", "head.weight", "layers.0.norm.bias", "layers.0.norm.weight"]
+    for one in (model.head, model.head.weight):
+        assert LISA(model, torch.optim.SGD(model.parameters()), always=one).always == ["head.weight"]
+        for p in model.parameters():
+            p.requires_grad_(True)
+    assert LISA(model, torch.optim.SGD(model.parameters()), always=()).always == []
 
 
 def test_a_weight_tied_to_a_block_trains_when_either_does() -> None:

@@ -12,7 +12,7 @@ from selecting import assert_same, loss_of, net
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from leanops.optim import SM3, MeZO, reset_momentum_
+from leanops.optim import SM3, MeZO, fuse_into_backward, reset_momentum_
 
 F64 = torch.float64
 Make = Callable[[Iterable[Any]], Optimizer]
@@ -32,6 +32,7 @@ OPTIMIZERS: dict[str, Make] = {
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.1, momentum=0.9, centered=True),
     "Rprop": lambda p: torch.optim.Rprop(p, lr=0.1),
     "ASGD": lambda p: torch.optim.ASGD(p, lr=0.1, t0=2),
+    "AdamW-in-backward": lambda p: fuse_into_backward(torch.optim.AdamW, p, lr=0.1),
     "SM3": lambda p: SM3(p, lr=0.1),
     "SM3-int8": lambda p: SM3(p, lr=0.1, momentum_dtype=torch.int8),
 }

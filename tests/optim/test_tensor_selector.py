@@ -31,6 +31,8 @@ from leanops.optim.backward_flops import measure
 
 Case = tuple[np.ndarray, np.ndarray, np.ndarray, int]
 
+MEASURABLE = [name for name in OPTIMIZERS if not name.endswith("in-backward")]  # see test_steps_inside_of_the_backward
+
 # --- the knapsack ---------------------------------------------------------------------------------------------------
 
 
@@ -383,7 +385,7 @@ def test_importance_of_plain_descent_is_the_squared_gradient() -> None:
         assert found[name] == pytest.approx(0.3 * float((p.grad**2).sum()), rel=1e-4, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", MEASURABLE)
 def test_importance_is_the_gradient_times_the_next_step(name: str) -> None:
     """With the optimizer's state, learning rate and decay: -Σ g Δw, where Δw is what its next step then does."""
     model = net().double()
@@ -398,6 +400,18 @@ def test_importance_is_the_gradient_times_the_next_step(name: str) -> None:
     optimizer.step()
     for (n, p), w in zip(model.named_parameters(), before, strict=True):
         assert found[n] == pytest.approx(-float((p.grad * (p.detach() - w)).sum()), rel=1e-6, abs=1e-15)
+
+
+def test_importance_follows_options_that_are_loaded_or_scheduled() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    selector = TensorSelector(model, optimizer)
+    first = selector.importance(lambda: loss_of(model))
+    other = torch.optim.SGD(model.parameters(), lr=0.3)
+    optimizer.load_state_dict(other.state_dict())  # which replaces the groups
+    assert all(
+        i == pytest.approx(3 * first[n], rel=1e-3) for n, i in selector.importance(lambda: loss_of(model)).items()
+    )
 
 
 def test_importance_is_how_far_the_loss_falls_by_the_tensor_alone() -> None:
@@ -418,7 +432,7 @@ def test_importance_is_how_far_the_loss_falls_by_the_tensor_alone() -> None:
         assert fall == pytest.approx(found[name], rel=1e-2, abs=1e-11)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", MEASURABLE)
 def test_measuring_changes_nothing(name: str) -> None:
     """Weights, gradients, state, buffers, random generators, hooks, the scheduler: as if it had not been."""
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 2))
@@ -524,7 +538,7 @@ def test_what_is_not_selected_costs_nothing() -> None:
     assert all(q.requires_grad for q in model.parameters())
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", MEASURABLE)
 def test_a_run_resumes_to_the_same_bits_between_selections(name: str) -> None:
     def train(model: Net, optimizer: torch.optim.Optimizer, selector: TensorSelector, first: int, last: int) -> None:
         for step in range(first, last):
@@ -589,6 +603,12 @@ def test_a_bad_rho_is_refused(rho: Any) -> None:
     model = net()
     with pytest.raises(ValueError, match=r"TensorSelector: rho must be in \(0, 1\], got"):
         TensorSelector(model, torch.optim.SGD(model.parameters()), rho=rho)
+
+
+def test_steps_inside_of_the_backward_pass_are_refused() -> None:
+    model = net()
+    with pytest.raises(ValueError, match="TensorSelector: optimizer must not step inside of the backward pass"):
+        TensorSelector(model, OPTIMIZERS["AdamW-in-backward"][0](model.parameters()))
 
 
 def test_bad_selections_are_refused_and_change_nothing() -> None:
