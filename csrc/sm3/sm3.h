@@ -2,9 +2,10 @@
 //
 // A tensor is seen as a matrix, rows and columns being products of its first and of its last axes. With R and
 // C the least accumulators of a row and of a column, every element takes
-//   nu = min(R, C) + g^2,  or (1 - beta) g^2 + beta min(R, C)      new R, C: the largest nu of the row, the
-//   column u = g / sqrt(nu + eps), 0 where nu = 0 m = (1 - momentum) u + momentum m w = (1 - lr decay) w - lr
-//   m
+//   nu = min(R, C) + g^2,  or (1 - beta) g^2 + beta min(R, C)    new R, C: largest nu of the row, of the column
+//   u = g / sqrt(nu + eps), 0 where nu = 0
+//   m = (1 - momentum) u + momentum m
+//   w = (1 - lr decay) w - lr m
 // in fp32, every operation rounded once; the order of operations and fmas is in rows.h. Maxima are taken of
 // the bits of nu >= 0 as unsigned integers, among which a NaN is above every number.
 #pragma once

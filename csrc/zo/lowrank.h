@@ -8,8 +8,7 @@
 namespace leanops {
 namespace LEANOPS_ISA {
 
-// n consecutive values of a Gaussian stream from `index` on.                                            out:
-// [n]
+// n consecutive values of a Gaussian stream from `index` on.                                        out: [n]
 static void gaussians(float* out, int64_t n, uint64_t index, uint64_t seed, uint32_t tensor_id,
                       uint32_t stream) {
   constexpr int64_t kRun = kUnroll * G;  // a power of two

@@ -13,8 +13,8 @@ constexpr int64_t kTile = 4096;  // elements: with signs, bits and accumulators 
 constexpr int kUnroll = LEANOPS_LEVEL == 0 ? 1 : 4;
 
 // Box-Muller with fixed polynomials and every rounding written out: the same bits on every backend.
-//   rho = sqrt(-2 ln u1), u1 = ((a >> 8) + 1) 2^-24;  even, odd = rho cos 2 pi u2, rho sin 2 pi u2, u2 = (b
-//   >> 8) 2^-24
+//   rho = sqrt(-2 ln u1), u1 = ((a >> 8) + 1) 2^-24
+//   even, odd = rho cos 2 pi u2, rho sin 2 pi u2, u2 = (b >> 8) 2^-24
 LEANOPS_INLINE void box_muller(I a, I b, F& even, F& odd) {
   const F k = to_float(add(srl<8>(a), set_i(1)));
   const I i = sub(bits(k), set_i(0x4b400000u));

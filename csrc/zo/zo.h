@@ -1,9 +1,8 @@
 // Zeroth-order operators on raw pointers, definition zo/1: no torch, no Python.
 //
 // z(seed, tensor_id, i) is a function of three numbers; i = offset + position in the row-major tensor.
-//   axpy, plain:       p <- round((1 - d) p + sum_k c_k z_k)           accumulated in order of k, rounded
-//   once axpy, sequential:  for each k: p <- round((1 - d_k) p + c_k z_k)   the bits of K calls, in one pass
-//   over p
+//   axpy, plain:       p <- round((1 - d) p + sum_k c_k z_k)        accumulated in order of k, rounded once
+//   axpy, sequential:  for each k: p <- round((1 - d_k) p + c_k z_k)    the bits of K calls, one pass over p
 // Low-rank: z = U V^T for element i of a matrix of so many columns, row i / columns and column i % columns; U
 // from the term's seed, V from its right seed. A tensor of 0 columns is a vector and has Gaussian z.
 // fp32, bf16 and fp16 accumulate in fp32 with one fma a term; fp64 in double, product and sum rounded
