@@ -2,7 +2,7 @@
 //
 // A tensor is seen as a matrix, rows and columns being products of its first and of its last axes. With R and
 // C the least accumulators of a row and of a column, every element takes
-//   nu = min(R, C) + g^2,  or (1 - beta) g^2 + beta min(R, C)    new R, C: largest nu of the row, of the column
+//   nu = min(R, C) + g^2,  or (1 - beta) g^2 + beta min(R, C)   new R, C: largest nu of the row, of the column
 //   u = g / sqrt(nu + eps), 0 where nu = 0
 //   m = (1 - momentum) u + momentum m
 //   w = (1 - lr decay) w - lr m
