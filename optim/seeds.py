@@ -3,8 +3,8 @@
     seed(base, step, direction) = x0 + 2^32 x1,   x = Philox4x32-10(key = base, counter = (step, direction, stream))
 
 with ``step`` in the two low counter words, ``direction`` in the third, and stream 3 for the steps of an optimizer,
-stream 4 for the candidates of a pool, stream 5 for the right seeds of low-rank noise, or stream 6 for draws of what
-trains. The noise itself (``zo/1``) has streams 0 to 4, but its keys are seeds made here, not a base, so no seed is made
+stream 4 for the candidates of a pool, stream 5 for draws of what trains, or stream 6 for the right seeds of low-rank
+noise. The noise itself (``zo/1``) has streams 0 to 4, but its keys are seeds made here, not a base, so no seed is made
 of words that are used as noise. The rule is named in every log (:data:`RULE`).
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RULE = "philox4x32-10(step,direction,3)"
-STEPS, POOL, RIGHT, DRAWS = 3, 4, 5, 6  # the last counter word
+STEPS, POOL, DRAWS, RIGHT = 3, 4, 5, 6  # the last counter word
 
 _MASK = 0xFFFFFFFF
 

@@ -113,10 +113,9 @@ def table(items: Sequence[Item]) -> Table:
         aligned = (param | grad | (cover if c.flat else 0)) % 16 == 0 and momentum % access == 0
         aligned = aligned and (c.flat or c.cols % chunk == 0)
         flags = FLAT * c.flat | ALIGNED * aligned
-        rows.append(
-            (param, grad, cover, momentum, scale, maxima, c.rows, c.cols, i.param.numel(), i.offset, tiles, c.tiles)
-            + (words + len(shapes), i.tensor_id, len(shape), c.split, c.threads_log2, flags)
-        )  # fmt: skip
+        memory = (param, grad, cover, momentum, scale, maxima)
+        place = (c.rows, c.cols, i.param.numel(), i.offset, tiles, c.tiles, words + len(shapes), i.tensor_id)
+        rows.append((*memory, *place, len(shape), c.split, c.threads_log2, flags))
         shapes += shape
         tiles += c.tiles
     return Table(np.array(rows, SLOT), np.array(shapes, np.int64), tiles, scratch)
