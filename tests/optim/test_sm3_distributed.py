@@ -274,6 +274,29 @@ def other_placements_are_refused(rank: int) -> None:
     assert torch.equal(p.full_tensor(), torch.ones(4, 4))
 
 
+def replicas_of_shards_are_the_whole(rank: int) -> None:
+    """A mesh of two axes, as hybrid sharding has it: rows are shared along the second."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    placements = [Replicate(), Shard(0)]
+    whole = [nn.Parameter(v) for v in values(0, F32)]
+    parts = [nn.Parameter(distribute_tensor(v, mesh, placements)) for v in values(0, F32)]
+    a, b = SM3(whole, **OPTIONS[0]), SM3(parts, **OPTIONS[0])
+    for step in range(1, 4):
+        for p, q, g in zip(whole, parts, values(step, F32), strict=True):
+            p.grad, q.grad = g, distribute_tensor(g, mesh, placements)
+        a.step()
+        b.step()
+    assert all(torch.equal(p, q.full_tensor()) for p, q in zip(whole, parts, strict=True))
+    assert equal(a.state_dict()["state"], full(b.state_dict()["state"]))
+
+
+def test_four_processes_in_a_mesh_of_two_axes() -> None:
+    spawn(replicas_of_shards_are_the_whole, world=4)
+
+
 @pytest.mark.parametrize(
     "job",
     [
