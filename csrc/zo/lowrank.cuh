@@ -1,0 +1,160 @@
+// axpy with low-rank noise on CUDA, z = U V^T, over matrices of Slot::columns columns.
+//
+// A unit is 32 rows by Call::wide columns of one matrix and belongs to one warp. A lane has one chunk of
+// columns and holds it for four rows at a time. The warp makes V of its columns into shared memory when the
+// right seed changes, and U of four rows for each term, so the two cost a small part of a Gaussian an
+// element.
+#ifndef LEANOPS_ZO_LOWRANK_CUH
+#define LEANOPS_ZO_LOWRANK_CUH
+
+#include "zo.cuh"
+
+namespace leanops {
+namespace zo {
+
+// Blocks that share a multiprocessor: leaves a thread 168 or 128 registers.
+template <bool STOCHASTIC>
+constexpr int LOW_RANK_RESIDENT = STOCHASTIC ? 3 : 4;
+
+// The 8 random halves of the elements from `index` on, of two blocks where it is no multiple of 8.
+LEANOPS_DEVICE Words rounding_words(u64 seed, u64 index, u32 id) {
+  Words r = philox(seed, index / 8, id, STREAM_ROUNDING);
+  int shift = (int)(index % 8);
+  if (shift) {
+    const Words next = philox(seed, index / 8 + 1, id, STREAM_ROUNDING);
+    u32 x[8] = {r.x[0], r.x[1], r.x[2], r.x[3], next.x[0], next.x[1], next.x[2], next.x[3]};
+#pragma unroll 1
+    for (; shift; --shift)
+#pragma unroll
+      for (int t = 0; t < 7; ++t) x[t] = x[t] >> 16 | x[t + 1] << 16;
+    r = Words{{x[0], x[1], x[2], x[3]}};
+  }
+  return r;
+}
+
+template <bool STOCHASTIC, class T, class A>
+LEANOPS_DEVICE void round_from(const A* acc, u64 seed, u64 index, u32 id, vec16* words, const T*) {
+  Words random = {{0, 0, 0, 0}};
+  if (STOCHASTIC) random = rounding_words(seed, index, id);
+  pack<STOCHASTIC>(acc, random.x, words, (const T*)0);
+}
+
+template <class T, bool STOCHASTIC>
+LEANOPS_DEVICE void low_rank(const Call& call) {
+  typedef typename Element<T>::Work A;
+  const int V = Element<T>::CHUNK, N = sizeof(T) * V / 16, H = HELD_ROWS;
+  __shared__ float left[WARPS][HELD_ROWS * MAX_RANK];  // [row][rank]
+  __shared__ float right[WARPS][PANEL_FLOATS];         // [column][rank]
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = (int)call.rank;
+  float* u = left[warp];
+  float* v = right[warp];
+  const Slot* slots = call.slots ? (const Slot*)call.slots : call.inline_slots;
+  const i64* seeds = call.seeds ? (const i64*)call.seeds : call.inline_seeds;
+  const i64* right_seeds = call.right_seeds ? (const i64*)call.right_seeds : call.inline_right_seeds;
+  const double* coeffs = call.coeffs ? (const double*)call.coeffs : call.inline_coeffs;
+  const double* decays = call.decays ? (const double*)call.decays : call.inline_decays;
+  const bool idle = lane * V >= call.wide;  // the unit has no columns for this lane
+  const int first = idle ? 0 : lane * V;    // of its columns within the unit
+
+  int t = 0;
+  for (i64 unit = (i64)blockIdx.x * WARPS + warp; unit < call.units; unit += (i64)gridDim.x * WARPS) {
+    t = find_slot(slots, t, call.tensors, unit);
+    const Slot slot = slots[t];
+    const u32 id = (u32)slot.tensor_id;
+    const i64 m = slot.columns, across = (m + call.wide - 1) / call.wide;
+    const i64 top = (slot.offset / m / UNIT_ROWS + (unit - slot.first) / across) * UNIT_ROWS;
+    const i64 from = (unit - slot.first) % across * call.wide, column = from + first;
+    const int live = idle ? 0 : (int)max(min(m - column, (i64)V), (i64)0);
+    const bool aligned =
+        ((slot.out | slot.in | (u64)m * sizeof(T) | (u64)slot.offset * sizeof(T)) & 15) == 0 && live == V;
+    bool made = false;
+    u64 of = 0;  // the right seed that v was made from
+
+#pragma unroll 1
+    for (int span = 0; span < UNIT_ROWS; span += H) {
+      const i64 row = top + span, start = row * m + column - slot.offset;  // of the lane's first chunk
+      if ((row + H) * m <= slot.offset || row * m >= slot.offset + slot.numel)
+        continue;  // no row of this tensor
+      A acc[H][V];
+#pragma unroll
+      for (int j = 0; j < H; ++j) {
+        const i64 at = start + j * m;
+        const T* source = global<const T>(slot.in);
+        if (aligned && at >= 0 && at + V <= slot.numel) {
+          vec16 words[N];
+#pragma unroll
+          for (int n = 0; n < N; ++n) words[n] = ((const vec16*)(source + at))[n];
+          unpack(words, (const T*)0, acc[j]);
+        } else {
+#pragma unroll
+          for (int e = 0; e < V; ++e)
+            acc[j][e] = e < live && at + e >= 0 && at + e < slot.numel ? widen(source[at + e]) : A(0);
+        }
+      }
+      if (!call.sequential) scale<H, V>(acc, (A)(1.0 - decays[0]));
+
+#pragma unroll 1
+      for (int k = 0; k < call.terms; ++k) {
+        const u64 seed = (u64)seeds[k], right_seed = (u64)right_seeds[k];
+        __syncwarp();  // what u and v held has been read
+        if (!made || right_seed != of) {
+          for (int q = lane; q < call.wide * rank / 4; q += 32)
+            gaussian4(right_seed, (u64)(from * rank / 4 + q), id, v + 4 * q, STREAM_RIGHT);
+          made = true;
+          of = right_seed;
+        }
+        for (int q = lane; q < H * rank / 4; q += 32)
+          gaussian4(seed, (u64)(row * rank / 4 + q), id, u + 4 * q, STREAM_LEFT);
+        __syncwarp();
+        if (call.sequential) scale<H, V>(acc, (A)(1.0 - decays[call.decay_count > 1 ? k : 0]));
+        const A c = (A)coeffs[k];
+#pragma unroll
+        for (int e = 0; e < V; ++e) {
+          const float* y = v + (first + e) * rank;
+          float z[H];
+#pragma unroll
+          for (int j = 0; j < H; ++j) z[j] = mul(u[j * rank], y[0]);
+#pragma unroll 1
+          for (int p = 1; p < rank; ++p)
+#pragma unroll
+            for (int j = 0; j < H; ++j) z[j] = fma(u[j * rank + p], y[p], z[j]);
+#pragma unroll
+          for (int j = 0; j < H; ++j) acc[j][e] = accumulate(acc[j][e], c, (A)z[j]);
+        }
+        if constexpr (sizeof(T) == 2) {  // wider types work in their own precision
+          if (call.sequential && k + 1 < call.terms) {
+#pragma unroll
+            for (int j = 0; j < H; ++j) {
+              vec16 words[1];
+              round_from<STOCHASTIC>(acc[j], seed, (u64)((row + j) * m + column), id, words, (const T*)0);
+              unpack(words, (const T*)0, acc[j]);
+            }
+          }
+        }
+      }
+
+      const u64 seed = (u64)seeds[call.sequential ? call.terms - 1 : 0];
+#pragma unroll
+      for (int j = 0; j < H; ++j) {
+        const i64 at = start + j * m;
+        T* target = global<T>(slot.out);
+        vec16 words[N];
+        round_from<STOCHASTIC>(acc[j], seed, (u64)((row + j) * m + column), id, words, (const T*)0);
+        if (aligned && at >= 0 && at + V <= slot.numel) {
+#pragma unroll
+          for (int n = 0; n < N; ++n) leanops::store((vec16*)(target + at) + n, words[n]);
+        } else {
+#pragma unroll
+          for (int e = 0; e < V; ++e)
+            if (e < live && at + e >= 0 && at + e < slot.numel) target[at + e] = Lane<T>::element(words, e);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace zo
+}  // namespace leanops
+
+#endif
