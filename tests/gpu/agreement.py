@@ -70,7 +70,7 @@ def low_rank(distribution: str, seeds: torch.Tensor, tensors: int, rank: int = 3
     """Right seeds, columns and rank, if the noise has them: V shared by two terms, and matrices cut anywhere."""
     if distribution != "lowrank":
         return ()
-    widths = (0, 1, 24, 33, 256, 700, 16, 5000)
+    widths = (0, 24, 1, 33, 256, 700, 16, 600)
     return seeds[torch.arange(len(seeds)) // 2] // 3, [widths[i % 8] for i in range(tensors)], rank
 
 

@@ -28,10 +28,9 @@ def test_axpy_has_the_bits_of_the_reference(dtype, distribution, rounding, call)
     agreement.axpy(triton, "cpu", dtype, distribution, rounding, call)
 
 
-@pytest.mark.parametrize("rank", [1, 2, 7])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_low_rank_noise_of_any_rank(dtype, rank):
-    agreement.axpy(triton, "cpu", dtype, "lowrank", "stochastic", (2, True, 7), rank=rank)
+@pytest.mark.parametrize("rank", [1, 5])
+def test_low_rank_noise_of_any_rank(rank):
+    agreement.axpy(triton, "cpu", torch.bfloat16, "lowrank", "stochastic", (2, True, 3), rank=rank)
 
 
 @pytest.mark.parametrize("distribution", AXPY_DISTRIBUTIONS)
