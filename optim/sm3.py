@@ -84,8 +84,8 @@ class SM3(Optimizer):
     **GradScaler** works as with torch's fused optimizers: gradients are unscaled in the step, and a step whose
     gradients hold an infinity changes nothing. Where ``step`` is on another device, counting it waits for the device.
 
-    **torch.compile(optimizer.step)** has no graph breaks and does not compile anew when the learning rate changes. (With
-    ``fullgraph=True``, compile before a scheduler is made: it wraps ``step`` in what torch does not trace.)
+    **torch.compile(optimizer.step)** has no graph breaks and does not compile anew when the rate changes (with
+    ``fullgraph=True``, compile before a scheduler is made: it wraps ``step`` in what torch does not trace).
 
     **FSDP2, DTensor.** Parameters sharded by rows (``Shard(0)`` on one axis of the mesh) or replicated. The covers of
     the rows stay local, those of the other axes of all parameters together take one all-reduce (maximum) a step; the

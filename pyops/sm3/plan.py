@@ -98,7 +98,8 @@ def table(items: Sequence[Item]) -> Table:
     int8 = first.momentum is not None and first.momentum.dtype == torch.int8
     chunk = 8 if first.param.element_size() == 2 else 4
     access = 16 if first.momentum is None else min(16, chunk * first.momentum.element_size())
-    rows, shapes = [], []
+    rows: list[tuple[int, ...]] = []
+    shapes: list[int] = []
     tiles, scratch, words = 0, 0, len(items) * _SLOT_WORDS
     for i in items:
         shape = tuple(i.param.shape)
