@@ -1,7 +1,8 @@
 // The kernels of csrc/sm3/sm3.cuh, by the names that pyops/sm3/nvrtc.py gives them, and the table of its host
 // part.
+#include "device.h"  // first: it stands in for csrc/common/device.cuh
+
 #include "sm3/sm3.cuh"
-#include "device.h"
 #include "sm3/plan.h"
 
 using namespace leanops;

@@ -1,6 +1,7 @@
 // The kernels of csrc/zo, by the names that pyops/zo/nvrtc.py gives them.
+#include "device.h"  // first: it stands in for csrc/common/device.cuh
+
 #include "zo/lowrank.cuh"
-#include "device.h"
 
 using namespace leanops;
 using namespace leanops::zo;
