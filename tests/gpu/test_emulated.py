@@ -3,33 +3,12 @@ reference. What this cannot see is the device's own compiler and memory system; 
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 from gpu import agreement
 from gpu.agreement import AXPY_DISTRIBUTIONS, CALLS, DISTRIBUTIONS, DTYPES, OFFSETS
-from gpu.emulated import Emulator, build
 
-from leanops import _nvrtc
 from leanops.zo import nvrtc
-
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler to build the emulator with"
-)
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory):
-    return build(tmp_path_factory.mktemp("emulator"))
-
-
-@pytest.fixture
-def emulator(library, monkeypatch: pytest.MonkeyPatch) -> Emulator:
-    emulator = Emulator(library)
-    monkeypatch.setattr(_nvrtc, "launch", emulator.launch)
-    monkeypatch.setattr(_nvrtc, "processors", emulator.processors)
-    return emulator
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)

@@ -1,0 +1,193 @@
+"""What every CUDA backend of SM3 must do, as checks of any module with the operator's function on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from opsuite import assert_same_bits, clone
+from torch.utils._pytree import tree_map_only
+
+from leanops import _registry
+from leanops.sm3 import reference
+from leanops.sm3.cases import Options, step_case
+
+SPEC = _registry.spec("sm3_step_")
+DTYPES = SPEC.dtypes
+MOMENTA = (None, torch.float32, torch.bfloat16, torch.int8)
+
+# what reaches every way through the kernels
+ALL_SHAPES: Sequence[tuple[int, ...]] = (
+    *((64, 256), (128, 512), (256, 64), (8, 2048)),  # tiles that are whole, one and several
+    *((70, 600), (65, 257), (130, 40), (3, 1, 5), (9, 777), (30, 1000)),  # and cut off, rows on no 16-byte boundary
+    *((2100, 8), (300, 1), (1, 300), (700, 3), (600, 33), (520, 384)),  # rows shorter than a warp's
+    *((5, 3000), (2, 5000), (17, 2049), (1, 1), (0, 7), (3, 0, 2)),  # too few rows for all threads
+    *((20000,), (16384,), (300,), (1,), (), (0,), (256,)),  # vectors
+    *((3, 4, 5, 6), (6, 70, 130), (40, 30, 3, 3), (3, 5, 256), (2, 3, 4, 3, 2), (2, 2, 4000)),  # more axes
+)
+NAMED_OPTIONS: dict[str, Options] = {
+    "sum": Options(),
+    "average, coupled, maximized, scaled": Options(
+        beta=0.9, weight_decay=0.1, decoupled=False, maximize=True, grad_scale=3.0
+    ),
+    "decoupled, stochastic, eps 0": Options(weight_decay=0.01, stochastic_rounding=True, eps=0.0, momentum=0.5),
+}
+
+
+class Args(NamedTuple):
+    """The operator's arguments."""
+
+    params: list[torch.Tensor]
+    grads: list[torch.Tensor]
+    covers: list[torch.Tensor]
+    momenta: list[torch.Tensor]
+    scales: list[torch.Tensor]
+    lr: torch.Tensor
+    seed: torch.Tensor
+    grad_scale: torch.Tensor | None
+    found_inf: torch.Tensor | None
+    tensor_ids: list[int]
+    offsets: list[int]
+    momentum: float
+    beta: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    maximize: bool
+    stochastic_rounding: bool
+
+
+def make(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, options: Options, device: str, seed: int = 0) -> Args:
+    case = step_case("", shapes, options)
+    args = Args(*case.make(torch.device(device), dtype, torch.Generator().manual_seed(seed)))
+    places = [(0, 8, 5, 2**33 + 1, 2**62)[i % 5] for i in range(len(shapes))]
+    return args._replace(offsets=places, tensor_ids=[(i * 2654435761) % 2**32 for i in range(len(shapes))])
+
+
+def numbers_to(args: Args, device: str) -> Args:
+    """The one-element tensors on a device."""
+    moved = {n: getattr(args, n) for n in ("lr", "seed", "grad_scale", "found_inf")}
+    return args._replace(**{n: None if t is None else t.to(device) for n, t in moved.items()})
+
+
+def check(backend: Any, args: Args, what: str = "") -> None:
+    """One step in place has the reference's bits, and writes no gradient."""
+    expected = Args(*tree_map_only(torch.Tensor, lambda t: t.cpu(), clone(tuple(args))))
+    before = [g.clone() for g in args.grads]
+    backend.sm3_step_(*args)
+    reference.sm3_step_(*expected)
+    assert_same_bits(SPEC.mutated(args), SPEC.mutated(expected), what)
+    assert_same_bits(args.grads, before, f"{what} gradients")
+
+
+def step(
+    backend: Any,
+    device: str,
+    dtype: torch.dtype,
+    momentum: torch.dtype | None,
+    options: str,
+    numbers: str = "cpu",
+    shapes: Sequence[tuple[int, ...]] = ALL_SHAPES,
+) -> None:
+    chosen = NAMED_OPTIONS[options]._replace(momentum_dtype=momentum)
+    check(backend, numbers_to(make(shapes, dtype, chosen, device), numbers), options)
+
+
+def unaligned(backend: Any, device: str, dtype: torch.dtype, momentum: torch.dtype | None) -> None:
+    """Tensors at addresses that no wide access fits, between words that must stay."""
+    args = make([(70, 256), (33, 64), (5, 1024), (700,), (3, 4, 64)], dtype, Options(momentum), device)
+    guards = []
+
+    def move(t: torch.Tensor, by: int) -> torch.Tensor:
+        storage = torch.full((t.numel() + 64,), 77, dtype=t.dtype, device=t.device)
+        place = slice(by, by + t.numel())
+        storage[place] = t.flatten()
+        guards.append((storage, place))
+        return storage[place].view(t.shape)
+
+    for at, tensors in enumerate(args[:5]):
+        for i, t in enumerate(tensors):
+            tensors[i] = move(t, (1 + i + at) % 7)
+    check(backend, args, "unaligned")
+    for storage, place in guards:
+        assert (storage[: place.start] == 77).all()
+        assert (storage[place.stop :] == 77).all()
+
+
+def strided(backend: Any, device: str, dtype: torch.dtype, momentum: torch.dtype | None) -> None:
+    options = Options(momentum, strided=True, weight_decay=0.1)
+    check(backend, make([(70, 300), (6, 7, 8), (50,)], dtype, options, device), "strided")
+
+
+def special_values(backend: Any, device: str, dtype: torch.dtype, momentum: torch.dtype | None) -> None:
+    """NaN, infinities, zeros of both signs, and what over- and underflows on the way; in covers too."""
+    inf, nan = torch.inf, torch.nan
+    values = [0.0, -0.0, 1e-20, -1e-23, 1e-30, 1e-38, -1e-42, 1e-45, 1e19, -3e20, 3e38, 6e-8, 65504.0, inf, -inf, nan]
+    generator = torch.Generator().manual_seed(5)
+    for eps in (1e-30, 0.0, 1e-8, 1e13, 1e-38):
+        for beta in (1.0, 0.9, 1 - 2**-53):
+            args = make([(64, 256), (40, 72), (900,), (3, 4, 5)], dtype, Options(momentum, beta=beta, eps=eps), device)
+            for tensors in (args.params, args.grads, args.momenta, args.covers):
+                for t in tensors:
+                    if t.dtype == torch.int8:
+                        continue
+                    which = torch.randint(0, len(values), t.shape, generator=generator)
+                    rare = torch.rand(t.shape, generator=generator) < 0.03
+                    some = torch.tensor(values, dtype=torch.float64)[which].to(device, t.dtype)
+                    zero = t.dim() and tensors is not args.params  # rows of zeros: nu = 0
+                    t.copy_(torch.where(rare.to(device), some, t))
+                    if zero:
+                        t[: t.shape[0] // 4] = 0.0
+            for cover in args.covers:
+                cover.abs_()
+            check(backend, args, f"special values, eps {eps}, beta {beta}")
+
+
+def codes(backend: Any, device: str, dtype: torch.dtype) -> None:
+    """int8 blocks of zeros, of the smallest and largest magnitudes, and with what is not finite."""
+    args = make([(16, 700), (900,)], dtype, Options(torch.int8), device)
+    units = torch.tensor([0.0, 2.0**-121, 2.0**-120, 2.0**-119, 1e-30, 1.0, 1e30, 3e38, torch.inf, torch.nan])
+    for t, scale, m in zip(args.grads, args.scales, args.momenta, strict=True):
+        t.mul_(0.0)  # then m = 0.9 code scale
+        scale.copy_(units.repeat(1 + scale.numel() // 10)[: scale.numel()].view(scale.shape) / 127)
+        m.view(-1)[::3] = 127
+    check(backend, args, "codes")
+
+
+def skips(backend: Any, device: str) -> None:
+    """found_inf: nothing is written, wherever it lies."""
+    for numbers in dict.fromkeys(("cpu", device)):
+        for found in (1.0, torch.nan):
+            args = make([(70, 300), (50,)], torch.float32, Options(torch.float32, found_inf=found), device)
+            before = clone(tuple(args))
+            backend.sm3_step_(*numbers_to(args, numbers))
+            assert_same_bits(SPEC.mutated(args), SPEC.mutated(before))
+        check(backend, numbers_to(make([(70, 300)], torch.float32, Options(found_inf=0.0), device), numbers))
+
+
+def learning_rates(backend: Any, device: str) -> None:
+    for numbers in dict.fromkeys(("cpu", device)):
+        for dtype in (torch.float32, torch.float64):
+            for lr in (0.1, 1e-3, 0.0):
+                args = make([(70, 300)], dtype, Options(weight_decay=0.1), device)
+                check(backend, numbers_to(args._replace(lr=torch.tensor([lr], dtype=dtype)), numbers))
+
+
+def many(backend: Any, device: str, count: int) -> None:
+    """So many tensors that their table does not fit beside a kernel's parameters."""
+    shapes = [((64, 64), (100, 300), (77,), (3, 4, 5))[i % 4] for i in range(count)]
+    check(backend, make(shapes, torch.bfloat16, Options(torch.bfloat16), device), f"{count} tensors")
+
+
+def mixed(backend: Any, device: str) -> None:
+    """Types of several kinds in one call."""
+    parts = [make([(70, 300), (50,)], d, Options(m), device) for d, m in zip(DTYPES, MOMENTA[1:] * 2, strict=False)]
+    lists = [[t for p in parts for t in p[i]] for i in range(5)]
+    rest = parts[0]._replace(tensor_ids=list(range(8)), offsets=[0] * 8)[5:]
+    check(backend, Args(*lists, *rest), "mixed")
+
+
+def empty(backend: Any, device: str) -> None:
+    for shapes in ([], [(0,)], [(0, 3), (3, 0)]):
+        check(backend, make(shapes, torch.float32, Options(torch.int8), device), "empty")

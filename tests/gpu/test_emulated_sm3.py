@@ -1,0 +1,142 @@
+"""The CUDA C++ core of SM3, a block's threads together and blocks in several orders, on the CPU: the bits of the
+reference. What this cannot see is the device's own compiler and memory system; tests/gpu/test_device_sm3.py does."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gpu import agreement_sm3 as agreement
+from gpu.agreement_sm3 import ALL_SHAPES, DTYPES, MOMENTA, NAMED_OPTIONS, SPEC
+from gpu.emulated import Emulator
+from opsuite import assert_same_bits, clone
+
+from leanops.sm3 import nvrtc, plan
+from leanops.sm3.cases import Options
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class EveryOrder:
+    """The launcher, on copies once for each order of blocks and threads: as numbered, backwards, mixed."""
+
+    def __init__(self, emulator: Emulator) -> None:
+        self.emulator = emulator
+
+    def sm3_step_(self, *args: Any) -> None:
+        copies = [clone(args) for _ in range(3)]
+        nvrtc.sm3_step_(*args)
+        for order, copy in zip((1, 2, 3), copies, strict=True):
+            self.emulator.order = order
+            nvrtc.sm3_step_(*copy)
+            assert_same_bits(SPEC.mutated(copy), SPEC.mutated(args), f"order {order}")
+        self.emulator.order = 0
+
+
+@pytest.fixture
+def backend(emulator: Emulator) -> EveryOrder:
+    return EveryOrder(emulator)
+
+
+@pytest.mark.parametrize("options", NAMED_OPTIONS)
+@pytest.mark.parametrize("momentum", MOMENTA, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_step_has_the_bits_of_the_reference(backend, dtype, momentum, options):
+    agreement.step(backend, "cpu", dtype, momentum, options)
+
+
+@pytest.mark.parametrize("momentum", MOMENTA, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_at_no_boundary_and_nothing_beyond_them(backend, dtype, momentum):
+    agreement.unaligned(backend, "cpu", dtype, momentum)
+    agreement.strided(backend, "cpu", dtype, momentum)
+
+
+@pytest.mark.parametrize("momentum", MOMENTA, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values(emulator, dtype, momentum):
+    agreement.special_values(nvrtc, "cpu", dtype, momentum)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_codes_of_every_magnitude(emulator, dtype):
+    agreement.codes(nvrtc, "cpu", dtype)
+
+
+def test_numbers_and_skipped_steps(emulator):
+    agreement.skips(nvrtc, "cpu")
+    agreement.learning_rates(nvrtc, "cpu")
+    agreement.mixed(nvrtc, "cpu")
+
+
+@pytest.mark.parametrize("count", [5, 30, 31, 200])
+def test_one_launch_serves_any_number_of_tensors(backend, emulator, count):
+    agreement.many(backend, "cpu", count)
+    assert len(emulator.launches) == 4  # one for each order
+
+
+def test_empty_input_launches_nothing(emulator):
+    agreement.empty(nvrtc, "cpu")
+    assert emulator.launches == []
+
+
+ITEM = np.dtype(
+    [(n, "u8") for n in ("param", "grad", "cover", "momentum", "scale", "sizes")]
+    + [("rank", "i4"), ("unused", "i4"), ("offset", "i8"), ("tensor_id", "u4"), ("unused2", "u4")]
+)
+
+
+@pytest.mark.parametrize("momentum", MOMENTA, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_both_launchers_make_the_same_table(library, dtype, momentum):
+    """plan.py and plan.h."""
+    large = [(4096, 11008), (32000, 4096), (128, 3, 224, 224), (8, 1024, 2816), (1 << 20, 3), (96, 192), (5, 8192)]
+    shapes = [s for s in (*ALL_SHAPES, *large) if 0 not in s]
+    items, table = [], np.zeros(len(shapes), ITEM)
+    for i, shape in enumerate(shapes):
+
+        def somewhere(dtype: torch.dtype, shape=shape, shift=i % 3) -> torch.Tensor:
+            return torch.empty(1, dtype=dtype)[0:0].as_strided((0,), (1,)).new_empty(()).expand(shape)
+
+        p, g, cover = somewhere(dtype), somewhere(dtype), torch.zeros(8)[i % 3 :]
+        m = None if momentum is None else somewhere(momentum)
+        scale = torch.zeros(1)
+        items.append(plan.Item(p, g, cover, m, scale, 3 * i, 5 * i))
+        addresses = [t.data_ptr() if t is not None else 0 for t in (p, g, cover, m)]
+        sizes = np.array(shape, dtype=np.int64)
+        items[-1] = (items[-1], sizes)  # keeps them alive
+        table[i] = (
+            *addresses,
+            scale.data_ptr() if momentum == torch.int8 else 0,
+            sizes.ctypes.data,
+            len(shape),
+            0,
+            3 * i,
+            5 * i,
+            0,
+        )
+    expected = plan.table([item for item, _ in items])
+    expected.place(1 << 40)
+    words, counts = np.zeros(expected.words().size + 9, np.uint64), np.zeros(3, np.int64)
+    function = library.leanops_sm3_table
+    function.restype = ctypes.c_int64
+    used = function(
+        table.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(len(shapes)), plan.KINDS[momentum], dtype.itemsize,
+        ctypes.c_uint64(1 << 40), words.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(words.size),
+        counts.ctypes.data_as(ctypes.c_void_p),
+    )  # fmt: skip
+    assert used == expected.words().size
+    assert counts.tolist() == [expected.tiles, expected.scratch, len(shapes)]
+    assert np.array_equal(words[:used], expected.words())
+
+
+def test_a_table_on_the_device_is_read_as_one_beside_the_parameters(emulator, monkeypatch):
+    args = agreement.make([(70, 300), (3, 4, 5)], torch.float32, Options(), "cpu")
+    copy = clone(tuple(args))
+    nvrtc.sm3_step_(*args)
+    monkeypatch.setattr(nvrtc, "_INLINE_WORDS", 0)
+    nvrtc.sm3_step_(*copy)
+    assert_same_bits(SPEC.mutated(copy), SPEC.mutated(args))
