@@ -24,7 +24,6 @@ from leanops.optim.sm3_state import Part, State, complete, part_of
 OPERATOR = _registry.spec("sm3_step_")
 ROUNDING = 6  # stream of the seeds of stochastic rounding, see leanops.optim.seeds
 
-_layout = operator.attrgetter("layout")
 _dtype = operator.attrgetter("dtype")
 
 Group = dict[str, Any]
@@ -194,7 +193,7 @@ class Call:
             self._locals = list(map(managed.local, self._params))
         if list(map(Tensor.data_ptr, self._locals)) != self._pointers or list(map(_dtype, grads)) != self._dtypes:
             return False
-        return all(map(operator.is_, map(_layout, grads), repeat(torch.strided)))
+        return [g.layout for g in grads].count(torch.strided) == len(grads)
 
     def arguments(self, group: Group, grads: Sequence[Any], grad_scale: Any, found_inf: Any) -> tuple[Any, ...]:
         """What the operator takes."""

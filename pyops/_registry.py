@@ -136,7 +136,8 @@ class OpSpec:
     def launch(self, device: torch.device, *args: Any) -> None:
         """A mutating operator on dense tensors of one device, for a caller that has made sure of what ``check`` and the
         memory check would refuse: ``op(*args)`` without the two hops that they cost, a quarter of its price for
-        thousands of tensors. The native kernel still refuses what would read or write outside of a tensor."""
+        thousands of tensors. A kernel that is called so has to refuse by itself what would read or write outside of a
+        tensor."""
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             self.op(*args)
             return

@@ -48,6 +48,7 @@ LEANOPS_INLINE I sra(I a) {
 }
 LEANOPS_INLINE F to_float(I a) { return _mm256_cvtepi32_ps(a); }
 LEANOPS_INLINE I truncate(F a) { return _mm256_cvttps_epi32(a); }
+LEANOPS_INLINE I nearest(F a) { return _mm256_cvtps_epi32(a); }  // ties to even
 LEANOPS_INLINE I bits(F a) { return _mm256_castps_si256(a); }
 LEANOPS_INLINE F from_bits(I a) { return _mm256_castsi256_ps(a); }
 
@@ -61,7 +62,9 @@ LEANOPS_INLINE F if_zero(F x, F no) {  // x == 0 ? 0 : no
   return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_EQ_OQ), no);
 }
 // The smaller, NaN where either is.
-LEANOPS_INLINE F minimum(F a, F b) { return if_nan(a, a, _mm256_min_ps(a, b)); }
+LEANOPS_INLINE F minimum(F a, F b) {
+  return _mm256_or_ps(_mm256_min_ps(a, b), _mm256_cmp_ps(a, a, _CMP_UNORD_Q));  // min_ps gives a NaN in b
+}
 // The larger as unsigned integers: of the bits of floats that are 0 or more, the larger float, or a NaN.
 LEANOPS_INLINE I max_u(I a, I b) { return _mm256_max_epu32(a, b); }
 LEANOPS_INLINE uint32_t max_lane(I a) {

@@ -54,6 +54,7 @@ LEANOPS_INLINE I sra(I a) {
 }
 LEANOPS_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 LEANOPS_INLINE I truncate(F a) { return _mm512_cvttps_epi32(a); }
+LEANOPS_INLINE I nearest(F a) { return _mm512_cvtps_epi32(a); }  // ties to even
 LEANOPS_INLINE I bits(F a) { return _mm512_castps_si512(a); }
 LEANOPS_INLINE F from_bits(I a) { return _mm512_castsi512_ps(a); }
 

@@ -119,6 +119,12 @@ LEANOPS_INLINE I truncate(F a) {
   }
   return r;
 }
+// To nearest, ties to even; of magnitudes up to 2^22.
+LEANOPS_INLINE I nearest(F a) {
+  I r;
+  LEANOPS_EACH r.v[j] = float_bits(a.v[j] + 0x1.8p23f) - 0x4b400000u;
+  return r;
+}
 LEANOPS_INLINE I bits(F a) {
   I r;
   LEANOPS_EACH r.v[j] = float_bits(a.v[j]);

@@ -1,4 +1,7 @@
 // int8 momenta: blocks of up to kBlock values with one scale, so that value = code * scale.
+//
+// Functions take n <= kBlock elements in whole pairs of vectors: they read and write up to kPair - 1 elements beyond
+// them. Who calls them in rising order writes what is beyond again.
 #pragma once
 
 #include "../common/simd.h"
@@ -7,57 +10,62 @@
 namespace leanops {
 namespace LEANOPS_ISA {
 
+constexpr int64_t kPair = 2 * W;
 constexpr float kLeastBlock = 0x1p-120f;  // what is smaller throughout is stored as zeros
 
-// n <= kBlock values; writes out up to a vector beyond them.
 static inline void decode_block(const int8_t* codes, float scale, float* out, int64_t n) {
   const F s = set_f(scale);
-  int64_t j = 0;
-  for (; j + W <= n; j += W) store(out + j, mul(to_float(load_i8(codes + j)), s));
-  if (j < n) {
-    int8_t rest[W] = {};
-    __builtin_memcpy(rest, codes + j, static_cast<size_t>(n - j));
-    store(out + j, mul(to_float(load_i8(rest)), s));
-  }
+  for (int64_t j = 0; j < n; j += W) store(out + j, mul(to_float(load_i8(codes + j)), s));
 }
 
-// scale = max |m| / 127, codes = rint(m * (127 / max |m|)), ties to even. A NaN or an infinity anywhere makes
-// the scale NaN and all codes 1, so that the block reads NaN.
-static inline void encode_block(const float* m, int8_t* codes, float* scale, int64_t n) {
-  constexpr int64_t kPair = 2 * W;
-  const int64_t whole = n / kPair * kPair;
-  const size_t left = static_cast<size_t>(n - whole);
-  float rest[kPair] = {};
-  __builtin_memcpy(rest, m + whole, left * sizeof(float));
-
-  const I magnitude = set_i(0x7fffffffu);
-  I most0 = and_(load_i(rest), magnitude), most1 = and_(load_i(rest + W), magnitude);
-  for (int64_t j = 0; j < whole; j += kPair) {
-    most0 = max_u(most0, and_(load_i(m + j), magnitude));
-    most1 = max_u(most1, and_(load_i(m + j + W), magnitude));
+// kPair times all bits of a magnitude, then kPair times none.
+struct Magnitude {
+  uint32_t bits[2 * kPair];
+  constexpr Magnitude() : bits() {
+    for (int64_t j = 0; j < kPair; ++j) bits[j] = 0x7fffffffu;
   }
-  const uint32_t most = max_lane(max_u(most0, most1));
-  const float a = bits_float(most);
-  if (most >= 0x7f800000u || a < kLeastBlock) {
-    const bool lost = most >= 0x7f800000u;
+};
+static constexpr Magnitude kMagnitude;
+
+// The bits of the largest magnitude; above those of infinity where there is a NaN.
+static inline uint32_t largest_of(const float* m, int64_t n) {
+  I a = set_i(0), b = a;
+  for (int64_t j = 0; j < n; j += kPair) {
+    const uint32_t* mask = kMagnitude.bits + (n - j < kPair ? kPair - (n - j) : 0);
+    a = max_u(a, and_(load_i(m + j), load_i(mask)));
+    b = max_u(b, and_(load_i(m + j + W), load_i(mask + W)));
+  }
+  return max_lane(max_u(a, b));
+}
+
+// A block on its way to codes, which are made a pair of vectors at a time, whenever that costs least.
+//   scale = max |m| / 127, codes = rint(m * (127 / max |m|)), ties to even
+// A NaN or an infinity anywhere makes the scale NaN and all codes 1, so that the block reads NaN.
+struct Encoding {
+  const float* m = nullptr;
+  int8_t* codes = nullptr;
+  int64_t n = 0;  // codes to be made
+  float inverse = 0;
+};
+
+// `largest` as largest_of gives it.
+LEANOPS_INLINE Encoding encoding_of(const float* m, uint32_t largest, int8_t* codes, float* scale,
+                                    int64_t n) {
+  const float a = bits_float(largest);
+  if (largest >= 0x7f800000u || a < kLeastBlock) {
+    const bool lost = largest >= 0x7f800000u;
     *scale = lost ? __builtin_nanf("") : 0.0f;
-    __builtin_memset(codes, lost, static_cast<size_t>(n));
-    return;
+    for (int64_t j = 0; j < n; ++j) codes[j] = lost;
+    return {};
   }
   *scale = a / 127.0f;
-  const F inverse = set_f(127.0f / a);
-  const F nearest = set_f(0x1.8p23f);  // a sum with it is an integer, which its bits count from its own
-  const I origin = bits(nearest);
-  const auto pair = [&](const float* from, int8_t* to) LEANOPS_ALWAYS_INLINE {
-    store_i8(to, sub(bits(add(mul(load(from), inverse), nearest)), origin),
-             sub(bits(add(mul(load(from + W), inverse), nearest)), origin));
-  };
-  for (int64_t j = 0; j < whole; j += kPair) pair(m + j, codes + j);
-  if (left) {
-    int8_t last[kPair];
-    pair(rest, last);
-    __builtin_memcpy(codes + whole, last, left);
-  }
+  return {m, codes, n, 127.0f / a};
+}
+
+LEANOPS_INLINE void encode(const Encoding& e, int64_t j) {
+  if (j >= e.n) return;
+  const F inverse = set_f(e.inverse);
+  store_i8(e.codes + j, nearest(mul(load(e.m + j), inverse)), nearest(mul(load(e.m + j + W), inverse)));
 }
 
 }  // namespace LEANOPS_ISA

@@ -1,6 +1,6 @@
 // The tensors of a step cut into tiles, in one numbering that threads share. No torch, no threads of its own:
 //
-//   Schedule schedule(numbers, kernels);  schedule.add(tensor) for each;  schedule.prepare();
+//   Schedule schedule(numbers, kernels);  schedule.add(parameter) for each;  schedule.prepare();
 //   schedule.run(from, to) for ranges that make up [0, schedule.units()), on any threads;  schedule.finish();
 //
 // A thread that has all tiles of a tensor gathers its maxima in memory of its own and writes them over the
@@ -22,8 +22,8 @@
 namespace leanops {
 namespace sm3 {
 
-// One parameter, dense. Sizes are read by add() alone.
-struct Tensor {
+// One parameter with its state, dense. Sizes are read by add() alone.
+struct Parameter {
   void* param;
   const void* grad;
   float* cover;    // the axes' accumulators one after another
@@ -48,24 +48,24 @@ class Schedule {
     axes_.reserve(2 * tensors);
   }
 
-  void add(const Tensor& tensor) {
+  void add(const Parameter& parameter) {
     Job job;
-    job.tensor = tensor;
+    job.parameter = parameter;
     job.first_axis = axes_.size();
     int64_t numel = 1, start = 0, longer = 0;
-    for (int64_t k = 0; k < tensor.rank; ++k) {
-      axes_.push_back({start, tensor.sizes[k]});
-      start += tensor.sizes[k];
-      numel *= tensor.sizes[k];
-      longer += tensor.sizes[k] != 1;
+    for (int64_t k = 0; k < parameter.rank; ++k) {
+      axes_.push_back({start, parameter.sizes[k]});
+      start += parameter.sizes[k];
+      numel *= parameter.sizes[k];
+      longer += parameter.sizes[k] != 1;
     }
-    if (tensor.rank == 0) axes_.push_back({0, start = 1});
+    if (parameter.rank == 0) axes_.push_back({0, start = 1});
     if (numel == 0) {
       axes_.resize(job.first_axis);
       return;
     }
     job.entries = start;
-    job.length = tensor.rank > 1 ? numel / tensor.sizes[0] : numel;
+    job.length = parameter.rank > 1 ? numel / parameter.sizes[0] : numel;
     const size_t rank = axes_.size() - job.first_axis;
     Axis* axes = axes_.data() + job.first_axis;
     if (longer < 2) {  // a vector: one row, whatever the axes of size 1 are
@@ -114,7 +114,8 @@ class Schedule {
       const int64_t skipped = std::max<int64_t>(at - job->begin, 0);
       const int64_t first = (skipped + job->cost - 1) / job->cost;
       const int64_t last = std::min(job->tiles, (end - job->begin + job->cost - 1) / job->cost);
-      if (first < last) work(*job, first, last, scratch);
+      const bool ends = job + 1 == jobs_.end() || (job + 1)->begin >= end;
+      if (first < last) work(*job, first, last, ends ? nullptr : &job[1].parameter, scratch);
     }
   }
 
@@ -126,8 +127,7 @@ class Schedule {
 
  private:
   static constexpr int64_t kTile = 32768;  // elements, about
-  // Columns of a tile, where there are more: their accumulators and maxima stay in the first two levels of
-  // cache.
+  // Columns of a tile, where there are more: their accumulators and maxima stay in the first two levels of cache.
   static constexpr int64_t kWide = 8192;
   static constexpr int64_t kTileCost = 256;  // of a tile beside its elements
 
@@ -136,7 +136,7 @@ class Schedule {
   };
 
   struct Job {
-    Tensor tensor;
+    Parameter parameter;
     size_t first_axis, row_axes, column_axes;
     int64_t entries;  // of the cover
     int64_t rows = 0, columns = 0;
@@ -195,9 +195,9 @@ class Schedule {
   }
 
   // Tiles [first, last) of a tensor: rows go faster than columns, so that a thread passes once through the
-  // accumulators of a run of columns.
-  void work(const Job& job, int64_t first, int64_t last, Scratch& scratch) {
-    const Tensor& p = job.tensor;
+  // accumulators of a run of columns. `next` is the tensor after it.
+  void work(const Job& job, int64_t first, int64_t last, const Parameter* next, Scratch& scratch) {
+    const Parameter& p = job.parameter;
     const bool whole = last - first == job.tiles;
     uint32_t* maxima;
     if (whole) {
@@ -255,6 +255,10 @@ class Schedule {
         tile.row_most = scratch.row_most.data();
       }
 
+      if (next && t + 1 == last) {
+        tile.next = {next->param, next->grad, next->momentum};
+        __builtin_prefetch(next->cover);
+      }
       kernels_.tile(numbers_, tile);
 
       if (job.single()) {
@@ -274,11 +278,11 @@ class Schedule {
   // The new accumulators, over the old ones.
   void put(const Job& job, const uint32_t* maxima) const {
     if (!job.single()) {
-      std::memcpy(job.tensor.cover, maxima, static_cast<size_t>(job.entries) * sizeof(float));
+      std::memcpy(job.parameter.cover, maxima, static_cast<size_t>(job.entries) * sizeof(float));
       return;
     }
     for (size_t k = 0; k < job.row_axes; ++k) {
-      job.tensor.cover[axes_[job.first_axis + k].start] = bits_float(*maxima);
+      job.parameter.cover[axes_[job.first_axis + k].start] = bits_float(*maxima);
     }
   }
 

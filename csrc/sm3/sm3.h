@@ -69,6 +69,11 @@ static inline Numbers numbers_of(const Options& o) {
   return n;
 }
 
+// What a thread reads after a tile, so that it can be fetched in time; null where memory just goes on.
+struct Next {
+  const void *param = nullptr, *grad = nullptr, *momentum = nullptr;
+};
+
 // A rectangle of a tensor's matrix: what a thread takes at a time. If it leaves out columns, or rows of a row
 // of axis 0, then only so that its runs of elements begin and end at a block's edge.
 struct Tile {
@@ -88,6 +93,7 @@ struct Tile {
   const float* column_least;  // C                [columns]
   uint32_t* row_most;         // raised to the tile's largest nu                [rows]
   uint32_t* column_most;      // raised likewise; of a single row it is set, and may be C     [columns]
+  Next next;
 };
 
 struct Kernels {

@@ -8,13 +8,11 @@ namespace leanops {
 namespace LEANOPS_ISA {
 namespace {
 
-using sm3::kBlock;
 using sm3::Tile;
 
 constexpr int64_t kChunk = 1024;    // elements staged at a time
 constexpr int64_t kNarrow = 2 * G;  // rows this long and no multiple of G are worked on several at once
 
-alignas(64) const uint32_t kZeros[kChunk] = {};
 const float kNoLimit[1] = {__builtin_inff()};
 
 using Run = void (*)(const Numbers&, const Rows&);
@@ -22,6 +20,7 @@ using Run = void (*)(const Numbers&, const Rows&);
 template <class T, Rounding R>
 Run run_by_momentum(Momentum kind) {
   if (kind == Momentum::kNone) return run<T, NoMomentum, R>;
+  if (kind == Momentum::kInt8) return run<T, Codes, R>;
   return kind == Momentum::kBFloat16 ? run<T, BFloat16In<false>, R> : run<T, Float32, R>;
 }
 
@@ -31,7 +30,7 @@ Run run_by_rounding(Momentum kind, Rounding rounding) {
   return run_by_momentum<T, Rounding::kNearest>(kind);
 }
 
-// fp64 and int8 run as the fp32 that they are staged in.
+// fp64 runs as the fp32 that it is staged in.
 Run run_of(DType dtype, Momentum kind, Rounding rounding) {
   if (dtype == DType::kBFloat16) return run_by_rounding<BFloat16In<false>>(kind, rounding);
   if (dtype == DType::kFloat16) return run_by_rounding<Float16>(kind, rounding);
@@ -46,11 +45,13 @@ class Worker {
         given_(numbers),
         numbers_(numbers),
         wide_(tile.dtype == DType::kFloat64),
-        coded_(tile.kind == Momentum::kInt8),
         narrow_(!tile.single && tile.width < kNarrow && tile.width % G != 0),
+        coded_(tile.kind == Momentum::kInt8),
+        staged_(coded_ && (narrow_ || tile.length != tile.width)),
         random_(numbers.rounding == Rounding::kStochastic && element_size(tile.dtype) == 2),
         size_(element_size(tile.dtype)),
-        run_(run_of(tile.dtype, tile.kind, numbers.rounding)) {
+        moment_size_(staged_ ? 4 : momentum_size(tile.kind)),
+        run_(run_of(tile.dtype, staged_ ? Momentum::kFloat32 : tile.kind, numbers.rounding)) {
     if (wide_) {  // the kernel then gives the step itself: 1 * step + (-0) * 1
       numbers_.gain = numbers_.rate = numbers_.shrink = 1.0f;
       numbers_.coupled = false;
@@ -67,27 +68,29 @@ class Worker {
   const Tile& tile_;
   const Numbers& given_;
   Numbers numbers_;  // as the kernel takes them
-  const bool wide_, coded_, narrow_, random_;
-  const int64_t size_;  // bytes of an element
+  const bool wide_, narrow_, coded_;
+  const bool staged_;  // int8 whose blocks are not parts of the matrix's rows, or too small ones
+  const bool random_;
+  const int64_t size_, moment_size_;  // bytes of an element
   const Run run_;
-  int64_t kernel_size() const { return wide_ ? 4 : size_; }
 
-  // Staged, where it has to be. Slack takes the rest of a vector, and of a row that a chunk cuts.
+  // Slack takes the rest of a vector, and of a row that a chunk cuts.
   static constexpr int64_t kSlack = kNarrow + W;
-  alignas(64) float momentum_[kChunk + W];          // of int8
+  alignas(64) float values_[kChunk + kPair];  // momenta of int8
+  alignas(64) int8_t codes_[kChunk + kPair];
   alignas(64) float param_[kChunk], grad_[kChunk];  // of fp64
   alignas(64) float least_[kSlack + kChunk + kSlack];
   alignas(64) uint32_t most_[kSlack + kChunk + kSlack];
   RoundingBits<kChunk> bits_;
 
-  // n elements that lie one after another, from `first` on.
+  // n elements that lie one after another, from `first` on, in chunks where anything is staged.
   void span(int64_t first, int64_t n) {
-    const bool staged = wide_ || coded_ || narrow_ || random_ || tile_.single;
+    const bool cut = wide_ || narrow_ || staged_ || random_;
     const int64_t length = tile_.length;
     for (int64_t done = 0; done < n;) {
       int64_t count = n - done;
-      if (staged && count > kChunk) count = kChunk;
-      if (coded_ && length > kChunk) {  // within a row of axis 0
+      if (cut && count > kChunk) count = kChunk;
+      if (coded_ && cut && length > kChunk) {  // within a row of axis 0
         const int64_t left = length - (first + done) % length;
         if (count > left) count = left;
       } else if (coded_ && count == kChunk) {  // whole rows of axis 0
@@ -104,62 +107,41 @@ class Worker {
     a.param = t.param + first * size_;
     a.grad = t.grad + first * size_;
     a.momentum = t.momentum ? t.momentum + first * momentum_size(t.kind) : nullptr;
-    a.bits = random_ ? bits_.fill(numbers_.seed, t.tensor_id, t.offset + static_cast<uint64_t>(first), n)
-                     : nullptr;
-    if (coded_) {
-      a.momentum = reinterpret_cast<char*>(momentum_);
-      for_blocks(first, n, [](const int8_t* codes, const float* scale, float* m, int64_t count) {
-        decode_block(codes, *scale, m, count);
-      });
+    a.set = t.single;
+    a.scales = nullptr;
+    if (first + n == t.row * t.width + t.column + (t.rows - 1) * t.width + t.columns) a.next = t.next;
+    a.bits =
+        random_ ? bits_.fill(given_.seed, t.tensor_id, t.offset + static_cast<uint64_t>(first), n) : nullptr;
+    if (wide_) load_wide(a, first, n);
+    if (staged_) load_codes(a, first, n);
+    if (narrow_) {
+      several_rows(a, first, n);
+    } else {
+      whole_rows(a, first, n);
     }
-    if (wide_) {
-      const double* p = reinterpret_cast<const double*>(t.param) + first;
-      const double* g = reinterpret_cast<const double*>(t.grad) + first;
-      for (int64_t j = 0; j < n; ++j) {
-        const float x = static_cast<float>(g[j]) * given_.gain;
-        grad_[j] = given_.coupled ? __builtin_fmaf(given_.decay, static_cast<float>(p[j]), x) : x;
-        param_[j] = -0.0f;
-      }
-      a.param = reinterpret_cast<char*>(param_);
-      a.grad = reinterpret_cast<const char*>(grad_);
-    }
-    narrow_ ? several_rows(a, first, n) : whole_rows(a, first, n);
-    if (wide_) {
-      double* p = reinterpret_cast<double*>(t.param) + first;
-      for (int64_t j = 0; j < n; ++j) {
-        const double step = given_.lr * static_cast<double>(param_[j]);
-        p[j] = p[j] * given_.shrink64 - step;
-      }
-    }
-    if (coded_) {
-      for_blocks(first, n, [](int8_t* codes, float* scale, const float* m, int64_t count) {
-        encode_block(m, codes, scale, count);
-      });
-    }
+    if (staged_) store_codes(first, n);
+    if (wide_) store_wide(first, n);
   }
 
   // Row by row, of which the first and the last may be cut.
   void whole_rows(Rows& a, int64_t first, int64_t n) {
     const Tile& t = tile_;
     int64_t row = first / t.width, column = first % t.width;
+    if (coded_ && !staged_) a.scales = t.scales + row * ((t.width + kBlock - 1) / kBlock) + column / kBlock;
     while (n) {
-      a.rows = column ? 1 : n / t.width;
-      a.columns = t.width;
-      if (column || a.rows == 0) {
-        a.rows = 1;
-        a.columns = n < t.width - column ? n : t.width - column;
-      }
+      a.rows = column || n < t.width ? 1 : n / t.width;
+      a.columns = n < t.width - column ? n : t.width - column;
       a.row_least = t.row_least + (row - t.row);
       a.row_most = t.row_most + (row - t.row);
       a.column_least = t.column_least + (column - t.column);
       a.column_most = t.column_most + (column - t.column);
-      a.column_was = t.single ? kZeros : a.column_most;
       run_(numbers_, a);
       const int64_t done = a.rows * a.columns;
-      a.param += done * kernel_size();
-      a.grad += done * kernel_size();
-      if (a.momentum) a.momentum += done * (coded_ ? 4 : momentum_size(t.kind));
+      a.param += done * (wide_ ? 4 : size_);
+      a.grad += done * (wide_ ? 4 : size_);
+      if (a.momentum) a.momentum += done * moment_size_;
       if (a.bits) a.bits += done;
+      if (a.scales) a.scales += a.rows * ((a.columns + kBlock - 1) / kBlock);
       n -= done;
       row += a.rows;
       column = 0;
@@ -192,7 +174,7 @@ class Worker {
     a.row_most = &unused;
     a.column_least = least;
     a.column_most = most;
-    a.column_was = kZeros;
+    a.set = true;
     run_(numbers_, a);
     __builtin_memset(most - column, 0, static_cast<size_t>(column) * 4);
     __builtin_memset(most + n, 0, static_cast<size_t>(rows * width - column - n + W) * 4);
@@ -212,22 +194,55 @@ class Worker {
     }
   }
 
-  // Calls block(codes, scale, staged values, n) for each int8 block among n elements.
+  void load_wide(Rows& a, int64_t first, int64_t n) {
+    const double* p = reinterpret_cast<const double*>(tile_.param) + first;
+    const double* g = reinterpret_cast<const double*>(tile_.grad) + first;
+    for (int64_t j = 0; j < n; ++j) {
+      const float x = static_cast<float>(g[j]) * given_.gain;
+      grad_[j] = given_.coupled ? __builtin_fmaf(given_.decay, static_cast<float>(p[j]), x) : x;
+      param_[j] = -0.0f;
+    }
+    a.param = reinterpret_cast<char*>(param_);
+    a.grad = reinterpret_cast<const char*>(grad_);
+  }
+
+  void store_wide(int64_t first, int64_t n) const {
+    double* p = reinterpret_cast<double*>(tile_.param) + first;
+    for (int64_t j = 0; j < n; ++j) {
+      const double step = given_.lr * static_cast<double>(param_[j]);
+      p[j] = p[j] * given_.shrink64 - step;
+    }
+  }
+
+  void load_codes(Rows& a, int64_t first, int64_t n) {
+    __builtin_memcpy(codes_, tile_.momentum + first, static_cast<size_t>(n));
+    for_blocks(first, n, [&](int64_t at, float* scale, int64_t count) {
+      decode_block(codes_ + at, *scale, values_ + at, count);
+    });
+    a.momentum = reinterpret_cast<char*>(values_);
+  }
+
+  void store_codes(int64_t first, int64_t n) {
+    for_blocks(first, n, [&](int64_t at, float* scale, int64_t count) {
+      const Encoding e =
+          encoding_of(values_ + at, largest_of(values_ + at, count), codes_ + at, scale, count);
+      for (int64_t j = 0; j < count; j += kPair) encode(e, j);
+    });
+    __builtin_memcpy(tile_.momentum + first, codes_, static_cast<size_t>(n));
+  }
+
+  // Calls block(its first element, counted from `first`, its scale, its length) for the blocks of n elements.
   template <class Block>
-  void for_blocks(int64_t first, int64_t n, const Block& block) {
-    const int64_t length = tile_.length, in_a_row = (length + kBlock - 1) / kBlock;
-    int64_t row = first / length, at = first % length;
+  void for_blocks(int64_t first, int64_t n, const Block& block) const {
+    const int64_t length = tile_.length;
+    int64_t at = first % length;
+    float* scale = tile_.scales + first / length * ((length + kBlock - 1) / kBlock) + at / kBlock;
     for (int64_t done = 0; done < n;) {
       int64_t count = length - at < kBlock ? length - at : kBlock;
       if (count > n - done) count = n - done;
-      block(reinterpret_cast<int8_t*>(tile_.momentum) + first + done,
-            tile_.scales + row * in_a_row + at / kBlock, momentum_ + done, count);
+      block(done, scale++, count);
       done += count;
-      at += count;
-      if (at == length) {
-        at = 0;
-        ++row;
-      }
+      at = at + count == length ? 0 : at + count;
     }
   }
 };

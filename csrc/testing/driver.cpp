@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "testing/sm3_driver.h"
 #include "zo/zo.h"
 
 using namespace leanops;
@@ -121,6 +122,9 @@ int main() {
   }
   std::vector<uint32_t> words(4 * 301);
   cpu.words(words.data(), 301, (uint64_t{1} << 32) - 100, 1, 2, 3);
+  const testing::Sm3Run sm3 = testing::check_sm3(choice.isa);
+  bad += sm3.bad;
+  runs += sm3.runs;
   std::printf("%s: %d runs, %d with different bits\n", isa_name(choice.isa), runs, bad);
   return bad != 0;
 }

@@ -10,6 +10,7 @@
 #include "common/isa.h"
 #include "common/numbers.h"
 #include "common/philox.h"
+#include "testing/sm3_bindings.h"
 #include "zo/zo.h"
 
 namespace py = pybind11;
@@ -116,6 +117,11 @@ void spread(const std::string& isa, py::array plus, py::array minus, const py::a
   kernels(isa_of(isa)).spread(plus.mutable_data(), minus.mutable_data(), b.data(), type, b.size(), scale);
 }
 
+void sm3_step(const std::string& isa, const std::vector<py::dict>& tensors, const py::dict& options,
+              int64_t threads) {
+  testing::sm3_step(isa_of(isa), tensors, options, threads);
+}
+
 template <class Out, class In, Out (*Convert)(In)>
 Array<Out> convert(const Array<In>& in) {
   Array<Out> out(in.size());
@@ -151,6 +157,7 @@ PYBIND11_MODULE(leanops_native, m) {
         py::arg("index"), py::arg("distribution"));
   m.def("spread", spread, py::arg("isa"), py::arg("plus").noconvert(), py::arg("minus").noconvert(),
         py::arg("b").noconvert(), py::arg("dtype"), py::arg("scale"));
+  m.def("sm3_step", sm3_step, py::arg("isa"), py::arg("tensors"), py::arg("options"), py::arg("threads") = 1);
   m.def("float_to_bf16", convert<uint16_t, float, float_to_bf16>);
   m.def("bf16_to_float", convert<float, uint16_t, bf16_to_float>);
   m.def("float_to_fp16", convert<uint16_t, float, float_to_fp16>);

@@ -73,7 +73,7 @@ def build_module(folder: Path) -> ModuleType:
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     objects = compile_cores(folder, "csrc/testing/module.cpp", includes)
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    target = link(objects, folder / f"leanops_native{suffix}", ["-shared"])
+    target = link(objects, folder / f"leanops_native{suffix}", ["-shared", "-pthread"])
     spec = importlib.util.spec_from_file_location("leanops_native", target)
     assert spec is not None
     assert spec.loader is not None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import weakref
 
 import pytest
 import torch
-from opsuite import SPECS, assert_same_bits, clone, make, outputs, over_cases, over_specs, run, tensors
+from opsuite import SPECS, assert_same_bits, backends, clone, make, outputs, over_cases, over_specs, run, tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
@@ -68,6 +69,17 @@ def test_bad_input_is_refused_before_a_byte_changes(spec, bad, device):
         if not now.is_meta:
             assert_same_bits([now.detach().to_dense()], [then.to_dense()])
     assert [t._version for t in tensors(args)] == versions
+
+
+@over_cases()
+def test_no_call_keeps_a_tensor(spec, case, dtype, device):
+    for name, function in backends(spec, device):
+        args = make(case, device, dtype)
+        function(*args)
+        references = [weakref.ref(t) for t in tensors(args)]
+        del args
+        # Python keeps the object of a tensor alive that something in C++ still holds
+        assert not any(r() is not None for r in references), name
 
 
 class Call(torch.nn.Module):

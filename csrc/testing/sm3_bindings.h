@@ -1,0 +1,85 @@
+// leanops_native.sm3_step: the torch-free core of SM3 on NumPy arrays.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "common/isa.h"
+#include "sm3/schedule.h"
+
+namespace leanops {
+namespace testing {
+
+namespace py = pybind11;
+
+// Units of work among threads, in parts of unlike length, as torch would share them.
+inline void run_in_threads(sm3::Schedule& schedule, int64_t threads) {
+  std::vector<std::thread> pool;
+  const int64_t parts = threads * threads;
+  for (int64_t t = 0; t < threads; ++t) {  // t^2 / threads^2 of the work lies before thread t
+    const int64_t from = schedule.units() * (t * t) / parts;
+    const int64_t to = schedule.units() * ((t + 1) * (t + 1)) / parts;
+    pool.emplace_back([&schedule, from, to] { schedule.run(from, to); });
+  }
+  for (std::thread& thread : pool) thread.join();
+}
+
+inline void* data_of(py::array& array, int64_t size, int64_t elements) {
+  if (array.itemsize() != size || array.size() != elements || !(array.flags() & py::array::c_style)) {
+    throw std::invalid_argument("an array of the wrong item size or length, or with gaps");
+  }
+  return array.mutable_data();
+}
+
+// One dict a parameter: shape, dtype, param, grad, cover, kind, momentum, scales, tensor_id, offset.
+inline void sm3_step(Isa isa, const std::vector<py::dict>& tensors, const py::dict& o, int64_t threads) {
+  const sm3::Options options = {o["lr"].cast<double>(),           o["momentum"].cast<double>(),
+                                o["beta"].cast<double>(),         o["eps"].cast<double>(),
+                                o["weight_decay"].cast<double>(), o["decoupled"].cast<bool>(),
+                                o["maximize"].cast<bool>(),       o["stochastic_rounding"].cast<bool>(),
+                                o["grad_scale"].cast<float>(),    o["seed"].cast<uint64_t>()};
+  sm3::Schedule schedule(sm3::numbers_of(options), sm3::kernels(isa));
+  for (const py::dict& t : tensors) {
+    const std::vector<int64_t> shape = t["shape"].cast<std::vector<int64_t>>();
+    const std::string dtype = t["dtype"].cast<std::string>(), kind = t["kind"].cast<std::string>();
+    int64_t numel = 1, entries = shape.empty();
+    for (int64_t size : shape) {
+      numel *= size;
+      entries += size;
+    }
+    sm3::Parameter p = {};
+    p.dtype = dtype == "float32"    ? DType::kFloat32
+              : dtype == "bfloat16" ? DType::kBFloat16
+              : dtype == "float16"  ? DType::kFloat16
+                                    : DType::kFloat64;
+    p.kind = kind == "none"       ? sm3::Momentum::kNone
+             : kind == "float32"  ? sm3::Momentum::kFloat32
+             : kind == "bfloat16" ? sm3::Momentum::kBFloat16
+                                  : sm3::Momentum::kInt8;
+    py::array param = t["param"], grad = t["grad"], cover = t["cover"], momentum = t["momentum"],
+              scales = t["scales"];
+    p.param = data_of(param, element_size(p.dtype), numel);
+    p.grad = data_of(grad, element_size(p.dtype), numel);
+    p.cover = static_cast<float*>(data_of(cover, 4, entries));
+    if (p.kind != sm3::Momentum::kNone) p.momentum = data_of(momentum, sm3::momentum_size(p.kind), numel);
+    if (p.kind == sm3::Momentum::kInt8) p.scales = static_cast<float*>(data_of(scales, 4, scales.size()));
+    p.tensor_id = t["tensor_id"].cast<uint32_t>();
+    p.offset = t["offset"].cast<uint64_t>();
+    p.sizes = shape.data();
+    p.rank = static_cast<int64_t>(shape.size());
+    schedule.add(p);
+  }
+  const py::gil_scoped_release release;
+  schedule.prepare();
+  run_in_threads(schedule, threads);
+  schedule.finish();
+}
+
+}  // namespace testing
+}  // namespace leanops
