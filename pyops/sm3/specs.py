@@ -53,6 +53,6 @@ register(
         dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
         exact=True,
         large=step_large,
-        backends={"nvrtc": _loader("nvrtc")},
+        backends={"triton": _loader("triton"), "nvrtc": _loader("nvrtc")},
     )
 )

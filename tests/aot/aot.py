@@ -1,4 +1,4 @@
-"""Compiles every CUDA and Triton kernel of zo for GPUs that are not here; reports registers, spills, instructions.
+"""Compiles every CUDA and Triton kernel for GPUs that are not here; reports registers, spills, instructions.
 
     python tests/aot/aot.py [--json FILE] [--markdown FILE] [--arch 90]
 
@@ -32,7 +32,10 @@ _UNIT = 4096 // 32  # elements that a lane sees of a long unit; see csrc/zo/call
 _NAMES = {"leanops::bf16": "bf16", "leanops::fp16": "fp16"}
 _MODES = ("noise", "axpy", "axpy of many", "pair")
 MANY_TERMS = ("axpy of many", "axpy in order stochastic")
-_INSTANCES = """#include "zo/launch_cuda.h"
+_MOMENTA = ("none", "fp32", "bf16", "int8")  # by their numbers in csrc/sm3
+# what instantiates every kernel of a family
+_INSTANCES = {
+    "zo": """#include "zo/launch_cuda.h"
 namespace leanops { namespace zo {
 #define INSTANCE(T)                                                                                               \\
   template cudaError_t launch_low_rank<T>(const Call&, bool, int, cudaStream_t);                                  \\
@@ -41,7 +44,14 @@ namespace leanops { namespace zo {
   template __global__ void add_bias_kernel<T>(u64, u64, i64, i64);
 INSTANCE(float) INSTANCE(double) INSTANCE(bf16) INSTANCE(fp16)
 }}
-"""
+""",
+    "sm3": """#include "sm3/launch_cuda.h"
+namespace leanops { namespace sm3 {
+#define INSTANCE(T) template cudaError_t launch<T>(const Call&, Momentum, bool, int, cudaStream_t);
+INSTANCE(float) INSTANCE(double) INSTANCE(bf16) INSTANCE(fp16)
+}}
+""",
+}
 
 
 @dataclass(frozen=True)
@@ -76,10 +86,16 @@ def _ptxas_rows(log: str) -> Iterable[tuple[str, int, int]]:
             yield name, int(match[1]), spilled
 
 
+def _step_name(dtype: str, momentum: str, stochastic: bool) -> str:
+    return f"sm3 {dtype} momentum {momentum}{' stochastic' * stochastic}"
+
+
 def _readable(mangled: str) -> str:
     text = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
     if match := re.search(r"low_rank_kernel<(\S+), (\w+)>", text):
         return f"low-rank axpy {_NAMES.get(match[1], match[1])}{' stochastic' * (match[2] == 'true')}"
+    if match := re.search(r"sm3_kernel<(\S+), (\d), (\w+)>", text):
+        return _step_name(_NAMES.get(match[1], match[1]), _MOMENTA[int(match[2])], match[3] == "true")
     match = re.search(r"zo_kernel<(\S+), (\d), (\d), (\w+)>", text)
     if match is None:
         inner = re.search(r"(\w+)(?:_kernel)?(?:<(?:leanops::)?(\w+)>)?\(", text)
@@ -105,12 +121,12 @@ def _per_element(mangled: str, code: list[tuple[int, str]]) -> float | None:
     return round(inner.instructions / elements + share, 2)
 
 
-def nvcc_rows(arch: int, folder: Path) -> list[Row]:
-    """The ahead-of-time build of the CUDA core."""
+def nvcc_rows(arch: int, folder: Path, family: str) -> list[Row]:
+    """The ahead-of-time build of a family's CUDA core."""
     nvcc = find_nvcc()
     assert nvcc is not None, "nvcc not found"
-    source, cubin = folder / "instances.cu", folder / f"zo.{arch}.cubin"
-    source.write_text(_INSTANCES)
+    source, cubin = folder / f"{family}.cu", folder / f"{family}.{arch}.cubin"
+    source.write_text(_INSTANCES[family])
     command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", f"-I{ROOT / 'csrc'}"]
     log = subprocess.run([*command, "-o", str(cubin), str(source)], check=True, capture_output=True, text=True).stderr
     listing = sass.disassemble(cubin) if sass.find_cuobjdump() else {}
@@ -120,8 +136,30 @@ def nvcc_rows(arch: int, folder: Path) -> list[Row]:
     ]
 
 
-def _triton_sources(arch: int) -> Iterable[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """(name, kernel, signature, constants, options) of what the launchers launch."""
+Source = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]  # name, kernel, signature, constants, options
+
+
+def _sm3_sources() -> Iterable[Source]:
+    """The Triton step of SM3, for numbers that lie on the device."""
+    import triton.language as tl
+
+    from leanops.sm3 import triton as kernels
+
+    signature = {"table": "*i64", "tensors": "i32", "lr": "*fp32", "seed": "*i64", "grad_scale": "*fp32"}
+    signature |= {"found_inf": "*fp32"} | dict.fromkeys(("lr_bits", "decay_bits", "seed_value"), "i64")
+    signature |= {"scale_value": "fp32", "sign": "fp32", "averages": "i32", "couples": "i32"}
+    signature |= dict.fromkeys(("coupled", "eps", "beta", "one_minus_beta", "kept", "share"), "fp32")
+    there = dict.fromkeys(("LR_THERE", "SEED_THERE", "SCALE_THERE", "FOUND_THERE"), True)
+    for dtype, kind in {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "fp64": tl.float64}.items():
+        for number, momentum in enumerate(_MOMENTA):
+            for stochastic in (False, True) if dtype in ("bf16", "fp16") else (False,):
+                constants = there | {"DTYPE": kind, "MOMENTUM": number, "STOCHASTIC": stochastic} | kernels.TILE_SIZES
+                name = _step_name(dtype, momentum, stochastic)
+                yield name, kernels.step_kernel, signature, constants, dict(kernels.LAUNCH)
+
+
+def _zo_sources(arch: int) -> Iterable[Source]:
+    """The Triton kernels of zo as the launchers launch them."""
     import torch
     import triton.language as tl
 
@@ -179,8 +217,8 @@ def _triton_sources(arch: int) -> Iterable[tuple[str, Any, dict[str, str], dict[
                 yield name, triton_linear.linear_kernel, signature, constants | sizes, options
 
 
-def triton_rows(arch: int, folder: Path, only: str = "") -> list[Row]:
-    """The Triton kernels, through Triton's own compiler and its ptxas."""
+def triton_rows(arch: int, folder: Path, family: str, only: str = "") -> list[Row]:
+    """A family's Triton kernels whose names match, through Triton's own compiler and its ptxas."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -188,8 +226,8 @@ def triton_rows(arch: int, folder: Path, only: str = "") -> list[Row]:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     ptxas = next(t for t in (tools / "ptxas-blackwell", tools / "ptxas") if t.exists())  # the newer one reads all PTX
     rows = []
-    for name, kernel, signature, constants, options in _triton_sources(arch):
-        if only not in name:
+    for name, kernel, signature, constants, options in _sm3_sources() if family == "sm3" else _zo_sources(arch):
+        if not re.search(only, name):
             continue
         full = signature | dict.fromkeys(constants, "constexpr")
         aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(full.values()) if t.startswith("*")}
@@ -269,9 +307,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         for arch in options.arch or ARCHS:
             if find_nvcc():
-                rows += nvcc_rows(arch, Path(name))
+                for family in _INSTANCES:
+                    rows += nvcc_rows(arch, Path(name), family)
             if find_triton():
-                rows += triton_rows(arch, Path(name))
+                for family in _INSTANCES:
+                    rows += triton_rows(arch, Path(name), family)
     print(markdown(rows), end="")
     if options.json:
         options.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")

@@ -9,6 +9,7 @@ import torch
 from aot import aot, sass
 
 from leanops import _nvrtc
+from leanops.sm3 import nvrtc as sm3_nvrtc
 from leanops.zo import nvrtc
 
 # docs of performance targets: an in-place axpy is bandwidth-bound on an H200 up to 28 instructions an element in bf16;
@@ -24,7 +25,7 @@ def arch(request: pytest.FixtureRequest) -> int:
 def test_cuda_kernels_fit(arch, tmp_path):
     if aot.find_nvcc() is None:
         pytest.skip("no nvcc in PATH or /usr/local/cuda")
-    rows = aot.nvcc_rows(arch, tmp_path)
+    rows = aot.nvcc_rows(arch, tmp_path, "zo")
     print(aot.markdown(rows))
     assert len(rows) >= 45
     assert [r for r in rows if r.spill_bytes] == []
@@ -42,9 +43,29 @@ def test_cuda_kernels_fit(arch, tmp_path):
 def test_triton_kernels_fit(arch, tmp_path):
     if not aot.find_triton():
         pytest.skip("Triton is not installed: pip install 'leanops[triton]'")
-    rows = aot.triton_rows(arch, tmp_path)
+    rows = aot.triton_rows(arch, tmp_path, "zo")
     print(aot.markdown(rows))
     assert len(rows) >= 40
+    assert [r for r in rows if r.spill_bytes] == []
+
+
+def test_the_cuda_steps_of_sm3_fit(arch, tmp_path):
+    if aot.find_nvcc() is None:
+        pytest.skip("no nvcc in PATH or /usr/local/cuda")
+    rows = aot.nvcc_rows(arch, tmp_path, "sm3")
+    print(aot.markdown(rows))
+    assert len(rows) == 24  # 4 dtypes, 4 kinds of momentum, and stochastic rounding for two of the dtypes
+    assert [r for r in rows if r.spill_bytes] == []
+
+
+# the four take 25 seconds an architecture; all 24 are compiled by `make aot`
+def test_triton_steps_of_sm3_fit(arch, tmp_path):
+    if not aot.find_triton():
+        pytest.skip("Triton is not installed: pip install 'leanops[triton]'")
+    names = "fp32 momentum none|bf16 momentum int8 stochastic|fp16 momentum bf16 stochastic|fp64 momentum fp32"
+    rows = aot.triton_rows(arch, tmp_path, "sm3", names)
+    print(aot.markdown(rows))
+    assert len(rows) == 4
     assert [r for r in rows if r.spill_bytes] == []
 
 
@@ -56,6 +77,7 @@ def test_nvrtc_compiles_what_the_launchers_launch(arch):
     for distribution in ("gaussian", "rademacher"):
         kernels += [nvrtc.work(torch.bfloat16, distribution, mode, True) for mode in range(4)]
     kernels += [nvrtc.low_rank(dtype, True) for dtype in (torch.bfloat16, torch.float64)]
+    kernels += [sm3_nvrtc.step(torch.bfloat16, momentum, True) for momentum in sm3_nvrtc.plan.KINDS]
     for kernel in kernels:
         aot.nvrtc_compile(library, _nvrtc.program(kernel, aot.ROOT / "csrc"), arch)
 

@@ -26,6 +26,11 @@ ALL_SHAPES: Sequence[tuple[int, ...]] = (
     *((20000,), (16384,), (300,), (1,), (), (0,), (256,)),  # vectors
     *((3, 4, 5, 6), (6, 70, 130), (40, 30, 3, 3), (3, 5, 256), (2, 3, 4, 3, 2), (2, 2, 4000)),  # more axes
 )
+# few elements of those, where one costs much
+SMALL_SHAPES: Sequence[tuple[int, ...]] = (
+    *((64, 256), (130, 40), (9, 777), (3, 1, 5), (300, 1), (70, 33), (0, 7)),
+    *((3000,), (1,), (), (3, 4, 5, 6), (6, 7, 130), (3, 5, 256)),
+)
 NAMED_OPTIONS: dict[str, Options] = {
     "sum": Options(),
     "average, coupled, maximized, scaled": Options(

@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from gpu import agreement
+from gpu import agreement, agreement_sm3
 
 from leanops import _native
 
@@ -33,6 +33,11 @@ def main() -> int:
             for pair in (False, True):
                 agreement.linear(ops, "cuda", dtype, distribution, pair, True)
         agreement.axpy_into(ops, "cuda", dtype)
+        for momentum in agreement_sm3.MOMENTA:
+            for options in agreement_sm3.NAMED_OPTIONS:
+                agreement_sm3.step(ops, "cuda", dtype, momentum, options, shapes=agreement_sm3.SMALL_SHAPES)
+            agreement_sm3.unaligned(ops, "cuda", dtype, momentum)
+    agreement_sm3.many(ops, "cuda", 40)
     torch.cuda.synchronize()
     print("every kernel ran and agreed with the reference")
     return 0

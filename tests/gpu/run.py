@@ -79,7 +79,8 @@ def _pytest(run: Run, name: str, *arguments: str | Path) -> None:
 
 def device(run: Run) -> None:
     """The device suite: every backend against the reference's bits."""
-    _pytest(run, "device", ROOT / "tests" / "gpu" / "test_device.py")
+    for suite in ("device", "device_sm3"):
+        _pytest(run, suite, ROOT / "tests" / "gpu" / f"test_{suite}.py")
 
 
 def generic(run: Run) -> None:
@@ -88,7 +89,7 @@ def generic(run: Run) -> None:
 
 
 def exhaustive(run: Run) -> None:
-    """The square root of Box-Muller, on every argument it can get."""
+    """Arithmetic without range tests against the compiler's: square roots of every mantissa, quotients of many."""
     program = run.out / "exhaustive"
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     source = ROOT / "tests" / "gpu" / "exhaustive.cu"
@@ -105,6 +106,7 @@ def _sanitize(run: Run, tool: str) -> None:
         options = ["--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
         options += ["--kernel-name", "kernel_substring=zo_kernel", "--kernel-name", "kernel_substring=upload_kernel"]
         options += ["--kernel-name", "kernel_substring=combine_kernel", "--kernel-name", "kernel_substring=add_bias"]
+        options += ["--kernel-name", "kernel_substring=sm3_kernel"]
         run(tool, sanitizer, *options, PYTHON, ROOT / "tests" / "gpu" / "driver.py")
     finally:
         del run.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"]

@@ -1,0 +1,356 @@
+"""Triton kernel of SM3, and its launcher with the operator's signature.
+
+The tensors of a call lie in a table on the device, as matrices cut into tiles: one launch serves a whole list. A
+program passes through the rows of a tile and writes weights and momenta at once. New maxima gather beside the old
+accumulators by integer atomics on the bits of nu >= 0, which are exact and have no order. The program that finishes
+a tensor's last tile copies them over the accumulators, and leaves zeros for the next call.
+"""
+
+# Triton reads annotations of kernels as types of its own
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import struct
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leanops._upload import to_device
+from leanops.sm3 import plan
+from leanops.sm3.triton_update import average, bits_of, min_or_nan, moved, quotient, rounding_bits
+from leanops.zo.triton_noise import round_by, widen
+
+# a tile is STEPS times so many rows of so many columns: 8 elements a thread at a time. Narrow ones are for matrices of
+# no more columns; an int8 momentum's blocks of 256 columns are wide ones'.
+TILE_SIZES = {"STEPS": 16, "HEIGHT": 4, "WIDTH": 256, "NARROW_HEIGHT": 32, "NARROW_WIDTH": 32}
+LAUNCH = {"num_warps": 4, "maxnreg": 255}  # ptxas left alone spills to fit a third block
+
+# words of a slot of the table; FORM is one of those below
+(PARAM, GRAD, COVER, MOMENTA, SCALE, MAXIMA, ROWS, COLS, NUMEL, OFFSET, FIRST, TILES, SHAPE, TENSOR_ID, RANK, SPLIT,
+ FORM, WORDS) = map(tl.constexpr, range(18))  # fmt: skip
+IS_WIDE, IS_UNALIGNED, IS_NARROW, IS_FLAT = map(tl.constexpr, range(4))
+
+_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _side(cover, shape, first, last, index, mask):
+    """The smallest accumulator at each index along axes ``first`` to ``last - 1``."""
+    axis = 0
+    start = tl.zeros([], tl.int64)
+    while axis < last:
+        start += tl.load(shape + axis)
+        axis += 1
+    c = tl.full(index.shape, float("inf"), tl.float32)
+    axis = last - 1
+    while axis > first:
+        n = tl.load(shape + axis)
+        start -= n
+        c = min_or_nan(c, tl.load(cover + start + index % n, mask=mask, other=0.0))
+        index = index // n
+        axis -= 1
+    start -= tl.load(shape + first)
+    return min_or_nan(c, tl.load(cover + start + index, mask=mask, other=0.0))
+
+
+@triton.jit
+def _raise(maxima, shape, first, last, index, top, mask):
+    """Maxima over the slices of indices along axes ``first`` to ``last - 1``."""
+    axis = 0
+    start = tl.zeros([], tl.int64)
+    while axis < last:
+        start += tl.load(shape + axis)
+        axis += 1
+    axis = last - 1
+    while axis > first:  # many indices share an accumulator: most have nothing to raise
+        n = tl.load(shape + axis)
+        start -= n
+        at = maxima + start + index % n
+        tl.atomic_max(at, top, mask=mask & (tl.load(at, mask=mask, other=0, volatile=True) < top), sem="relaxed")
+        index = index // n
+        axis -= 1
+    start -= tl.load(shape + first)
+    tl.atomic_max(maxima + start + index, top, mask=mask & (top != 0), sem="relaxed")
+
+
+@triton.jit
+def _tile(
+    slot, shape, number, seed, lr, keep, factor, averages, couples, coupled, eps, beta, one_minus_beta, kept, share,
+    DTYPE: tl.constexpr, MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, STEPS: tl.constexpr, HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr, EACH: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Tile ``number`` of a tensor: STEPS times HEIGHT rows of WIDTH columns. EACH: elements share no accumulator."""
+    param = tl.load(slot + PARAM).to(tl.pointer_type(DTYPE))
+    grad = tl.load(slot + GRAD).to(tl.pointer_type(DTYPE))
+    cover = tl.load(slot + COVER).to(tl.pointer_type(tl.float32))
+    momentum = tl.load(slot + MOMENTA)
+    scale = tl.load(slot + SCALE)
+    rows = tl.load(slot + ROWS)
+    cols = tl.load(slot + COLS)
+    numel = tl.load(slot + NUMEL)
+    offset = tl.load(slot + OFFSET)
+    tensor_id = tl.load(slot + TENSOR_ID)
+    rank = tl.load(slot + RANK).to(tl.int32)
+    split = tl.load(slot + SPLIT).to(tl.int32)
+    if ALIGNED:
+        param = tl.multiple_of(param, 16)
+        grad = tl.multiple_of(grad, 16)
+        momentum = tl.multiple_of(momentum, 16)
+        cols = tl.multiple_of(cols, 8)
+        offset = tl.multiple_of(offset, 8)
+    across = (cols + WIDTH - 1) // WIDTH
+    first_row = number // across * (STEPS * HEIGHT)
+    first_col = number % across * WIDTH
+    col = first_col + tl.arange(0, WIDTH)
+    in_cols = col < cols
+    if not EACH:
+        maxima = tl.load(slot + MAXIMA).to(tl.pointer_type(tl.uint32)) + 1
+        of_cols = _side(cover, shape, split, rank, col, in_cols)
+        col_top = tl.zeros([HEIGHT, WIDTH], tl.uint32)
+    for step in range(tl.minimum(STEPS, (rows - first_row + HEIGHT - 1) // HEIGHT).to(tl.int32)):
+        row = first_row + step * HEIGHT + tl.arange(0, HEIGHT)
+        in_rows = row < rows
+        index = row[:, None] * cols + col[None, :]
+        mask = in_rows[:, None] & in_cols[None, :]
+        if EACH:
+            mask = mask & (index < numel)
+        w = widen(tl.load(param + index, mask=mask, other=0.0), tl.float64 if tl.float64 == DTYPE else tl.float32)
+        g = widen(tl.load(grad + index, mask=mask, other=0.0), tl.float32).to(tl.float32) * factor
+        if EACH:
+            c = tl.load(cover + index, mask=mask, other=0.0)
+        else:
+            of_rows = _side(cover, shape, 0, split, row, in_rows)
+            c = min_or_nan(of_rows[:, None], of_cols[None, :])
+        if couples != 0:
+            g = tl.fma(tl.zeros_like(g) + coupled, w.to(tl.float32), g)
+        if averages != 0:  # noqa: SIM108  a jump, not two results
+            nu = tl.fma(tl.zeros_like(g) + one_minus_beta, g * g, beta * c)
+        else:
+            nu = tl.fma(g, g, c)
+        move = quotient(g, nu, eps)
+        if MOMENTUM != 0:
+            block = row * ((cols + 255) // 256) + first_col // 256
+            move = average(momentum, scale, index, block, mask, in_rows, move, kept, share, MOMENTUM)
+        w = moved(w, move, lr, keep)
+        random = 0
+        if STOCHASTIC and (tl.bfloat16 == DTYPE or tl.float16 == DTYPE):
+            start = offset + row * cols + first_col
+            random = rounding_bits(seed, offset + index, WIDTH, start, tensor_id, ALIGNED)
+        tl.store(param + index, round_by(w, random, DTYPE, STOCHASTIC), mask=mask)
+        if EACH:
+            tl.store(cover + index, nu, mask=mask)
+        else:
+            top = bits_of(nu)
+            col_top = tl.maximum(col_top, top)
+            _raise(maxima, shape, 0, split, row, tl.max(top, axis=1), in_rows)
+    if not EACH:
+        _raise(maxima, shape, split, rank, col, tl.max(col_top, axis=0), in_cols)
+
+
+@triton.jit
+def _finish(slot, shape):
+    """Counts a tile; the last one copies the maxima over the accumulators and leaves zeros."""
+    tl.debug_barrier()  # all threads' maxima are on their way
+    maxima = tl.load(slot + MAXIMA).to(tl.pointer_type(tl.uint32))
+    if tl.atomic_add(maxima, 1, sem="acq_rel") == tl.load(slot + TILES) - 1:
+        cover = tl.load(slot + COVER).to(tl.pointer_type(tl.float32))
+        length = tl.zeros([], tl.int64)
+        axis = tl.zeros([], tl.int64)
+        while axis < tl.load(slot + RANK):
+            length += tl.load(shape + axis)
+            axis += 1
+        for start in range(0, length, 1024):
+            at = start + tl.arange(0, 1024)
+            top = tl.load(maxima + 1 + at, mask=at < length, other=0, volatile=True)
+            tl.store(cover + at, top.to(tl.float32, bitcast=True), mask=at < length)
+            tl.store(maxima + 1 + at, tl.zeros_like(top), mask=at < length)
+        tl.store(maxima, 0)
+
+
+@triton.jit(do_not_specialize=[
+    "tensors", "lr_bits", "decay_bits", "seed_value", "scale_value", "sign", "averages", "couples", "coupled",
+    "eps", "beta", "one_minus_beta", "kept", "share",
+])  # fmt: skip
+def step_kernel(
+    table, tensors, lr, seed, grad_scale, found_inf, lr_bits: tl.int64, decay_bits: tl.int64, seed_value: tl.int64,
+    scale_value, sign, averages, couples, coupled, eps, beta, one_minus_beta, kept, share,
+    LR_THERE: tl.constexpr, SEED_THERE: tl.constexpr, SCALE_THERE: tl.constexpr, FOUND_THERE: tl.constexpr,
+    DTYPE: tl.constexpr, MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, STEPS: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, NARROW_HEIGHT: tl.constexpr, NARROW_WIDTH: tl.constexpr,
+):  # fmt: skip
+    if FOUND_THERE:  # noqa: SIM102  `and` would load, too
+        if tl.load(found_inf) != 0.0:
+            return
+    tile = tl.program_id(0).to(tl.int64)
+    low = 0
+    high = tensors
+    while high - low > 1:  # the last tensor whose first tile is not beyond this one
+        middle = (low + high) // 2
+        before = tl.load(table + middle * WORDS + FIRST) <= tile
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    slot = table + low * WORDS
+    shape = table + tl.load(slot + SHAPE)
+    number = tile - tl.load(slot + FIRST)
+    form = tl.load(slot + FORM)
+
+    rate = tl.load(lr).to(tl.float64) if LR_THERE else lr_bits.to(tl.int64).to(tl.float64, bitcast=True)
+    key = tl.load(seed) if SEED_THERE else seed_value.to(tl.int64)
+    scale = tl.load(grad_scale) if SCALE_THERE else scale_value
+    factor = sign * tl.div_rn(tl.full([1], 1.0, tl.float32), tl.full([1], scale, tl.float32))
+    factor = tl.sum(factor, axis=0)
+    keep = 1.0 - rate * decay_bits.to(tl.int64).to(tl.float64, bitcast=True)
+    if form == IS_WIDE:
+        _tile(
+            slot, shape, number, key, rate, keep, factor, averages, couples, coupled, eps, beta, one_minus_beta, kept,
+            share, DTYPE, MOMENTUM, STOCHASTIC, STEPS, HEIGHT, WIDTH, False, True,
+        )  # fmt: skip
+    elif form == IS_UNALIGNED:
+        _tile(
+            slot, shape, number, key, rate, keep, factor, averages, couples, coupled, eps, beta, one_minus_beta, kept,
+            share, DTYPE, MOMENTUM, STOCHASTIC, STEPS, HEIGHT, WIDTH, False, False,
+        )  # fmt: skip
+    elif form == IS_NARROW:
+        _tile(
+            slot, shape, number, key, rate, keep, factor, averages, couples, coupled, eps, beta, one_minus_beta, kept,
+            share, DTYPE, MOMENTUM, STOCHASTIC, STEPS, NARROW_HEIGHT, NARROW_WIDTH, False, False,
+        )  # fmt: skip
+    else:
+        _tile(
+            slot, shape, number, key, rate, keep, factor, averages, couples, coupled, eps, beta, one_minus_beta, kept,
+            share, DTYPE, MOMENTUM, STOCHASTIC, STEPS, HEIGHT, WIDTH, True, False,
+        )  # fmt: skip
+    if form != IS_FLAT:
+        _finish(slot, shape)
+
+
+_tables: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor, int]] = OrderedDict()
+
+
+def _slots(items: Sequence[plan.Item]) -> tuple[list[tuple[int, ...]], list[int], int, int]:
+    """Slots, shapes, tiles and words of maxima of tensors of equal types; ``MAXIMA`` and ``SHAPE`` count from 0."""
+    int8 = items[0].momentum is not None and items[0].momentum.dtype == torch.int8
+    slots: list[tuple[int, ...]] = []
+    shapes: list[int] = []
+    tiles = words = 0
+    for i in items:
+        shape = tuple(i.param.shape)
+        c = plan.cut(shape, int8)
+        is_narrow = c.cols <= TILE_SIZES["NARROW_WIDTH"]
+        width, height = (TILE_SIZES["NARROW_" * is_narrow + side] for side in ("WIDTH", "HEIGHT"))
+        count = -(-c.cols // width) * -(-c.rows // (height * TILE_SIZES["STEPS"]))
+        momentum, scale = (0 if t is None else t.data_ptr() for t in (i.momentum, i.scale))
+        pointers = (i.param.data_ptr(), i.grad.data_ptr(), i.cover.data_ptr(), momentum, scale)
+        aligned = (pointers[0] | pointers[1] | momentum) % 16 == 0 == (c.cols | i.offset) % 8
+        form = IS_FLAT if c.flat else IS_NARROW if is_narrow else IS_WIDE if aligned else IS_UNALIGNED
+        slots.append(
+            (*pointers, words, c.rows, c.cols, i.param.numel(), i.offset, tiles, count, len(shapes), i.tensor_id,
+             len(shape), c.split, form.value)
+        )  # fmt: skip
+        words += 0 if c.flat else 1 + sum(shape)
+        shapes += shape
+        tiles += count
+    return slots, shapes, tiles, words
+
+
+def _table(items: Sequence[plan.Item], device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """(table on the device, zeroed words for maxima, tiles). Kept for the next step, as the kernel leaves zeros."""
+    slots, shapes, tiles, words = _slots(items)
+    cuda = device.type == "cuda"
+    key = (tuple(slots), tuple(shapes), device, torch.cuda.current_stream(device).cuda_stream if cuda else 0)
+    capturing = cuda and torch.cuda.is_current_stream_capturing()
+    if key in _tables and not capturing:
+        _tables.move_to_end(key)
+        return _tables[key]
+    maxima = torch.zeros(words, dtype=torch.int32, device=device)
+    table = np.array(slots, dtype=np.int64)
+    table[:, MAXIMA.value] = maxima.data_ptr() + 4 * table[:, MAXIMA.value]
+    table[:, SHAPE.value] += table.size
+    flat = torch.from_numpy(np.concatenate([table.ravel(), np.array(shapes, dtype=np.int64)]))
+    value = (to_device(flat, device), maxima, tiles)
+    if not capturing:  # a graph has its own, zeroed by every replay
+        _tables[key] = value
+        while len(_tables) > 64:
+            _tables.popitem(last=False)
+    return value
+
+
+def _bits(value: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
+
+
+def _there(value: Tensor | None) -> bool:
+    """Whether a number is on the device: all tensors' but the CPU's under the interpreter."""
+    return value is not None and value.device.type != "cpu"
+
+
+def sm3_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    covers: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    lr: Tensor,
+    seed: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    tensor_ids: Sequence[int],
+    offsets: Sequence[int],
+    momentum: float,
+    beta: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    stochastic_rounding: bool,
+) -> None:
+    if not params:
+        return
+    if found_inf is not None and not _there(found_inf) and found_inf.item() != 0:
+        return
+    device = params[0].device
+    with (
+        torch.cuda._DeviceGuard(params[0].get_device()),
+        plan.launches(params, grads, covers, momenta, scales, tensor_ids, offsets) as groups,
+    ):
+        for items in groups:
+            p, m = items[0].param, items[0].momentum
+            table, _keep, tiles = _table(items, device)
+            step_kernel[(tiles,)](
+                table,
+                len(items),
+                lr if _there(lr) else table,
+                seed if _there(seed) else table,
+                grad_scale if _there(grad_scale) else table,
+                found_inf if _there(found_inf) else table,
+                0 if _there(lr) else _bits(lr.item()),
+                _bits(weight_decay if decoupled else 0.0),
+                0 if _there(seed) else int(seed.item()),
+                1.0 if grad_scale is None or _there(grad_scale) else grad_scale.item(),
+                -1.0 if maximize else 1.0,
+                int(beta != 1),
+                int(not decoupled and weight_decay != 0),
+                weight_decay,
+                eps,
+                beta,
+                1.0 - beta,
+                momentum,
+                1.0 - momentum,
+                LR_THERE=_there(lr),
+                SEED_THERE=_there(seed),
+                SCALE_THERE=_there(grad_scale),
+                FOUND_THERE=_there(found_inf),
+                DTYPE=_DTYPE[p.dtype],
+                MOMENTUM=plan.KINDS[None if m is None else m.dtype],
+                STOCHASTIC=stochastic_rounding,
+                **TILE_SIZES,
+                **LAUNCH,
+                enable_fp_fusion=False,
+            )
