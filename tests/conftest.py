@@ -1,4 +1,5 @@
-"""The device that the generic suites run on: ``pytest --leanops-device cuda`` on a GPU machine."""
+"""The device that the generic suites run on: ``pytest --leanops-device cuda`` on a GPU machine; and who shares a
+process where tests run in several."""
 
 from __future__ import annotations
 
@@ -8,6 +9,12 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--leanops-device", default="cpu", help="device of the generic operator suites: cpu or cuda")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name in ("native", "gpu"):  # what they compile is compiled once a process
+            item.add_marker(pytest.mark.xdist_group(item.path.parent.name))
 
 
 @pytest.fixture(scope="session")
