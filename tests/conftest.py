@@ -15,6 +15,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent.name in ("native", "gpu"):  # what they compile is compiled once a process
             item.add_marker(pytest.mark.xdist_group(item.path.parent.name))
+    items.sort(key=lambda item: item.path.parent.name != "triton")  # the two longest tests first
 
 
 @pytest.fixture(scope="session")

@@ -20,12 +20,20 @@ def test_noise_has_the_bits_of_the_reference(dtype, distribution, offset):
     agreement.noise(triton, "cpu", dtype, distribution, offset)
 
 
-@pytest.mark.parametrize("distribution", AXPY_DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("call", [(1, False, 3), (1, True, 20), (3, False, 5), (3, True, 3)], ids=str)
 def test_axpy_has_the_bits_of_the_reference(dtype, distribution, rounding, call):
     agreement.axpy(triton, "cpu", dtype, distribution, rounding, call)
+
+
+# ten times as slow as the others under the interpreter
+@pytest.mark.parametrize("call", [(1, False, 3), (1, True, 3), (3, False, 2)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_low_rank_noise_has_the_bits_of_the_reference(dtype, call):
+    rounding = "stochastic" if dtype.itemsize == 2 else "nearest"
+    agreement.axpy(triton, "cpu", dtype, "lowrank", rounding, call)
 
 
 @pytest.mark.parametrize("rank", [1, 5])
