@@ -165,8 +165,10 @@ class Call:
             complete(state, local, self._momentum, group["momentum_dtype"])
         self._covers = [s["cover"] for s in self._states]
         self._momenta = [s["momentum_buffer"] for s in self._states] if self._momentum else []
-        empty = torch.empty(0, dtype=torch.float32, device=device)
-        self._scales = [s.get("momentum_scale", empty) for s in self._states] if self._momentum else []
+        self._scales: list[Tensor] = []
+        if any(m.dtype == torch.int8 for m in self._momenta):
+            empty = torch.empty(0, dtype=torch.float32, device=device)
+            self._scales = [s.get("momentum_scale", empty) for s in self._states]
         self._home = home_of_step(group, device)
         taken = [torch.as_tensor(s["step"]).detach().to(self._home, torch.float32).reshape(()) for s in self._states]
         self._steps = torch.stack(taken)

@@ -22,7 +22,7 @@ using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // torch's numbers for these, asked once: a call costs as much as a check.
 struct Codes {
-  int32_t cpu = aoti_torch_device_type_cpu(), strided = aoti_torch_layout_strided();
+  int32_t cpu = aoti_torch_device_type_cpu();
   int32_t float32 = aoti_torch_dtype_float32(), bfloat16 = aoti_torch_dtype_bfloat16();
   int32_t float16 = aoti_torch_dtype_float16(), float64 = aoti_torch_dtype_float64();
   int32_t int8 = aoti_torch_dtype_int8(), int64 = aoti_torch_dtype_int64();
@@ -31,8 +31,8 @@ const Codes kCodes;
 const int64_t kNothing = 0;    // the shape [0]
 constexpr int64_t kGrain = 8;  // units of work, the least worth a thread
 
-// A tensor that somebody else keeps: what torch::stable::Tensor asks of one, without its shared ownership, whose
-// allocation is a tenth of a step over 1,000 small parameters.
+// A tensor that somebody else keeps: what torch::stable::Tensor asks of one, without the allocation that its shared
+// ownership takes for each of thousands.
 class View {
  public:
   explicit View(AtenTensorHandle handle) : handle_(handle) {}
@@ -141,13 +141,11 @@ int32_t dtype_of(View t) {
   return dtype;
 }
 
-// A dense tensor on the CPU, of one of the dtypes; which.
-int32_t dense(Name name, View t, std::initializer_list<int32_t> dtypes) {
-  int32_t layout, device;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
+// A tensor on the CPU, of one of the dtypes; which. (Of one that is not dense, torch itself refuses to say whether it
+// is contiguous.)
+int32_t on_cpu(Name name, View t, std::initializer_list<int32_t> dtypes) {
+  int32_t device;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device));
-  STD_TORCH_CHECK(layout == kCodes.strided, "sm3_step_: ", name, " must be a dense tensor, got layout ",
-                  layout);
   STD_TORCH_CHECK(device == kCodes.cpu, "sm3_step_: ", name, " must be on the CPU, got device type ", device);
   const int32_t dtype = dtype_of(t);
   for (int32_t wanted : dtypes) {
@@ -165,7 +163,7 @@ void contiguous(Name name, View t) {
 }
 
 const void* number(Name name, View t, std::initializer_list<int32_t> dtypes) {
-  dense(name, t, dtypes);
+  on_cpu(name, t, dtypes);
   STD_TORCH_CHECK(t.numel() == 1, "sm3_step_: ", name, " must be one number, got shape ", text(t.sizes()));
   return t.const_data_ptr();
 }
@@ -211,8 +209,9 @@ void sm3_step_(StableListHandle param_list, StableListHandle grad_list, StableLi
     STD_TORCH_CHECK(momenta.size() == 0, "sm3_step_: momenta must have no entry with momentum 0, got ",
                     momenta.size());
   }
-  STD_TORCH_CHECK(scales.size() == momenta.size(), "sm3_step_: scales must have one entry a momentum (",
-                  momenta.size(), "), got ", scales.size());
+  STD_TORCH_CHECK(scales.size() == 0 || scales.size() == momenta.size(),
+                  "sm3_step_: scales must have one entry a momentum (", momenta.size(), "), got ",
+                  scales.size());
 
   Options options = {0, momentum, beta, eps, weight_decay, decoupled, maximize, stochastic_rounding, 1.0f, 0};
   const void* rate = number({"lr"}, lr, {kCodes.float32, kCodes.float64});
@@ -231,9 +230,9 @@ void sm3_step_(StableListHandle param_list, StableListHandle grad_list, StableLi
     const int64_t i = static_cast<int64_t>(j);
     const View p = params[j], g = grads[j], cover = covers[j];
     const int32_t dtype =
-        dense({"params", i}, p, {kCodes.float32, kCodes.bfloat16, kCodes.float16, kCodes.float64});
-    dense({"grads", i}, g, {dtype});
-    dense({"covers", i}, cover, {kCodes.float32});
+        on_cpu({"params", i}, p, {kCodes.float32, kCodes.bfloat16, kCodes.float16, kCodes.float64});
+    on_cpu({"grads", i}, g, {dtype});
+    on_cpu({"covers", i}, cover, {kCodes.float32});
     const Sizes sizes = p.sizes();
     STD_TORCH_CHECK(same(sizes, g.sizes()), "sm3_step_: grads[", i, "] must have the shape of params[", i,
                     "], ", text(sizes), ", got ", text(g.sizes()));
@@ -263,24 +262,30 @@ void sm3_step_(StableListHandle param_list, StableListHandle grad_list, StableLi
          sizes.data(),
          static_cast<int64_t>(sizes.size())};
     if (moves) {
-      const View m = momenta[j], s = scales[j];
-      const int32_t kind = dense({"momenta", i}, m, {kCodes.float32, kCodes.bfloat16, kCodes.int8});
-      dense({"scales", i}, s, {kCodes.float32});
+      const View m = momenta[j];
+      const int32_t kind = on_cpu({"momenta", i}, m, {kCodes.float32, kCodes.bfloat16, kCodes.int8});
       STD_TORCH_CHECK(same(sizes, m.sizes()), "sm3_step_: momenta[", i, "] must have the shape of params[", i,
                       "], ", text(sizes), ", got ", text(m.sizes()));
       contiguous({"momenta", i}, m);
-      contiguous({"scales", i}, s);
       t.kind = kind == kCodes.int8      ? Momentum::kInt8
                : kind == kCodes.float32 ? Momentum::kFloat32
                                         : Momentum::kBFloat16;
-      const auto [rows, blocks] = scale_shape(sizes);
-      const int64_t shape[] = {rows, blocks};
-      const Sizes wanted = t.kind == Momentum::kInt8 ? Sizes(shape, 2) : Sizes(&kNothing, 1);
-      STD_TORCH_CHECK(same(wanted, s.sizes()), "sm3_step_: scales[", i, "] must have shape ", text(wanted),
-                      " for params[", i, "] (", text(sizes), ") and a momentum in ", text(kind), ", got ",
-                      text(s.sizes()));
       t.momentum = m.mutable_data_ptr();
-      t.scales = static_cast<float*>(s.mutable_data_ptr());
+      if (scales.size()) {
+        const View s = scales[j];
+        on_cpu({"scales", i}, s, {kCodes.float32});
+        contiguous({"scales", i}, s);
+        const auto [rows, blocks] = scale_shape(sizes);
+        const int64_t shape[] = {rows, blocks};
+        const Sizes wanted = t.kind == Momentum::kInt8 ? Sizes(shape, 2) : Sizes(&kNothing, 1);
+        STD_TORCH_CHECK(same(wanted, s.sizes()), "sm3_step_: scales[", i, "] must have shape ", text(wanted),
+                        " for params[", i, "] (", text(sizes), ") and a momentum in ", text(kind), ", got ",
+                        text(s.sizes()));
+        t.scales = static_cast<float*>(s.mutable_data_ptr());
+      } else {
+        STD_TORCH_CHECK(t.kind != Momentum::kInt8,
+                        "sm3_step_: scales must have one entry a momentum where one is int8");
+      }
     }
     if (numel == 0) continue;
     if (p.is_contiguous() && g.is_contiguous()) {

@@ -52,7 +52,8 @@ void check_tensor(size_t i, const Tensor& p, const Tensor& g, const Tensor& cove
   check_state("covers", i, cover, p, length, cover.scalar_type() == ScalarType::Float);
 }
 
-void check_momentum(size_t i, const Tensor& p, const Tensor& m, const Tensor& scale) {
+// `scale` is null where none is given.
+void check_momentum(size_t i, const Tensor& p, const Tensor& m, const Tensor* scale) {
   const ScalarType dtype = m.scalar_type();
   const bool known = dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Char;
   check_state("momenta", i, m, p, p.numel(), known);
@@ -60,7 +61,9 @@ void check_momentum(size_t i, const Tensor& p, const Tensor& m, const Tensor& sc
   i64 cols = 1;
   for (i64 axis = p.dim() > 1; axis < p.dim(); ++axis) cols *= p.size(axis);
   const i64 scales = dtype == ScalarType::Char ? rows * ((cols + BLOCK - 1) / BLOCK) : 0;
-  check_state("scales", i, scale, p, scales, scale.scalar_type() == ScalarType::Float);
+  STD_TORCH_CHECK(scale || dtype != ScalarType::Char,
+                  "sm3_step_: scales must have one entry a momentum where one is int8, got none");
+  if (scale) check_state("scales", i, *scale, p, scales, scale->scalar_type() == ScalarType::Float);
 }
 
 // A number's address on the device; 0 where it is on the CPU, and then its value.
@@ -105,11 +108,11 @@ void sm3_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vecto
   one_each("tensor_ids", tensor_ids.size(), n);
   one_each("offsets", offsets.size(), n);
   one_each("momenta", momenta.size(), momentum != 0 ? n : 0);
-  one_each("scales", scales.size(), momenta.size());
+  if (!scales.empty()) one_each("scales", scales.size(), momenta.size());
   if (n == 0) return;
   for (size_t i = 0; i < n; ++i) {
     check_tensor(i, params[i], grads[i], covers[i]);
-    if (momentum != 0) check_momentum(i, params[i], momenta[i], scales[i]);
+    if (momentum != 0) check_momentum(i, params[i], momenta[i], scales.empty() ? nullptr : &scales[i]);
   }
   const Device device(params[0]);
 

@@ -282,6 +282,7 @@ def step_bad() -> tuple[BadInput, ...]:
         ("momentum dtype", {"momenta": second(lambda t: t.half())}, r"momenta\[1\] .*int8.*float16"),
         ("momentum strides", {"momenta": second(lambda t: t.repeat(2)[::2])}, r"momenta\[1\] .*contiguous"),
         ("momentum device", {"momenta": second(lambda t: t.to("meta"))}, r"momenta\[1\] .*meta"),
+        ("no scales", {"scales": []}, r"scales .*\(2\).*int8.*0"),
         ("scales length", {"scales": one}, r"scales .*\(2\).*1"),
         ("scales shape", {"scales": first(lambda t: t[:, :1])}, r"scales\[0\] .*\[3, 2\].*int8.*\[3, 1\]"),
         ("scales of fp32", {"scales": second(lambda t: t.new_ones(1))}, r"scales\[1\] .*\[0\].*float32.*\[1\]"),

@@ -53,7 +53,7 @@ def _fit(
         and shapes == list(map(_SHAPE, grads))
         and [(sum(s) if s else 1,) for s in shapes] == list(map(_SHAPE, covers))
         and (not momenta or shapes == list(map(_SHAPE, momenta)))
-        and wanted == list(map(_SHAPE, scales))
+        and (not scales or wanted == list(map(_SHAPE, scales)))
     )
 
 
@@ -72,8 +72,9 @@ def _explain(
         same_layout(_OP, f"grads[{i}]", g, f"params[{i}]", p)
         length = sum(axes_of(p.shape))
         _state(f"covers[{i}]", cover, (torch.float32,), (length,), p, f"params[{i}] of shape {list(p.shape)}")
-    for i, (p, m, scale) in enumerate(zip(params, momenta, scales, strict=False)):
+    for i, (p, m) in enumerate(zip(params, momenta, strict=False)):
         _state(f"momenta[{i}]", m, _MOMENTA, p.shape, p, f"params[{i}]")
+    for i, (p, m, scale) in enumerate(zip(params, momenta, scales, strict=False)):
         shape = scale_shape(p.shape) if m.dtype == torch.int8 else (0,)
         why = f"momenta[{i}] of shape {list(m.shape)} and dtype {m.dtype}"
         _state(f"scales[{i}]", scale, (torch.float32,), shape, p, why)
@@ -131,8 +132,9 @@ def step_(
     if len(momenta) != (n if momentum else 0):
         entries = f"one entry a parameter ({n})" if momentum else "no entry"
         raise ValueError(f"{_OP}: momenta must have {entries} with momentum {momentum}, got {len(momenta)}")
-    if len(scales) != len(momenta):
-        raise ValueError(f"{_OP}: scales must have one entry a momentum ({len(momenta)}), got {len(scales)}")
+    if len(scales) != len(momenta) and (scales or torch.int8 in map(_DTYPE, momenta)):
+        least = f"one entry a momentum ({len(momenta)}), or none where no momentum is int8"
+        raise ValueError(f"{_OP}: scales must have {least}, got {len(scales)}")
     if not _fit(params, grads, covers, momenta, scales):
         _explain(params, grads, covers, momenta, scales)
     device = params[0].device if params else torch.device("cpu")

@@ -60,7 +60,8 @@ def sm3_step_(
         covers: one for each parameter, as :func:`sm3_cover` makes it: float32 ``[sum of n_k]``, contiguous.
         momenta: none without momentum; else one for each parameter, of its shape, contiguous, in float32, bfloat16 or
             int8, as :func:`sm3_momentum` makes it.
-        scales: one for each momentum, float32: for int8 the scales of its blocks, for others ``[0]``, the default.
+        scales: none where no momentum is int8; else one for each momentum, float32: for int8 the scales of its blocks,
+            for others ``[0]``.
         lr: learning rate :math:`\eta`, a number or a one-element tensor of float32 or float64.
         momentum: :math:`\beta_m` in [0, 1). beta: :math:`\beta` in (0, 1]; 1 sums, less than 1 averages.
         eps: :math:`\epsilon \ge 0`. weight_decay: :math:`\lambda \ge 0`. decoupled: how the decay is applied.
@@ -82,15 +83,13 @@ def sm3_step_(
 
     Source: Anil et al., "Memory-Efficient Adaptive Optimization" (1901.11150), SM3-II.
     """
-    written, moments, factors = _list(params), _list(momenta), _list(scales)
-    if not factors:
-        factors = [m.new_empty(0, dtype=torch.float32) for m in moments]
+    written = _list(params)
     _ops.sm3_step_(
         written,
         _list(grads),
         _list(covers),
-        moments,
-        factors,
+        _list(momenta),
+        _list(scales),
         lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
         seed_tensor(seed, "sm3_step_"),
         grad_scale,

@@ -138,7 +138,7 @@ def launches(
     for k, (p, g) in enumerate(zip(params, grads, strict=True)):
         if p.numel() == 0:
             continue
-        m, scale = (momenta[k], scales[k]) if momenta else (None, None)
+        m, scale = momenta[k] if momenta else None, scales[k] if scales else None
         dense = p.contiguous()
         if dense is not p:
             strided.append((p, dense))
