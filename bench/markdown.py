@@ -33,8 +33,9 @@ def operators(results: Results) -> str:
     """The rows of ``leanops bench``. Ratios are the peer's time over the operator's, with a 95% interval."""
     lines = _head(results, machine_lines(results))
     for op in dict.fromkeys(row["op"] for row in results["rows"]):
+        backend = next(row["backend"] for row in results["rows"] if row["op"] == op)
         lines += [
-            f"`{op}`",
+            f"`{op}`, {backend}",
             "",
             "| case | dtype | threads | time | ns/element | rate | of roofline | accuracy | peers |",
         ]

@@ -58,7 +58,8 @@ class Probe:
 @dataclass(frozen=True)
 class Subject:
     """``tiny`` makes arguments with next to no work; ``probes`` picks what the accuracy gate compares;
-    ``cases`` yields further benchmark cases; ``unavailable_cases`` names those that cannot run, with the reason."""
+    ``cases`` yields further benchmark cases; ``unavailable_cases`` names those that cannot run, with the reason.
+    ``call`` makes what is timed, where users and peers do not call an operator but what is built on it, ``called``."""
 
     name: str
     peers: tuple[Peer, ...]
@@ -66,6 +67,8 @@ class Subject:
     tiny: Callable[[torch.device, torch.dtype], Args]
     cases: Callable[[], Sequence[Case]] = tuple
     unavailable_cases: Callable[[], dict[str, str]] = dict
+    call: Callable[[Args], Callable[[], object]] | None = None
+    called: str = ""
     quick: Callable[[str], bool] = lambda case: True  # whether a case belongs to a run of two minutes
 
 

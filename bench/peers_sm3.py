@@ -13,6 +13,7 @@ from torch import Tensor
 from leanops._registry import Case
 from leanops.bench.peers import Args, Peer, Probe, Subject, Unavailable, add
 from leanops.bench.weights import minilm, minilm_file
+from leanops.optim import SM3
 from leanops.sm3.cases import Options, step_inputs
 from leanops.sm3.reference import BLOCK, axes_of
 
@@ -90,7 +91,7 @@ def _probes(args: Args) -> list[Probe]:
 # --- other optimizers -------------------------------------------------------------------------------------------------
 
 
-def _peer(build: Callable[[list[torch.nn.Parameter], Args], Optimizer]) -> Callable[[Args], Callable[[], object]]:
+def _optimizer(build: Callable[[list[torch.nn.Parameter], Args], Optimizer]) -> Callable[[Args], Callable[[], object]]:
     """An optimizer's step over the operator's parameters and gradients, its state allocated and its code compiled."""
 
     def make(args: Args) -> Callable[[], object]:
@@ -116,6 +117,14 @@ def _package(name: str, install: str) -> Any:
 def _int8(args: Args) -> None:
     if not args[3] or args[3][0].dtype != torch.int8:
         raise Unavailable("int8 momentum only")
+
+
+def _own(params: list[torch.nn.Parameter], args: Args) -> Optimizer:
+    lr, momentum, beta, eps, decay, decoupled, maximize, stochastic = (args[5], *args[11:])
+    return SM3(
+        params, float(lr), momentum, beta, eps, decay, decoupled=decoupled, maximize=maximize,
+        momentum_dtype=args[3][0].dtype if args[3] else None, stochastic_rounding=stochastic,
+    )  # fmt: skip
 
 
 def _adamw(params: list[torch.nn.Parameter], args: Args) -> Optimizer:
@@ -171,13 +180,15 @@ add(
     Subject(
         name="sm3_step_",
         peers=(
-            Peer("torch AdamW fused", "torch", _peer(_adamw)),
-            Peer("pytorch_optimizer SM3", "package", _peer(_sm3)),
-            Peer("torchao AdamW8bit", "package", _peer(_torchao)),
-            Peer("bitsandbytes AdamW8bit", "package", _peer(_bitsandbytes)),
+            Peer("torch AdamW fused", "torch", _optimizer(_adamw)),
+            Peer("pytorch_optimizer SM3", "package", _optimizer(_sm3)),
+            Peer("torchao AdamW8bit", "package", _optimizer(_torchao)),
+            Peer("bitsandbytes AdamW8bit", "package", _optimizer(_bitsandbytes)),
         ),
         probes=_probes,
         tiny=_tiny,
+        call=_optimizer(_own),
+        called="leanops.optim.SM3",
         cases=_minilm_cases,
         unavailable_cases=_absent,
         quick=lambda case: case == ("llama-21M-fp32" if isinstance(minilm_file(), str) else _MINILM),

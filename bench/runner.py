@@ -123,6 +123,8 @@ class Job:
         if device.type == "cuda":
             key = f"{self.spec.name}/{self.name}/{dtype}/{device}"
         served = info.serving(self.spec, device.type)
+        if self.subject.called:
+            served = f"{self.subject.called} on {served}"
         return Row(key, self.spec.name, self.name, dtype, str(device), self.threads, served)
 
 
@@ -272,7 +274,7 @@ class Measurement:
         if needed > available:
             raise Unavailable(f"needs about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available")
         args = self._inputs()
-        if row.backend == "reference" and _work(spec, args) > REFERENCE_LIMIT:
+        if row.backend.endswith("reference") and _work(spec, args) > REFERENCE_LIMIT:
             raise Unavailable(
                 "only the reference serves this operator here (see `leanops info`); too slow at this size"
             )
@@ -305,7 +307,7 @@ class Measurement:
         row, spec = self.row, self.job.spec
         copies = self._copies(args)
         clock = Clock(self.device)
-        calls = {spec.name: rotating([_call(spec, a) for a in copies])}
+        calls = {spec.name: rotating([_call(self.job, a) for a in copies])}
         times = {spec.name: 1}
         for peer in self._peers():
             result = PeerResult(peer.label, peer.origin, True, error=peer_errors.get(peer.name))
@@ -370,15 +372,18 @@ class Measurement:
         """The time of a call with next to no work: the dispatcher, the checks and the kernel's own entry."""
         key = (self.job.spec.name, self.job.dtype, self.job.threads)
         if key not in self.dispatch:
-            call = _call(self.job.spec, self.job.subject.tiny(self.device, self.job.dtype))
+            call = _call(self.job, self.job.subject.tiny(self.device, self.job.dtype))
             clock = Clock(torch.device("cpu"))  # the host's time, also where the device works on
             inner, _ = calibrate(clock, call)
             self.dispatch[key] = median([clock(call, inner) / inner for _ in range(9)]).value
         return self.dispatch[key]
 
 
-def _call(spec: OpSpec, args: Args) -> Callable[[], object]:
-    op = spec.op
+def _call(job: Job, args: Args) -> Callable[[], object]:
+    """What is timed."""
+    if job.subject.call is not None:
+        return job.subject.call(args)
+    op = job.spec.op
     return lambda: op(*args)
 
 

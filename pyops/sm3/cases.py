@@ -123,6 +123,7 @@ def step_cases() -> tuple[Case, ...]:
     real: dict[str, tuple[Shapes, Options]] = {
         **{f"llama-21M-{n}": (LLAMA_21M, Options(d)) for n, d in _momentum_names().items()},
         "llama-21M-int8-stochastic": (LLAMA_21M, Options(i8, stochastic_rounding=True)),
+        "1000x64x64-no-momentum": ([(64, 64)] * 1000, Options()),
         "1000x64x64-fp32": ([(64, 64)] * 1000, Options(f32)),
         "resnet-50-fp32": (RESNET_50, Options(f32)),
     }
