@@ -128,25 +128,6 @@ struct Lane {
   }
 };
 
-// The 8 random halves of the logical elements from `index` on; they come from one Philox block or from two.
-LEANOPS_DEVICE Words rounding_halves(u64 seed, u64 index, u32 id) {
-  Words x = philox(seed, index / 8, id, STREAM_ROUNDING);
-  const int skip = (int)(index % 8);
-  if (skip != 0) {
-    const Words next = philox(seed, index / 8 + 1, id, STREAM_ROUNDING);
-    u32 w[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) w[i] = i < 4 ? x.x[i] : next.x[i - 4];
-#pragma unroll
-    for (int i = 0; i < 6; ++i) w[i] = skip & 4 ? w[i + 2] : w[i];
-#pragma unroll
-    for (int i = 0; i < 5; ++i) w[i] = skip & 2 ? w[i + 1] : w[i];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x.x[i] = skip & 1 ? w[i] >> 16 | w[i + 1] << 16 : w[i];
-  }
-  return x;
-}
-
 // w' of LANE elements in T's format, rounded once.
 template <class T, bool STOCHASTIC>
 LEANOPS_DEVICE void round_lane(const typename Element<T>::Work* w, u64 seed, u64 index, u32 id, Raw<T>& x) {

@@ -16,26 +16,10 @@ namespace zo {
 template <bool STOCHASTIC>
 constexpr int LOW_RANK_RESIDENT = STOCHASTIC ? 3 : 4;
 
-// The 8 random halves of the elements from `index` on, of two blocks where it is no multiple of 8.
-LEANOPS_DEVICE Words rounding_words(u64 seed, u64 index, u32 id) {
-  Words r = philox(seed, index / 8, id, STREAM_ROUNDING);
-  int shift = (int)(index % 8);
-  if (shift) {
-    const Words next = philox(seed, index / 8 + 1, id, STREAM_ROUNDING);
-    u32 x[8] = {r.x[0], r.x[1], r.x[2], r.x[3], next.x[0], next.x[1], next.x[2], next.x[3]};
-#pragma unroll 1
-    for (; shift; --shift)
-#pragma unroll
-      for (int t = 0; t < 7; ++t) x[t] = x[t] >> 16 | x[t + 1] << 16;
-    r = Words{{x[0], x[1], x[2], x[3]}};
-  }
-  return r;
-}
-
 template <bool STOCHASTIC, class T, class A>
 LEANOPS_DEVICE void round_from(const A* acc, u64 seed, u64 index, u32 id, vec16* words, const T*) {
   Words random = {{0, 0, 0, 0}};
-  if (STOCHASTIC) random = rounding_words(seed, index, id);
+  if (STOCHASTIC) random = rounding_halves(seed, index, id);
   pack<STOCHASTIC>(acc, random.x, words, (const T*)0);
 }
 
