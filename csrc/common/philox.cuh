@@ -43,15 +43,12 @@ LEANOPS_DEVICE Words rounding_halves(u64 seed, u64 index, u32 id) {
   const int skip = (int)(index % 8);
   if (skip != 0) {
     const Words next = philox(seed, index / 8 + 1, id, STREAM_ROUNDING);
-    u32 w[8];
+    u32 w[8] = {x.x[0], x.x[1], x.x[2], x.x[3], next.x[0], next.x[1], next.x[2], next.x[3]};
+#pragma unroll 1
+    for (int left = skip; left; --left)
 #pragma unroll
-    for (int i = 0; i < 8; ++i) w[i] = i < 4 ? x.x[i] : next.x[i - 4];
-#pragma unroll
-    for (int i = 0; i < 6; ++i) w[i] = skip & 4 ? w[i + 2] : w[i];
-#pragma unroll
-    for (int i = 0; i < 5; ++i) w[i] = skip & 2 ? w[i + 1] : w[i];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x.x[i] = skip & 1 ? w[i] >> 16 | w[i + 1] << 16 : w[i];
+      for (int i = 0; i < 7; ++i) w[i] = w[i] >> 16 | w[i + 1] << 16;
+    x = Words{{w[0], w[1], w[2], w[3]}};
   }
   return x;
 }

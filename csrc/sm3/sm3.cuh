@@ -18,9 +18,18 @@ namespace sm3 {
 template <class T, int M, bool STOCHASTIC>
 constexpr int RESIDENT = sizeof(T) == 8 || M != NO_MOMENTUM || STOCHASTIC ? 2 : 3;
 
-// Rows held in registers at once: their loads are all under way before the first is used.
-template <class T, int M>
-constexpr int AHEAD = sizeof(T) == 8 || (sizeof(T) == 4 && M == NO_MOMENTUM) ? 1 : 2;
+// Rows held in registers at once: their loads are all under way before the first is used. The compiler for sm_100 has
+// no registers left for a second one beside the bits of stochastic rounding and a momentum to be encoded.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool FEW_REGISTERS = true;
+#else
+constexpr bool FEW_REGISTERS = false;
+#endif
+template <class T, int M, bool STOCHASTIC>
+constexpr int AHEAD = sizeof(T) == 8 || (sizeof(T) == 4 && M == NO_MOMENTUM) ||
+                              (FEW_REGISTERS && STOCHASTIC && (M == FLOAT32 || M == INT8))
+                          ? 1
+                          : 2;
 
 // Last tensor at or after `low` whose first tile is not beyond `tile`.
 LEANOPS_DEVICE int find_slot(const Slot* slots, int low, int count, i64 tile) {
@@ -126,7 +135,7 @@ LEANOPS_DEVICE void raise(const Slot& slot, const i64* shape, int side, i64 inde
 // flat tensors, whose elements have an accumulator each.
 template <class T, int M, bool STOCHASTIC, bool WHOLE>
 LEANOPS_DEVICE void pass(const Call& call, Shared& s) {
-  const int U = WHOLE ? AHEAD<T, M> : 1;
+  const int U = WHOLE ? AHEAD<T, M, STOCHASTIC> : 1;
   const Tile tile = s.tile;
   const Tensor tensor(s.slot);
   const Numbers k = s.numbers;
