@@ -38,8 +38,8 @@ types: $(VENV)/.installed
 
 # the generic suites with each instruction set, and with no compiled library at all
 isa: $(VENV)/.installed
-	for isa in baseline avx2; do LEANOPS_CPU_ISA=$$isa $(PYTEST) tests/ops/test_numerics.py tests/ops/test_fuzz.py || exit 1; done
-	LEANOPS_DISABLE=cpu $(PYTEST) tests/ops/test_numerics.py -k agree
+	for isa in baseline avx2; do LEANOPS_CPU_ISA=$$isa $(PYTEST) $(PARALLEL) tests/ops/test_numerics.py tests/ops/test_fuzz.py || exit 1; done
+	LEANOPS_DISABLE=cpu $(PYTEST) $(PARALLEL) tests/ops/test_numerics.py -k agree
 
 sanitize: $(VENV)/.installed
 	$(BIN)/python tests/native/sanitize.py
