@@ -44,7 +44,8 @@ def test_import_starts_no_thread_initialises_no_cuda_and_writes_no_file(tmp_path
 
 
 def test_import_takes_less_than_150_ms_beyond_torch(tmp_path):
-    code = "import torch, time; t = time.perf_counter(); import leanops; print(time.perf_counter() - t)"
+    # of the process itself: other tests may be running beside it
+    code = "import torch, time; t = time.process_time(); import leanops; print(time.process_time() - t)"
     best = min(float(run(code, tmp_path)) for _ in range(5))
     assert best < 0.150
 
