@@ -274,7 +274,7 @@ class Measurement:
         if needed > available:
             raise Unavailable(f"needs about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available")
         args = self._inputs()
-        if row.backend.endswith("reference") and _work(spec, args) > REFERENCE_LIMIT:
+        if info.serving(spec, self.device.type) == "reference" and _work(spec, args) > REFERENCE_LIMIT:
             raise Unavailable(
                 "only the reference serves this operator here (see `leanops info`); too slow at this size"
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import torch
 from torch import Tensor
 
@@ -17,3 +19,8 @@ def to_device(words: Tensor, device: torch.device) -> Tensor:
     if torch.cuda.is_current_stream_capturing():
         _captured.extend((pinned, there))
     return there
+
+
+def float64_bits(value: float) -> int:
+    """A number's bits as an int64, for kernels whose float arguments are fp32."""
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])

@@ -11,7 +11,6 @@ a tensor's last tile copies them over the accumulators, and leaves zeros for the
 
 from __future__ import annotations
 
-import struct
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -22,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leanops._upload import to_device
+from leanops._upload import float64_bits, to_device
 from leanops.sm3 import plan
 from leanops.sm3.triton_update import average, bits_of, min_or_nan, moved, quotient, rounding_bits
-from leanops.zo.triton_noise import round_by, widen
+from leanops.zo.triton_noise import find_row, round_by, widen
 
 # a tile is STEPS times so many rows of so many columns: 8 elements a thread at a time. Narrow ones are for matrices of
 # no more columns; an int8 momentum's blocks of 256 columns are wide ones'.
@@ -189,14 +188,7 @@ def step_kernel(
         if tl.load(found_inf) != 0.0:
             return
     tile = tl.program_id(0).to(tl.int64)
-    low = 0
-    high = tensors
-    while high - low > 1:  # the last tensor whose first tile is not beyond this one
-        middle = (low + high) // 2
-        before = tl.load(table + middle * WORDS + FIRST) <= tile
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-    slot = table + low * WORDS
+    slot = find_row(table, tensors, tile, WORDS, FIRST)
     shape = table + tl.load(slot + SHAPE)
     number = tile - tl.load(slot + FIRST)
     form = tl.load(slot + FORM)
@@ -282,10 +274,6 @@ def _table(items: Sequence[plan.Item], device: torch.device) -> tuple[Tensor, Te
     return value
 
 
-def _bits(value: float) -> int:
-    return int(struct.unpack("<q", struct.pack("<d", value))[0])
-
-
 def _there(value: Tensor | None) -> bool:
     """Whether a number is on the device: all tensors' but the CPU's under the interpreter."""
     return value is not None and value.device.type != "cpu"
@@ -330,8 +318,8 @@ def sm3_step_(
                 seed if _there(seed) else table,
                 grad_scale if _there(grad_scale) else table,
                 found_inf if _there(found_inf) else table,
-                0 if _there(lr) else _bits(lr.item()),
-                _bits(weight_decay if decoupled else 0.0),
+                0 if _there(lr) else float64_bits(lr.item()),
+                float64_bits(weight_decay if decoupled else 0.0),
                 0 if _there(seed) else int(seed.item()),
                 1.0 if grad_scale is None or _there(grad_scale) else grad_scale.item(),
                 -1.0 if maximize else 1.0,

@@ -10,7 +10,6 @@ whole model.
 
 from __future__ import annotations
 
-import struct
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leanops._upload import to_device
+from leanops._upload import float64_bits, to_device
 from leanops.zo.launch import Pair, dense, dense_pairs
 from leanops.zo.triton_linear import linear
 from leanops.zo.triton_lowrank import low_rank_update
@@ -82,7 +81,7 @@ def update(
     IS_RADEMACHER: tl.constexpr, STOCHASTIC: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
-    row = find_row(table, tensors, tile)
+    row = find_row(table, tensors, tile, 7, 4)  # out, in, offset, numel, first tile, tensor id, columns
     out = tl.load(row).to(tl.pointer_type(DTYPE))
     source = tl.load(row + 1).to(tl.pointer_type(DTYPE))
     offset = tl.load(row + 2)
@@ -151,10 +150,6 @@ def _there(values: Tensor, device: torch.device) -> Tensor:
     return dense if dense.device == device else to_device(dense, device)
 
 
-def _bits(value: float) -> int:
-    return int(struct.unpack("<q", struct.pack("<d", value))[0])
-
-
 def _launch(
     pairs: Sequence[Pair],
     seeds: Tensor,
@@ -174,8 +169,8 @@ def _launch(
         pointers = [table, table, table]
         scalars = (
             int(seeds[0]),
-            _bits(0.0 if coeffs is None else float(coeffs[0])),
-            _bits(0.0 if decays is None else float(decays[0])),
+            float64_bits(0.0 if coeffs is None else float(coeffs[0])),
+            float64_bits(0.0 if decays is None else float(decays[0])),
         )
     else:
         pointers = [table if v is None else _there(v, like.device) for v in numbers]

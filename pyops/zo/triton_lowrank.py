@@ -60,7 +60,7 @@ def low_rank_update(
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
-    row = find_row(table, tensors, tile)
+    row = find_row(table, tensors, tile, 7, 4)  # out, in, offset, numel, first tile, tensor id, columns
     out = tl.load(row).to(tl.pointer_type(DTYPE))
     source = tl.load(row + 1).to(tl.pointer_type(DTYPE))
     offset = tl.load(row + 2)

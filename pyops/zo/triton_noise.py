@@ -171,16 +171,16 @@ def accumulate(acc, c, z):
 
 
 @triton.jit
-def find_row(table, tensors, tile):
-    """Where a tile's tensor lies in the table: out, in, offset, numel, first tile, tensor id, columns."""
+def find_row(table, tensors, tile, WORDS: tl.constexpr, FIRST: tl.constexpr):
+    """Where a tile's tensor lies in a table of rows of WORDS words, of which word FIRST is the tensor's first tile."""
     low = 0
     high = tensors
     while high - low > 1:  # the last tensor whose first tile is not beyond this one
         middle = (low + high) // 2
-        before = tl.load(table + middle * 7 + 4) <= tile
+        before = tl.load(table + middle * WORDS + FIRST) <= tile
         low = tl.where(before, middle, low)
         high = tl.where(before, high, middle)
-    return table + low * 7
+    return table + low * WORDS
 
 
 @triton.jit
