@@ -23,8 +23,8 @@ from torch import Tensor
 
 from leanops._upload import float64_bits, to_device
 from leanops.sm3 import plan
-from leanops.sm3.triton_update import average, bits_of, min_or_nan, moved, quotient, rounding_bits
-from leanops.zo.triton_noise import find_row, round_by, widen
+from leanops.sm3.triton_update import average, bits_of, min_or_nan, moved, quotient
+from leanops.zo.triton_noise import find_row, round_by, rounding_bits, widen
 
 # a tile is STEPS times so many rows of so many columns: 8 elements a thread at a time. Narrow ones are for matrices of
 # no more columns; an int8 momentum's blocks of 256 columns are wide ones'.
@@ -141,7 +141,7 @@ def _tile(
         random = 0
         if STOCHASTIC and (tl.bfloat16 == DTYPE or tl.float16 == DTYPE):
             start = offset + row * cols + first_col
-            random = rounding_bits(seed, offset + index, WIDTH, start, tensor_id, ALIGNED)
+            random = rounding_bits(seed, start, tensor_id, ALIGNED, HEIGHT, WIDTH)
         tl.store(param + index, round_by(w, random, DTYPE, STOCHASTIC), mask=mask)
         if EACH:
             tl.store(cover + index, nu, mask=mask)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from leanops.zo.triton_noise import ROUNDING, halves, narrow, philox, widen
+from leanops.zo.triton_noise import narrow, widen
 
 
 @triton.jit
@@ -62,21 +62,6 @@ def average(momentum, scale, index, block, mask, row_mask, u, kept, share, MOMEN
         tl.store(at, tl.where(lost[:, None], 1.0, code).to(tl.int8), mask=mask)
         tl.store(scales, s, mask=row_mask)
     return m
-
-
-@triton.jit
-def rounding_bits(seed, index, columns, row_start, tensor_id, WHOLE_CHUNKS: tl.constexpr):
-    """16 random bits for each logical index [rows, columns]; with WHOLE_CHUNKS a Philox block serves 8 columns."""
-    if WHOLE_CHUNKS:
-        block = row_start[:, None] // 8 + tl.arange(0, columns // 8)[None, :]
-        w0, w1, w2, w3 = philox(seed, block, tensor_id, ROUNDING)
-        r = tl.reshape(halves(w0, w1, w2, w3), [index.shape[0], columns])
-    else:
-        w0, w1, w2, w3 = philox(seed, index >> 3, tensor_id, ROUNDING)
-        word = (index >> 1) & 3
-        w = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
-        r = (w >> ((index & 1) * 16).to(tl.uint32)) & 0xFFFF
-    return r
 
 
 @triton.jit

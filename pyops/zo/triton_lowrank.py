@@ -13,13 +13,11 @@ import triton.language as tl
 
 from leanops.zo import reference
 from leanops.zo.triton_noise import (
-    ROUNDING,
     accumulate,
     find_row,
     gaussian_at,
-    halves,
-    philox,
     round_by,
+    rounding_bits,
     widen,
 )
 
@@ -33,24 +31,6 @@ def tile_of(columns: int) -> tuple[int, int]:
     by rows x columns: 32x32 154, 16x64 233, 32x64 238, 16x128 255 with spills."""
     across = min(32, triton.next_power_of_2(columns))
     return _ELEMENTS // across, across
-
-
-@triton.jit
-def _rounding_bits(seed, rows, column, columns, tensor_id, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
-                   COLS: tl.constexpr):  # fmt: skip
-    """The 16 random bits of each element, [ROWS, COLS]. ALIGNED: every row begins a Philox block."""
-    start = rows * columns + column  # [ROWS]
-    if ALIGNED and COLS >= 8:
-        block = (start[:, None] >> 3) + tl.arange(0, COLS // 8)[None, :]  # [ROWS, COLS/8]
-        w0, w1, w2, w3 = philox(seed, block, tensor_id, ROUNDING)
-        r = tl.reshape(halves(w0, w1, w2, w3), [ROWS, COLS])
-    else:
-        index = start[:, None] + tl.arange(0, COLS)[None, :]
-        w0, w1, w2, w3 = philox(seed, index >> 3, tensor_id, ROUNDING)
-        word = (index >> 1) & 3
-        w = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
-        r = tl.where((index & 1) == 0, w & 0xFFFF, w >> 16)
-    return r
 
 
 @triton.jit(do_not_specialize=["tensors", "terms", "decay_count", "rank"])
@@ -93,9 +73,9 @@ def low_rank_update(
         if IN_ORDER:
             r = 0
             if STOCHASTIC:
-                r = _rounding_bits(seed, rows, column, columns, tensor_id, ALIGNED, ROWS, COLS)
+                r = rounding_bits(seed, rows * columns + column, tensor_id, ALIGNED, ROWS, COLS)
             acc = widen(round_by(acc, r, DTYPE, STOCHASTIC), WORK)
     r = 0
     if STOCHASTIC and not IN_ORDER:
-        r = _rounding_bits(tl.load(seeds), rows, column, columns, tensor_id, ALIGNED, ROWS, COLS)
+        r = rounding_bits(tl.load(seeds), rows * columns + column, tensor_id, ALIGNED, ROWS, COLS)
     tl.store(out + at, round_by(acc, r, DTYPE, STOCHASTIC and not IN_ORDER), mask=inside)

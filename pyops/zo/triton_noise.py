@@ -191,6 +191,22 @@ def halves(w0, w1, w2, w3):
 
 
 @triton.jit
+def rounding_bits(seed, start, tensor_id, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The 16 random bits of COLS logical elements from each start on, [ROWS, COLS]. ALIGNED: each begins a block."""
+    if ALIGNED and COLS >= 8:
+        block = (start[:, None] >> 3) + tl.arange(0, COLS // 8)[None, :]  # [ROWS, COLS/8]
+        w0, w1, w2, w3 = philox(seed, block, tensor_id, ROUNDING)
+        r = tl.reshape(halves(w0, w1, w2, w3), [ROWS, COLS])
+    else:
+        index = start[:, None] + tl.arange(0, COLS)[None, :]
+        w0, w1, w2, w3 = philox(seed, index >> 3, tensor_id, ROUNDING)
+        word = (index >> 1) & 3
+        w = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
+        r = tl.where((index & 1) == 0, w & 0xFFFF, w >> 16)
+    return r
+
+
+@triton.jit
 def round_to(acc, seed, logical, tensor_id, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, TILE: tl.constexpr):
     """acc, [TILE], rounded once to DTYPE: ties to even, or stochastically for the 16-bit types."""
     r = 0
