@@ -1,9 +1,11 @@
-"""Compiles every CUDA and Triton kernel for GPUs that are not here; reports registers, spills, instructions.
+"""What every kernel costs on GPUs that are not here: registers, local memory, instructions.
 
     python tests/aot/aot.py [--json FILE] [--markdown FILE] [--arch 90]
 
-"instructions" is what one element costs in a kernel's main loop with its share of the loop around it, counted in the
-machine code; see sass.py.
+The CUDA kernels are read from the library that the build made for these architectures, Triton's are compiled.
+"local memory" is the stack of a thread: registers that were spilled, and arrays with computed indices. "instructions"
+is what one element costs in a kernel's main loop with its share of the loop around it, counted in the machine code; see
+sass.py.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import ctypes
 import importlib.util
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,32 +27,18 @@ if not __package__:  # run as a script, whose folder would hide the package of t
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 from aot import sass
 
+from leanops import _native
+
 ROOT = Path(__file__).resolve().parents[2]
+LIBRARY = _native.FOLDER / "libleanops_cuda.so"
 ARCHS = (80, 90, 100)
 _UNIT = 4096 // 32  # elements that a lane sees of a long unit; see csrc/zo/call.cuh
 _NAMES = {"leanops::bf16": "bf16", "leanops::fp16": "fp16"}
 _MODES = ("noise", "axpy", "axpy of many", "pair")
 MANY_TERMS = ("axpy of many", "axpy in order stochastic")
+_ONE_LOOP = re.compile(r"noise|axpy (?!of many)|pair")  # whose elements pass through one loop, not a loop over terms
 _MOMENTA = ("none", "fp32", "bf16", "int8")  # by their numbers in csrc/sm3
-# what instantiates every kernel of a family
-_INSTANCES = {
-    "zo": """#include "zo/launch_cuda.h"
-namespace leanops { namespace zo {
-#define INSTANCE(T)                                                                                               \\
-  template cudaError_t launch_low_rank<T>(const Call&, bool, int, cudaStream_t);                                  \\
-  template cudaError_t launch<T>(const Call&, Distribution, Mode, bool, int, cudaStream_t);                       \\
-  template __global__ void combine_kernel<T>(u64, u64, u64, u64, u64, double, i64, i64, i64, i64);                \\
-  template __global__ void add_bias_kernel<T>(u64, u64, i64, i64);
-INSTANCE(float) INSTANCE(double) INSTANCE(bf16) INSTANCE(fp16)
-}}
-""",
-    "sm3": """#include "sm3/launch_cuda.h"
-namespace leanops { namespace sm3 {
-#define INSTANCE(T) template cudaError_t launch<T>(const Call&, Momentum, bool, int, cudaStream_t);
-INSTANCE(float) INSTANCE(double) INSTANCE(bf16) INSTANCE(fp16)
-}}
-""",
-}
+FAMILIES = ("zo", "sm3")
 
 
 @dataclass(frozen=True)
@@ -62,28 +49,31 @@ class Row:
     kernel: str
     arch: int
     registers: int
-    spill_bytes: int
+    local_bytes: int  # a thread's stack
     instructions: float | None = None  # an element
 
 
-def find_nvcc() -> str | None:
-    return shutil.which("nvcc") or (p if Path(p := "/usr/local/cuda/bin/nvcc").exists() else None)
+def no_library() -> str | None:
+    """Why the kernels of the build cannot be read, or None."""
+    if not LIBRARY.exists():
+        return f"no CUDA library: {_native.build_report().get('cuda', {}).get('reason')}"
+    if sass.find_cuobjdump() is None:
+        return "no cuobjdump (CUDA toolkit or Triton's wheel) to read the CUDA library with"
+    return None
 
 
 def find_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _ptxas_rows(log: str) -> Iterable[tuple[str, int, int]]:
-    """(mangled name, registers, bytes spilled) from ptxas -v."""
-    name, spilled = "", 0
+def _ptxas_rows(log: str) -> Iterable[tuple[int, int]]:
+    """(registers, bytes of stack) from ptxas -v."""
+    stack = 0
     for line in log.splitlines():
-        if match := re.search(r"Compiling entry function '(\S+)'", line):
-            name, spilled = match[1], 0
-        elif match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            spilled = int(match[1]) + int(match[2])
+        if match := re.search(r"(\d+) bytes stack frame", line):
+            stack = int(match[1])
         elif match := re.search(r"Used (\d+) registers", line):
-            yield name, int(match[1]), spilled
+            yield int(match[1]), stack
 
 
 def _step_name(dtype: str, momentum: str, stochastic: bool) -> str:
@@ -105,12 +95,8 @@ def _readable(mangled: str) -> str:
     return " ".join(words + (["stochastic"] if match[4] == "true" else []))
 
 
-def _per_element(mangled: str, code: list[tuple[int, str]]) -> float | None:
-    """Instructions an element, for the kernels whose elements pass through one loop (not the loops over many terms)."""
-    match = re.search(r"zo_kernelI(?:N7leanops|NS_|N.*?)?.*", mangled)
-    name = _readable(mangled)
-    if match is None or not name.startswith(("noise", "axpy", "pair")) or name.startswith("axpy of many"):
-        return None
+def _per_element(name: str, code: list[tuple[int, str]]) -> float | None:
+    """Instructions an element."""
     inner = sass.main_loop(code)
     if inner is None or inner.wide_stores == 0:
         return None
@@ -121,18 +107,17 @@ def _per_element(mangled: str, code: list[tuple[int, str]]) -> float | None:
     return round(inner.instructions / elements + share, 2)
 
 
-def nvcc_rows(arch: int, folder: Path, family: str) -> list[Row]:
-    """The ahead-of-time build of a family's CUDA core."""
-    nvcc = find_nvcc()
-    assert nvcc is not None, "nvcc not found"
-    source, cubin = folder / f"{family}.cu", folder / f"{family}.{arch}.cubin"
-    source.write_text(_INSTANCES[family])
-    command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", f"-I{ROOT / 'csrc'}"]
-    log = subprocess.run([*command, "-o", str(cubin), str(source)], check=True, capture_output=True, text=True).stderr
-    listing = sass.disassemble(cubin) if sass.find_cuobjdump() else {}
+def cuda_rows(arch: int, family: str) -> list[Row]:
+    """A family's kernels in the CUDA library."""
+    usage = sass.cuobjdump(LIBRARY, "-res-usage", "-arch", f"sm_{arch}")
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
+    own = [(name, int(reg), int(stack)) for name, reg, stack in found if f"{len(family)}{family}" in name]
+    readable = {name: _readable(name) for name, _, _ in own}
+    counted = [name for name, words in readable.items() if _ONE_LOOP.match(words)]
+    listing = sass.listing(LIBRARY, arch, counted) if counted else {}
     return [
-        Row("nvcc", _readable(name), arch, registers, spilled, _per_element(name, listing[name]) if listing else None)
-        for name, registers, spilled in _ptxas_rows(log)
+        Row("cuda", readable[n], arch, reg, stack, _per_element(readable[n], listing[n]) if n in listing else None)
+        for n, reg, stack in own
     ]
 
 
@@ -241,7 +226,7 @@ def triton_rows(arch: int, folder: Path, family: str, only: str = "") -> list[Ro
         assert target is not None
         command = [str(ptxas), "-v", f"--gpu-name={target[1]}", "-o", str(folder / "kernel.cubin"), str(ptx)]
         log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-        rows += [Row("triton", name, arch, registers, spilled) for _, registers, spilled in _ptxas_rows(log)]
+        rows += [Row("triton", name, arch, registers, stack) for registers, stack in _ptxas_rows(log)]
     return rows
 
 
@@ -279,7 +264,7 @@ def nvrtc_compile(nvrtc: ctypes.CDLL, text: str, arch: int) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """A table: one line a kernel, one column an architecture: registers, bytes spilled, instructions an element."""
+    """A table: one line a kernel, one column an architecture: registers, local memory, instructions an element."""
     archs = sorted({r.arch for r in rows})
     lines = [
         "| backend | kernel | " + " | ".join(f"sm_{a}" for a in archs) + " |",
@@ -292,7 +277,7 @@ def markdown(rows: list[Row]) -> str:
         for arch in archs:
             r = by_key[backend, kernel, arch]
             count = "" if r.instructions is None else f", {r.instructions:g} instr."
-            cells.append(f"{r.registers} reg., {r.spill_bytes} B spilled{count}")
+            cells.append(f"{r.registers} reg., {r.local_bytes} B local{count}")
         lines.append(f"| {backend} | {kernel} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -304,23 +289,19 @@ def main() -> int:
     parser.add_argument("--arch", type=int, action="append", choices=ARCHS)
     options = parser.parse_args()
     rows: list[Row] = []
+    if reason := no_library():
+        print(reason, file=sys.stderr)
     with tempfile.TemporaryDirectory() as name:
         for arch in options.arch or ARCHS:
-            if find_nvcc():
-                for family in _INSTANCES:
-                    rows += nvcc_rows(arch, Path(name), family)
-            if find_triton():
-                for family in _INSTANCES:
-                    rows += triton_rows(arch, Path(name), family)
+            for family in FAMILIES:
+                rows += [] if reason else cuda_rows(arch, family)
+                rows += triton_rows(arch, Path(name), family) if find_triton() else []
     print(markdown(rows), end="")
     if options.json:
         options.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
     if options.markdown:
         options.markdown.write_text(markdown(rows))
-    spilled = [r for r in rows if r.spill_bytes]
-    for r in spilled:
-        print(f"spills: {r}", file=sys.stderr)
-    return 1 if spilled or not rows else 0
+    return 0 if rows else 1
 
 
 if __name__ == "__main__":

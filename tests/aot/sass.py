@@ -47,11 +47,15 @@ def find_cuobjdump() -> str | None:
     return str(bundled) if bundled.exists() else None
 
 
-def disassemble(cubin: Path) -> dict[str, list[tuple[int, str]]]:
-    """Mangled kernel name -> [(address, instruction)]."""
+def cuobjdump(binary: Path, *options: str) -> str:
     tool = find_cuobjdump()
     assert tool is not None, "cuobjdump: neither in PATH nor in Triton's wheel"
-    text = subprocess.run([tool, "-sass", str(cubin)], check=True, capture_output=True, text=True).stdout
+    return subprocess.run([tool, *options, str(binary)], check=True, capture_output=True, text=True).stdout
+
+
+def listing(binary: Path, arch: int, names: list[str]) -> dict[str, list[tuple[int, str]]]:
+    """Mangled kernel name -> [(address, instruction)]."""
+    text = cuobjdump(binary, "-sass", "-arch", f"sm_{arch}", "-fun", ",".join(names))
     functions: dict[str, list[tuple[int, str]]] = {}
     current: list[tuple[int, str]] = []
     for line in text.splitlines():

@@ -1,12 +1,13 @@
-"""Every GPU kernel compiles for sm_80, sm_90 and sm_100 without spills, and keeps to its budget of instructions."""
+"""Every GPU kernel fits sm_80, sm_90 and sm_100 without spills, and keeps to its budget of instructions."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from aot import aot, sass
+from aot import aot
 
 from leanops import _nvrtc
 from leanops.sm3 import nvrtc as sm3_nvrtc
@@ -22,15 +23,20 @@ def arch(request: pytest.FixtureRequest) -> int:
     return request.param
 
 
-def test_cuda_kernels_fit(arch, tmp_path):
-    if aot.find_nvcc() is None:
-        pytest.skip("no nvcc in PATH or /usr/local/cuda")
-    rows = aot.nvcc_rows(arch, tmp_path, "zo")
+def cuda_rows(arch: int, family: str) -> list[aot.Row]:
+    if reason := aot.no_library():
+        pytest.skip(reason)
+    rows = aot.cuda_rows(arch, family)
+    if not rows and "LEANOPS_CUDA_ARCHS" in os.environ:
+        pytest.skip(f"LEANOPS_CUDA_ARCHS is set, and the CUDA library has no code for sm_{arch}")
     print(aot.markdown(rows))
+    return rows
+
+
+def test_cuda_kernels_fit(arch):
+    rows = cuda_rows(arch, "zo")
     assert len(rows) >= 45
-    assert [r for r in rows if r.spill_bytes] == []
-    if sass.find_cuobjdump() is None:
-        pytest.skip("no cuobjdump (CUDA toolkit or Triton's wheel) to count instructions with")
+    assert [r for r in rows if r.local_bytes] == []
     counted = {r.kernel: r.instructions for r in rows}
     for distribution, most in BUDGET.items():
         for dtype in ("float", "bf16", "fp16"):
@@ -46,18 +52,15 @@ def test_triton_kernels_fit(arch, tmp_path):
     rows = aot.triton_rows(arch, tmp_path, "zo")
     print(aot.markdown(rows))
     assert len(rows) >= 40
-    assert [r for r in rows if r.spill_bytes] == []
+    assert [r for r in rows if r.local_bytes] == []
 
 
-def test_the_cuda_steps_of_sm3_fit(arch, tmp_path):
-    if aot.find_nvcc() is None:
-        pytest.skip("no nvcc in PATH or /usr/local/cuda")
-    rows = aot.nvcc_rows(arch, tmp_path, "sm3")
-    print(aot.markdown(rows))
+def test_the_cuda_steps_of_sm3_fit(arch):
+    rows = cuda_rows(arch, "sm3")
     assert len(rows) == 24  # 4 dtypes, 4 kinds of momentum, and stochastic rounding for two of the dtypes
-    # on sm_100 one kernel, bf16 with an int8 momentum and stochastic rounding, spills one register, stored and loaded
-    allowed = {"sm3 bf16 momentum int8 stochastic": 8} if arch == 100 else {}
-    assert [r for r in rows if r.spill_bytes > allowed.get(r.kernel, 0)] == []
+    # an array of 64 bytes with computed indices; on sm_100 one kernel spills a register, and its stack is rounded up
+    allowed = {"sm3 bf16 momentum int8 stochastic": 80} if arch == 100 else {}
+    assert [r for r in rows if r.local_bytes > allowed.get(r.kernel, 64)] == []
 
 
 # the four take 25 seconds an architecture; all 24 are compiled by `make aot`
@@ -68,7 +71,7 @@ def test_triton_steps_of_sm3_fit(arch, tmp_path):
     rows = aot.triton_rows(arch, tmp_path, "sm3", names)
     print(aot.markdown(rows))
     assert len(rows) == 4
-    assert [r for r in rows if r.spill_bytes] == []
+    assert [r for r in rows if r.local_bytes] == []
 
 
 def test_nvrtc_compiles_what_the_launchers_launch(arch):
