@@ -1,7 +1,8 @@
 """``leanops bench mezo-step``: a MeZO step beside its two forward passes, on a transformer of 100M parameters.
 
-Interleaved: two forward passes; a step of :class:`leanops.optim.MeZO`, for each way to perturb; and the published eager
-loop (re-expressed: torch.normal per parameter, then add; three perturbations and the update).
+Interleaved: two forward passes; a step of :class:`leanops.optim.MeZO`, for each way to perturb, and of its HiZOO, which
+needs a third forward pass; and the published eager loops of both (re-expressed: torch.normal per parameter, then add;
+three perturbations and the update; HiZOO's divide by the root of the curvature, which it updates).
 """
 
 from __future__ import annotations
@@ -75,6 +76,34 @@ def eager_step(parameters: Sequence[Tensor], closure: Callable[[], Tensor], eps:
         perturb(1, -lr * float(plus - minus) / (2 * eps))
 
 
+def eager_hizoo_step(
+    parameters: Sequence[Tensor],
+    curvatures: Sequence[Tensor],
+    closure: Callable[[], Tensor],
+    eps: float,
+    lr: float,
+    smoothing: float,
+) -> None:
+    """HiZOO as published: :func:`eager_step` along z / sqrt(h), after a pass at the weights themselves."""
+
+    def move(scale: float, curvature: float | None = None) -> None:
+        torch.manual_seed(1)
+        for p, h in zip(parameters, curvatures, strict=True):
+            z = torch.normal(0.0, 1.0, size=p.shape, dtype=p.dtype, device=p.device)
+            if curvature is not None:
+                h.copy_((1 - smoothing) * h + smoothing * curvature * h * z * z)
+            p.add_(scale * z / h.sqrt())
+
+    with torch.no_grad():
+        base = closure()
+        move(eps)
+        plus = closure()
+        move(-2 * eps)
+        minus = closure()
+        move(eps)
+        move(-lr * float(plus - minus) / (2 * eps), float((plus + minus - 2 * base).abs()) / (2 * eps * eps))
+
+
 def measure(
     dtype: torch.dtype,
     threads: int,
@@ -107,6 +136,11 @@ def measure(
         opt.step(closure)  # a first step looks for hidden uses of parameters
         calls[f"leanops MeZO, {perturb}"] = lambda opt=opt: opt.step(closure)  # type: ignore[misc]
     calls["MeZO eager (re-expressed)"] = lambda: eager_step(parameters, closure, 1e-3, 1e-7)
+    hizoo = MeZO(parameters, lr=1e-7, variant="hizoo")
+    hizoo.step(closure)
+    calls["leanops HiZOO, scratch"] = lambda: hizoo.step(closure)
+    curvatures = [torch.ones_like(p) for p in parameters]
+    calls["HiZOO eager (re-expressed)"] = lambda: eager_hizoo_step(parameters, curvatures, closure, 1e-3, 1e-7, 1e-8)
     taken = interleave(calls, device=device, budget_s=0.0, rounds=(rounds, rounds))
     base = taken.seconds["two forward passes"]
     rows = []

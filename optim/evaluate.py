@@ -91,7 +91,7 @@ class Evaluator:
         return {**self.__dict__, "_perturber": None, "_for": (), "_model": None, "_mode": mode}
 
     def _ready(self, slots: Sequence[Slot]) -> Perturber:
-        key = tuple(id(s.param) for s in slots)
+        key = tuple(id(t) for s in slots for t in (s.param, s.curvature))
         if self._perturber is None or key != self._for:
             mode = self._choose(slots)
             if mode == "scratch":
@@ -122,17 +122,22 @@ class Evaluator:
         variant: str,
         reduce: Reduction,
     ) -> tuple[list[float], Any]:
-        """The scalars of the directions, rounded to fp32 as the log keeps them, and the mean of the losses."""
+        """The scalars of the step, rounded to fp32 as the log keeps them, and the mean of the losses."""
         mine = [k for k in range(len(seeds)) if reduce.mine(k)]
-        two_sided = variant in ("spsa", "sign")
+        two_sided = variant in ("spsa", "sign", "hizoo")
         points = [(seeds[k], sign * eps) for k in mine for sign in ((1, -1) if two_sided else (1,))]
-        if variant == "one_sided" or (variant == "fzoo" and reduce.first):
+        if variant in ("one_sided", "hizoo") or (variant == "fzoo" and reduce.first):
             points.append((seeds[0], 0.0))
         losses, kind = self._losses(closure, slots, points)
-        raw = [0.0] * len(seeds)
+        n = len(seeds)
+        raw = [0.0] * n
         if two_sided:
             for i, k in enumerate(mine):
                 raw[k] = (losses[2 * i] - losses[2 * i + 1]) / (2.0 * eps)
+            if variant == "hizoo":
+                raw += [0.0] * n
+                for i, k in enumerate(mine):
+                    raw[n + k] = (losses[2 * i] + losses[2 * i + 1] - 2.0 * losses[-1]) / (2.0 * eps * eps)
         elif variant == "one_sided":
             for i, k in enumerate(mine):
                 raw[k] = (losses[i] - losses[-1]) / eps
@@ -145,6 +150,8 @@ class Evaluator:
             scalars = [g if math.isnan(g) else float((g > 0) - (g < 0)) for g in scalars]
         elif variant == "fzoo":
             scalars = _fzoo(scalars[:-1], scalars[-1])
+        elif variant == "hizoo":
+            scalars = scalars[:n] + [abs(c) for c in scalars[n:]]
         mean = math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else sum(losses) / len(losses)
         rounded = torch.tensor(scalars, dtype=torch.float64).float().tolist()
         if kind is None:

@@ -1,9 +1,11 @@
 """The log of a run: a header and one fp32 scalar a step (and direction), from which the run's weights follow.
 
+HiZOO has two scalars a direction: first the estimates of all directions, then what their curvatures learn from.
+
 File layout, little-endian, in 4-byte words::
 
     "ZOLOG\\0\\1\\n"  bytes of the header, crc32 of the header, header (JSON, padded with spaces)
-    scalar scalar scalar ...                 `directions` words a step; NaN: the step was skipped
+    scalar scalar scalar ...                 `words` a step; NaN: the step was skipped
     ESCAPE kind|words<<8  payload ...        between steps: a change, or a checksum
 
 ESCAPE is a signalling NaN that no scalar takes. A hyperparameter that changes costs 5 words, a step nothing but its
@@ -86,11 +88,16 @@ class ZoLog:
     def directions(self) -> int:
         return int(self.header["directions"])
 
+    @property
+    def words(self) -> int:
+        """Scalars a step."""
+        return self.directions * (2 if self.header.get("variant") == "hizoo" else 1)
+
     # --- writing ------------------------------------------------------------------------------------------------------
 
     def append(self, scalars: Sequence[float] | None) -> None:
-        """One step: a scalar a direction, or None for a step that was skipped."""
-        n = self.directions
+        """One step: its scalars, or None for a step that was skipped."""
+        n = self.words
         if scalars is None:
             self._write(_SKIPPED * n)
         else:
@@ -186,7 +193,7 @@ class ZoLog:
     def _scan(self, body: bytes, name: str) -> tuple[int, bool]:
         """Count the steps and verify the checksums: the last whole record's end, and whether the end mark is there."""
         position = checked = crc = 0
-        for kind, at, content in _records(body, self.directions):
+        for kind, at, content in _records(body, self.words):
             if kind == 0:
                 self._count += len(content)
                 position = at + content.nbytes
@@ -207,14 +214,14 @@ class ZoLog:
         return position, False
 
     def scalars(self) -> NDArray[np.float32]:
-        """[steps, directions]; rows of NaN are steps that were skipped."""
-        rows = [content for kind, _, content in _records(bytes(self._body), self.directions) if kind == 0]
-        return np.concatenate(rows) if rows else np.empty((0, self.directions), np.float32)
+        """[steps, words]; rows of NaN are steps that were skipped."""
+        rows = [content for kind, _, content in _records(bytes(self._body), self.words) if kind == 0]
+        return np.concatenate(rows) if rows else np.empty((0, self.words), np.float32)
 
     def params(self) -> list[dict[str, Any]]:
         """Every parameter's ``name``, ``id``, ``shape``, ``dtype`` and ``group``, those that joined later included."""
         found = list(self.header["params"])
-        for kind, _, content in _records(bytes(self._body), self.directions):
+        for kind, _, content in _records(bytes(self._body), self.words):
             if kind == _JSON:
                 found += json.loads(content).get("params", [])
         return found
@@ -223,7 +230,7 @@ class ZoLog:
         """The steps of the run in their order."""
         groups: list[dict[str, float]] = [dict.fromkeys(FIELDS, 0.0) for _ in range(self.header["groups"])]
         state, frozen, restart, index = tuple(groups), frozenset[int](), False, 0
-        for kind, _, content in _records(bytes(self._body), self.directions):
+        for kind, _, content in _records(bytes(self._body), self.words):
             if kind == 0:
                 for row in content.tolist():
                     if stop is not None and index >= stop:
@@ -262,8 +269,8 @@ def _read_header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
     return header, 16 + size
 
 
-def _records(body: bytes, directions: int) -> Iterator[tuple[int, int, Any]]:
-    """(kind, position, content): kind 0 is a run of steps, [count, directions]; an incomplete tail is left out."""
+def _records(body: bytes, width: int) -> Iterator[tuple[int, int, Any]]:
+    """(kind, position, content): kind 0 is a run of steps, [count, width]; an incomplete tail is left out."""
     words = np.frombuffer(body, "<u4", len(body) // 4)
     escapes = np.flatnonzero(words == _ESCAPE).tolist()
     at = 0
@@ -271,9 +278,9 @@ def _records(body: bytes, directions: int) -> Iterator[tuple[int, int, Any]]:
         if escape is not None and escape < at:
             continue  # a payload's word that happens to look like one
         stop = len(words) if escape is None else escape
-        count = (stop - at) // directions
+        count = (stop - at) // width
         if count:
-            yield 0, 4 * at, words[at : at + count * directions].view("<f4").reshape(count, directions)
+            yield 0, 4 * at, words[at : at + count * width].view("<f4").reshape(count, width)
         if escape is None or escape + 1 >= len(words):
             return
         tag = int(words[escape + 1])

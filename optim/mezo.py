@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from leanops.optim import curvature, seeds
 from leanops.optim import params as managed
-from leanops.optim import seeds
 from leanops.optim.evaluate import Evaluator, Reduction
 from leanops.optim.log import FIELDS, ZoLog
 from leanops.optim.noise import Noise, Seed
@@ -22,8 +22,8 @@ from leanops.optim.record import Record, dtype_name
 from leanops.optim.update import accumulate_, apply_, descend_, new_momentum, terms, window
 from leanops.zo import MAX_RANK, VERSION
 
-VARIANTS = ("spsa", "one_sided", "sign", "fzoo")
-_RUN = ("zo", "seed_rule", "variant", "directions", "rounding", "momentum_mode")
+VARIANTS = ("spsa", "one_sided", "sign", "fzoo", "hizoo")
+_RUN = ("zo", "seed_rule", "variant", "directions", "rounding", "momentum_mode", "smoothing")
 _EXEMPT = ("bias", "layer_norm", "layernorm")
 
 
@@ -51,13 +51,6 @@ def _finite(name: str, value: Any, low: float, *, above: bool = False) -> float:
     return number
 
 
-def _check_hyper(group: dict[str, Any]) -> None:
-    for name in FIELDS:
-        _finite(name, group[name], 0.0)
-    if float(group["momentum"]) >= 1.0:
-        raise ValueError(f"MeZO: momentum must be below 1, got {group['momentum']}")
-
-
 class MeZO(Optimizer):
     r"""Zeroth-order SGD: two evaluations of any function a step, no backward pass, no gradient, no activations kept.
 
@@ -68,7 +61,9 @@ class MeZO(Optimizer):
 
     with ``z`` regenerated from a seed (``zo/1``) wherever it is used, never stored. ``n`` directions: the mean of their
     updates, applied in one pass. Other estimates of g: ``one_sided``, (L(θ + εz) - L(θ)) / ε; ``sign``, sign of the
-    difference; ``fzoo``, (L(θ + εz_i) - L(θ)) / σ with σ the (biased) standard deviation of the n losses L(θ + εz_i).
+    difference; ``fzoo``, (L(θ + εz_i) - L(θ)) / σ with σ the (biased) standard deviation of the n losses L(θ + εz_i);
+    ``hizoo``, spsa along z / sqrt(h), where the curvature h, one fp32 number an element, is learnt from a third
+    evaluation, L(θ); see :mod:`leanops.optim.curvature`.
     On a quadratic function spsa gives g = zᵀ∇L exactly, whatever ε is.
 
     **The weights are exactly what they were** after the evaluations, in every dtype, also when the closure raises;
@@ -90,7 +85,8 @@ class MeZO(Optimizer):
         seed: of the run; the seed of each direction of each step follows from it.
         model: gives names to the parameters (for the log), and tells ``perturb="auto"`` what it has to deal with;
             required with FSDP.
-        variant: ``"spsa"``, ``"one_sided"``, ``"sign"`` or ``"fzoo"``.
+        variant: ``"spsa"``, ``"one_sided"``, ``"sign"``, ``"fzoo"`` or ``"hizoo"``. HiZOO needs Gaussian z; it keeps 4
+            bytes a parameter (8 in fp64) and a second scalar a direction in the log; its momentum must be stored.
         momentum_mode: ``"recompute"``: no memory, m is made anew from scalars and seeds of the last steps (those with
             β^j >= 2^-24: 158 steps at 0.9, each as much noise as an update; a change of what moves starts anew);
             ``"store"``: a tensor a parameter, fp32.
@@ -110,17 +106,18 @@ class MeZO(Optimizer):
         rank: r of ``"lowrank"``, U [n, r] and V [m, r]. E Z Zᵀ is r times that of Gaussian z: a learning rate of LOZO's
             paper, whose estimate has a factor 1/r, is to be divided by r here.
         period: of ``"lowrank"``, the steps that V lives.
+        smoothing: α of ``"hizoo"``, the share of a step's curvature in h. Published: 1e-10 to 1e-6.
 
     ``step(closure)`` calls ``closure()`` under no_grad, two times a direction (n + 1 times in all for one_sided and
-    fzoo), and returns the mean of the evaluations. The closure returns a scalar: a tensor of one element or a number.
-    It need not be differentiable. It must not draw a new batch at each call. The first step may evaluate once more, to
-    find weights that are used out of sight (see :mod:`leanops.optim.scratch`).
+    fzoo, 2n + 1 times for hizoo), and returns the mean of the evaluations. The closure returns a scalar: a tensor of
+    one element or a number. It need not be differentiable. It must not draw a new batch at each call. The first step
+    may evaluate once more, to find weights that are used out of sight (see :mod:`leanops.optim.scratch`).
 
     Raises:
         ValueError: bad hyperparameters; parameters that are not dense floats, that overlap, or come twice.
         RuntimeError: no closure; a parameter whose dtype or shape has changed. FloatingPointError: see on_nonfinite.
 
-    Sources: MeZO (2305.17333), FZOO, LOZO (2410.07698).
+    Sources: MeZO (2305.17333), FZOO, LOZO (2410.07698), HiZOO (2402.15173).
     """
 
     def __init__(
@@ -146,12 +143,17 @@ class MeZO(Optimizer):
         parallel: str = "data",
         rank: int = 2,
         period: int = 50,
+        smoothing: float = 1e-8,
     ) -> None:
         if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
             raise ValueError(f"MeZO: directions must be an integer >= 1, got {directions!r}")
         if variant == "fzoo" and directions < 2:
             raise ValueError("MeZO: fzoo needs at least 2 directions, for it divides by the deviation of their losses")
         _one_of("distribution", distribution, ("gaussian", "rademacher", "lowrank"))
+        if variant == "hizoo" and distribution != "gaussian":
+            raise ValueError(f"MeZO: hizoo needs distribution='gaussian', got {distribution!r}")  # ±1 show no curvature
+        if not 0.0 < smoothing < 1.0:
+            raise ValueError(f"MeZO: smoothing must be in (0, 1), got {smoothing}")
         for name, value, most in (("rank", rank, MAX_RANK), ("period", period, 2**63)):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
                 raise ValueError(f"MeZO: {name} must be an integer in [1, {most}], got {value!r}")
@@ -171,6 +173,8 @@ class MeZO(Optimizer):
             "momentum_mode": momentum_mode,
             "eps": _finite("eps", eps, 0.0, above=True),
         }
+        if variant == "hizoo":
+            settings["smoothing"] = float(smoothing)
         self._on_nonfinite = on_nonfinite
         self._names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
         self._evaluator = Evaluator(perturb, noise, model, same_rng)
@@ -198,8 +202,17 @@ class MeZO(Optimizer):
         """Every parameter; the position is the id."""
         return [p for group in self.param_groups for p in group["params"]]
 
+    def _check_hyper(self, group: dict[str, Any]) -> None:
+        for name in FIELDS:
+            _finite(name, group[name], 0.0)
+        if float(group["momentum"]) >= 1.0:
+            raise ValueError(f"MeZO: momentum must be below 1, got {group['momentum']}")
+        settings = self._record.settings
+        if group["momentum"] and settings["variant"] == "hizoo" and settings["momentum_mode"] != "store":
+            raise ValueError("MeZO: momentum of hizoo needs momentum_mode='store': the log cannot tell past curvatures")
+
     def _check_group(self, group: dict[str, Any]) -> None:
-        _check_hyper(group)
+        self._check_hyper(group)
         if len({id(p) for p in group["params"]}) != len(group["params"]):
             raise ValueError("MeZO: a parameter group must not hold a parameter twice")
         spans = []
@@ -240,7 +253,8 @@ class MeZO(Optimizer):
                     f"now it is {p.dtype} {list(p.shape)}: its log would not replay"
                 )
             if p.requires_grad:
-                found[entry["group"]].append(managed.slot("MeZO", entry["name"], entry["id"], p))
+                slot = managed.slot("MeZO", entry["name"], entry["id"], p)
+                found[entry["group"]].append(self._curved(slot) if "smoothing" in self._record.settings else slot)
         return found
 
     # --- a step -------------------------------------------------------------------------------------------------------
@@ -275,7 +289,7 @@ class MeZO(Optimizer):
                 "a trainer that calls backward() and step() by itself has to call step(closure) in its training step"
             )
         for group in self.param_groups:
-            _check_hyper(group)
+            self._check_hyper(group)
         record = self._record
         if not len(record.log):
             record.begin(self._flat(), len(self.param_groups))
@@ -307,7 +321,11 @@ class MeZO(Optimizer):
         for group, moved in zip(self.param_groups, slots, strict=True):
             lr, beta = float(group["lr"]), float(group["momentum"])
             decay = lr * float(group["weight_decay"])
-            if beta and settings["momentum_mode"] == "store":
+            if "smoothing" in settings:
+                momenta = [self._momentum(s) for s in moved if beta]
+                smoothing = settings["smoothing"]
+                curvature.step_(moved, momenta, step_seeds, scalars, lr, beta, decay, smoothing, rounding)
+            elif beta and settings["momentum_mode"] == "store":
                 momenta = [self._momentum(s) for s in moved]
                 accumulate_(moved, momenta, step_seeds, scalars, beta, noise)
                 if lr:  # a step of zero length changes no bit, the sign of a zero included
@@ -321,6 +339,12 @@ class MeZO(Optimizer):
             state["momentum_buffer"] = new_momentum(slot)
         buffer: Tensor = state["momentum_buffer"]
         return buffer
+
+    def _curved(self, slot: Slot) -> Slot:
+        state = self.state[slot.param]
+        if "curvature" not in state:
+            state["curvature"] = curvature.flat(slot)
+        return slot._replace(curvature=state["curvature"])
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -355,8 +379,8 @@ class MeZO(Optimizer):
         for p, i in zip(
             self._flat(), chain.from_iterable(g["params"] for g in state_dict["param_groups"]), strict=True
         ):
-            if "momentum_buffer" in (values := state_dict["state"].get(i, {})):
-                self.state[p]["momentum_buffer"] = values["momentum_buffer"].to(p.device, copy=True)
+            for key, value in state_dict["state"].get(i, {}).items():
+                self.state[p][key] = value.to(p.device, copy=True)
         self._record.restore(log)
 
     def __getstate__(self) -> dict[str, Any]:

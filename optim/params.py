@@ -16,7 +16,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 class Slot(NamedTuple):
     """A tensor, or this rank's rows of it. ``offset`` is the index of its first element in the whole tensor, and
-    ``columns`` counts the elements of a row, 0 for a tensor of fewer than two dimensions."""
+    ``columns`` counts the elements of a row, 0 for a tensor of fewer than two dimensions. ``curvature``, in HiZOO
+    alone, has the shape of ``local``."""
 
     param: Tensor
     local: Tensor
@@ -24,6 +25,7 @@ class Slot(NamedTuple):
     offset: int
     name: str
     columns: int
+    curvature: Tensor | None = None
 
 
 def is_sharded(p: Tensor) -> bool:

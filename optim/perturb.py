@@ -12,6 +12,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from leanops.optim import curvature
 from leanops.optim.noise import Noise, Seed
 from leanops.optim.params import Slot, by_device
 from leanops.zo import zo_axpy_, zo_axpy_into_
@@ -58,7 +59,12 @@ class Copy:
     def place(self, seed: Seed, scale: float) -> None:
         """Let the weights be W + scale z(seed), within a session."""
         for part, saved in zip(self._parts, self._saved, strict=True):
-            zo_axpy_into_([s.local for s in part], saved, seed.left, scale, **self._noise.arguments(part, [seed]))
+            outs = [s.local for s in part]
+            if part[0].curvature is not None:
+                kept = [s._replace(local=old) for s, old in zip(part, saved, strict=True)]
+                curvature.perturb_into_(outs, kept, seed, scale)
+            else:
+                zo_axpy_into_(outs, saved, seed.left, scale, **self._noise.arguments(part, [seed]))
         drop_unsharded(self._sharded)
 
     def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> object:
@@ -93,7 +99,11 @@ class InPlace:
     def _move(self, seed: Seed, scale: float) -> None:
         if scale:
             for part in self._parts:
-                zo_axpy_([s.local for s in part], seed.left, scale, **self._noise.arguments(part, [seed]))
+                outs = [s.local for s in part]
+                if part[0].curvature is not None:
+                    curvature.perturb_into_(outs, part, seed, scale)
+                else:
+                    zo_axpy_(outs, seed.left, scale, **self._noise.arguments(part, [seed]))
         drop_unsharded(self._sharded)
 
     def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> object:

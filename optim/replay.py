@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leanops.optim import curvature
 from leanops.optim import params as managed
 from leanops.optim import seeds as rule
 from leanops.optim.log import LogError, ZoLog
@@ -37,7 +38,7 @@ class Update:
     lr: float
     beta: float
     decay: float
-    write: bool = True  # False: before `start` or with lr 0, only stored momentum takes part
+    write: bool = True  # False: before `start` or with lr 0, only stored momentum and curvature take part
 
 
 @dataclass
@@ -62,6 +63,7 @@ def programs(log: ZoLog, start: int = 0, stop: int | None = None) -> list[Progra
     if not 0 <= start <= (len(log) if stop is None else stop) <= len(log):
         raise ValueError(f"replay_: start and stop must lie in order within [0, {len(log)}], got {start} and {stop}")
     noise, base, n, stored = Noise.of(header), header["seed"], log.directions, header["momentum_mode"] == "store"
+    curved = header.get("variant") == "hizoo"
     found: list[Program] = []
     history: History = deque()
     for step in log.steps(stop=stop):
@@ -78,9 +80,9 @@ def programs(log: ZoLog, start: int = 0, stop: int | None = None) -> list[Progra
         for program, values in zip(found, step.groups, strict=True):
             lr, beta = values["lr"], values["momentum"]
             write = step.index >= start and lr != 0.0
-            if not write and not (stored and beta):
+            if not write and not (stored and beta) and not curved:
                 continue
-            both = terms(history, lr, beta)
+            both = ([], []) if curved else terms(history, lr, beta)
             program.updates.append(Update(seeds, step.scalars, both, lr, beta, lr * values["weight_decay"], write))
             program.frozen.append(step.frozen)
     return found
@@ -97,6 +99,8 @@ def _run(slots: Sequence[Slot], updates: Sequence[Update], header: Mapping[str, 
     """Apply a program to tensors of one device and of one kind of dtype."""
     noise, rounding = Noise.of(header), header["rounding"]
     stored = header["momentum_mode"] == "store"
+    if fused and header.get("variant") == "hizoo":
+        raise LogError("replay_: fused=True cannot replay hizoo, whose steps follow from the curvature before them")
     tensors = [s.local for s in slots]
 
     def pass_over(seeds: list[Seed], coeffs: list[float], decay: float | list[float], sequential: bool) -> None:
@@ -106,7 +110,7 @@ def _run(slots: Sequence[Slot], updates: Sequence[Update], header: Mapping[str, 
 
     if fused:
         pass_over(*_combined(updates, stored), False)
-    elif _fusable(updates, slots[0].local.dtype, stored):
+    elif header.get("variant") != "hizoo" and _fusable(updates, slots[0].local.dtype, stored):
         seeds: list[Seed] = []
         coeffs: list[float] = []
         decays: list[float] = []
@@ -120,13 +124,22 @@ def _run(slots: Sequence[Slot], updates: Sequence[Update], header: Mapping[str, 
         pass_over(seeds, coeffs, decays, True)
     else:
         for part in _slices(slots):
-            _each([part], updates, noise, rounding, stored)
+            _each([part], updates, header)
 
 
-def _each(slots: Sequence[Slot], updates: Sequence[Update], noise: Noise, rounding: str, stored: bool) -> None:
+def _each(slots: Sequence[Slot], updates: Sequence[Update], header: Mapping[str, Any]) -> None:
     """Step by step, as the run did it."""
+    noise, rounding, stored = Noise.of(header), header["rounding"], header["momentum_mode"] == "store"
     momenta: list[Tensor] = []
+    if curved := header.get("variant") == "hizoo":
+        slots = [s._replace(curvature=curvature.flat(s)) for s in slots]
     for u in updates:
+        if curved:
+            momenta = momenta or [new_momentum(s) for s in slots if u.beta]
+            lr = u.lr if u.write else 0.0
+            smoothing = header["smoothing"]
+            curvature.step_(slots, momenta, u.seeds, u.scalars, lr, u.beta, u.decay, smoothing, rounding)
+            continue
         if stored and u.beta:
             momenta = momenta or [new_momentum(s) for s in slots]
             accumulate_(slots, momenta, u.seeds, u.scalars, u.beta, noise)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from leanops.optim import curvature
 from leanops.optim.noise import Noise, Seed
 from leanops.optim.params import Slot
 from leanops.optim.perturb import Closure, Copy
@@ -160,6 +161,9 @@ class _Mode(TorchFunctionMode):
         return result
 
     def _perturb(self, out: list[Tensor], slots: Sequence[Slot]) -> None:
+        if slots[0].curvature is not None:
+            curvature.perturb_into_(out, slots, self._seed, float(self._scale))
+            return
         tensors, about = [s.local for s in slots], self._noise.arguments(slots, [self._seed])
         zo_axpy_into_(out, tensors, self._left, self._scale, decay=_NO_DECAY, **about)
 
@@ -186,8 +190,9 @@ class _Mode(TorchFunctionMode):
         rows = weight.detach()[ids]
         out = torch.empty_like(rows)
         offsets = (slot.offset + ids * width).tolist()
-        pairs = zip(rows.unbind(), offsets, strict=True)
-        self._perturb(list(out.unbind()), [slot._replace(local=row, offset=offset) for row, offset in pairs])
+        curved = [None] * len(offsets) if slot.curvature is None else slot.curvature[ids].unbind()
+        parts = zip(rows.unbind(), offsets, curved, strict=True)
+        self._perturb(list(out.unbind()), [slot._replace(local=r, offset=o, curvature=h) for r, o, h in parts])
         return out[places]
 
 

@@ -18,12 +18,10 @@ from torch import Tensor
 
 from leanops.optim.noise import Noise, Seed, left
 from leanops.optim.params import Slot, by_device
+from leanops.optim.rounding import wide_dtype, write_
 from leanops.zo import zo_axpy_
-from leanops.zo.reference import round_to
 
 History = deque[tuple[Sequence[Seed], Sequence[float]]]  # (seeds, scalars) of steps, the newest first
-
-_ROUND_CHUNK = 1 << 18
 
 
 def window(beta: float) -> int:
@@ -61,8 +59,7 @@ def apply_(
 
 def new_momentum(slot: Slot) -> Tensor:
     """A zero m for a slot: fp32 (fp64 for fp64), for half precision would lose small steps."""
-    wide = torch.float64 if slot.local.dtype == torch.float64 else torch.float32
-    return torch.zeros(slot.local.shape, dtype=wide, device=slot.local.device)
+    return torch.zeros(slot.local.shape, dtype=wide_dtype(slot.local), device=slot.local.device)
 
 
 def accumulate_(
@@ -83,14 +80,4 @@ def descend_(
 ) -> None:
     """p <- round((1 - decay) p - lr m), every product rounded separately so that no device contracts it."""
     for s, m in zip(slots, momenta, strict=True):
-        value = s.local.to(m.dtype) * (1.0 - decay) - m * lr
-        if rounding == "nearest" or s.local.dtype in (torch.float32, torch.float64):
-            s.local.copy_(value)
-            continue
-        flat = value.reshape(-1)
-        rounded = torch.empty_like(flat, dtype=s.local.dtype)
-        for start in range(0, flat.numel(), _ROUND_CHUNK):
-            part = flat[start : start + _ROUND_CHUNK]
-            index = torch.arange(s.offset + start, s.offset + start + part.numel(), device=flat.device)
-            rounded[start : start + _ROUND_CHUNK] = round_to(part, s.local.dtype, rounding, index, seed, s.tensor_id)
-        s.local.copy_(rounded.view(s.local.shape))
+        write_(s, s.local.to(m.dtype) * (1.0 - decay) - m * lr, rounding, seed)

@@ -98,7 +98,12 @@ def data_parallel(rank: int) -> None:
 
 def direction_parallel(rank: int) -> None:
     x, y = data(0)
-    for variant, directions, calls in (("spsa", 2, 2), ("spsa", 5, 6 if rank == 0 else 4), ("fzoo", 4, 3 - rank)):
+    for variant, directions, calls in (
+        ("spsa", 2, 2),
+        ("spsa", 5, 6 if rank == 0 else 4),
+        ("fzoo", 4, 3 - rank),
+        ("hizoo", 4, 5),
+    ):
         model, single = model_of(), model_of()
         seen = 0
 

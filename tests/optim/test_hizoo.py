@@ -1,0 +1,310 @@
+"""HiZOO: MeZO along z / sqrt(h). The formula in float64, what h learns, exact weights, and the bits of a replay."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import leanops as lo
+from leanops.optim import LogError, MeZO, ZoLog, curvature, replay_, replay_file, scratch
+from leanops.optim import replay as replay_module
+from leanops.optim.noise import Noise
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+F64 = torch.float64
+
+
+@pytest.fixture(params=[1 << 17, 3])
+def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole tensors, and pieces of three elements."""
+    monkeypatch.setattr(curvature, "_SLICE", request.param)
+
+
+def noise(opt: MeZO, params: list[Tensor], k: int) -> list[Tensor]:
+    """z of the next step's direction k."""
+    header = opt.log.header
+    seed = Noise.of(header).seeds(header["seed"], opt.steps, k + 1)[k].left
+    return [lo.zo_noise(p.shape, seed, tensor_id=i, dtype=F64) for i, p in enumerate(params)]
+
+
+# --- the formula ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("momentum", "mode"), [(0.0, "recompute"), (0.7, "store")])
+@pytest.mark.parametrize("directions", [1, 3])
+def test_a_run_is_that_of_the_formula(slices: None, directions: int, momentum: float, mode: str) -> None:
+    """Five steps against the formula of leanops.optim.curvature, written out in float64."""
+    g = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(s, generator=g, dtype=F64)) for s in ((3, 4), (5,))]
+    root = torch.randn(17, 17, generator=g, dtype=F64)
+    a = root @ root.T / 17
+
+    def f(parts: Any) -> Tensor:
+        w = torch.cat([t.reshape(-1) for t in parts])
+        return w.sin() @ a @ w
+
+    lr, eps, decay, alpha = 0.05, 1e-2, 0.1, 0.2
+    opt = MeZO(
+        params, lr, eps, weight_decay=decay, momentum=momentum, momentum_mode=mode, directions=directions,
+        variant="hizoo", smoothing=alpha,
+    )  # fmt: skip
+    wanted = [p.detach().clone() for p in params]
+    h, m = [torch.ones_like(p) for p in wanted], [torch.zeros_like(p) for p in wanted]
+    for _ in range(5):
+        zs = [noise(opt, wanted, k) for k in range(directions)]
+        base = f(wanted)
+        estimates, curvatures = [], []
+        for z in zs:
+            plus, minus = (
+                f([p + s * eps * u / v.sqrt() for p, u, v in zip(wanted, z, h, strict=True)]) for s in (1, -1)
+            )
+            estimates.append(float((plus - minus) / (2 * eps)))
+            curvatures.append(float((plus + minus - 2 * base).abs() / (2 * eps**2)))
+        opt.step(lambda: f(params))
+        logged = torch.from_numpy(opt.log.scalars()[-1]).double()
+        torch.testing.assert_close(logged, torch.tensor(estimates + curvatures, dtype=F64), rtol=2e-5, atol=1e-6)
+        g_k, c_k = logged[:directions], logged[directions:]  # as the log rounds them
+        for i in range(2):
+            h[i] = h[i] * (1 - alpha + alpha * sum(c * z[i] ** 2 for c, z in zip(c_k, zs, strict=True)) / directions)
+            q = sum(e * z[i] for e, z in zip(g_k, zs, strict=True)) / h[i].sqrt() / directions
+            m[i] = momentum * m[i] + q
+            wanted[i] = (1 - lr * decay) * wanted[i] - lr * m[i]
+    for p, q, v in zip(params, wanted, h, strict=True):
+        torch.testing.assert_close(p.detach(), q, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(opt.state[p]["curvature"], v, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(h[0], torch.ones(()).to(F64), atol=0.1)
+
+
+def test_the_curvature_is_the_diagonal_and_half_the_trace() -> None:
+    """On w A w / 2 at h = 1: E c z_i^2 = a_ii + tr(A) / 2, whatever eps is."""
+    diagonal = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.0], dtype=F64)
+    w, n = nn.Parameter(torch.randn(6, dtype=F64)), 4000
+    opt = MeZO([w], lr=0.0, eps=0.3, directions=n, variant="hizoo", smoothing=0.5)
+    opt.step(lambda: (w.square() * diagonal).sum() / 2)
+    learnt = (opt.state[w]["curvature"] - 0.5) / 0.5
+    wanted = diagonal + diagonal.sum() / 2
+    # (c z_i^2) has a standard deviation of some 3.5 times its mean
+    assert (((learnt - wanted) / wanted).abs() < 5 * 3.5 / math.sqrt(n)).all()
+    assert learnt[0] > 1.4 * learnt[-1]
+
+
+def test_where_the_curvature_is_large_directions_and_steps_are_short() -> None:
+    w = nn.Parameter(torch.zeros(20_000))
+    opt = MeZO([w], lr=1.0, variant="hizoo", smoothing=1e-12)
+    opt.step(lambda: w.sum())  # makes the state
+    before = w.detach().clone()
+    opt.state[w]["curvature"] = torch.ones(20_000).index_fill_(0, torch.arange(10_000), 16.0)
+    opt.step(lambda: w.sum())
+    step = (w.detach() - before).square()
+    assert 0.9 / 16 < float(step[:10_000].mean() / step[10_000:].mean()) < 1.1 / 16
+
+
+# --- evaluations ------------------------------------------------------------------------------------------------------
+
+
+def model_of(dtype: torch.dtype) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 1)).to(dtype)
+
+
+@pytest.mark.parametrize("directions", [1, 3])
+def test_a_step_evaluates_twice_a_direction_and_once_and_logs_two_scalars_a_direction(directions: int) -> None:
+    w, calls = nn.Parameter(torch.ones(3)), []
+    opt = MeZO([w], variant="hizoo", directions=directions)
+    opt.step(lambda: calls.append(1) or w.square().sum())
+    assert len(calls) == 2 * directions + 1
+    assert opt.log.scalars().shape == (1, 2 * directions)
+    assert (opt.log.scalars()[:, directions:] >= 0).all()
+    size = len(opt.log.to_bytes())
+    opt.step(lambda: w.square().sum())
+    assert len(opt.log.to_bytes()) - size == 8 * directions
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scratch_and_copy_take_the_same_steps(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "_ROW", 1)  # an embedding's rows one by one
+    monkeypatch.setattr(curvature, "_SLICE", 50)
+    found = []
+    for mode in ("scratch", "copy"):
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Embedding(100, 8), nn.Flatten(), nn.Linear(32, 3), nn.LayerNorm(3)).to(dtype)
+        opt = MeZO(model.parameters(), lr=1e-2, variant="hizoo", smoothing=0.3, perturb=mode)
+        for step in range(3):
+            opt.step(lambda m=model, s=step: m(torch.tensor([[5, 9, 9, s]])).double().square().sum())
+        assert not bool((opt.state[model[0].weight]["curvature"] == 1).all())
+        found.append([*model.parameters(), *(s["curvature"] for s in opt.state.values())])
+    assert all(map(torch.equal, *found))
+
+
+def test_non_contiguous_parameters_move_as_contiguous_ones() -> None:
+    torch.manual_seed(0)
+    start = torch.randn(7, 5)
+    weights = [nn.Parameter(start.clone()), nn.Parameter(start.t().contiguous().t())]
+    for w in weights:
+        opt = MeZO([w], lr=1e-2, variant="hizoo", smoothing=0.3)
+        for _ in range(3):
+            opt.step(lambda w=w: w.contiguous().square().sum())
+    assert torch.equal(*weights)
+    assert weights[1].stride() == (1, 7)
+
+
+@pytest.mark.parametrize("mode", ["scratch", "copy"])
+def test_an_exception_or_a_loss_that_is_not_finite_changes_nothing(mode: str) -> None:
+    model = model_of(torch.bfloat16)
+    opt = MeZO(model.parameters(), lr=1e-2, variant="hizoo", smoothing=0.3, perturb=mode)
+    x = torch.randn(4, 5, dtype=torch.bfloat16)
+    opt.step(lambda: model(x).square().mean())
+    kept = [t.clone() for t in (*model.parameters(), *(s["curvature"] for s in opt.state.values()))]
+
+    for bad in (math.nan, math.inf):
+        with pytest.raises(FloatingPointError):
+            opt.step(lambda bad=bad: model(x).square().mean() * bad)
+    for at in range(3):
+        calls: list[int] = []
+
+        def closure(calls: list[int] = calls, at: int = at) -> Tensor:
+            calls.append(1)
+            if len(calls) > at:
+                raise RuntimeError
+            return model(x).square().mean()
+
+        with pytest.raises(RuntimeError):
+            opt.step(closure)
+    assert all(map(torch.equal, kept, [*model.parameters(), *(s["curvature"] for s in opt.state.values())]))
+
+
+def test_beside_the_curvature_a_step_takes_a_few_slices() -> None:
+    w = nn.Parameter(torch.zeros(1 << 21, dtype=torch.bfloat16))
+    opt = MeZO([w], variant="hizoo", rounding="stochastic")
+    opt.step(lambda: w[0])
+    assert opt.state[w]["curvature"].dtype == torch.float32
+    slot = opt._slots()[0]
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as seen:
+        curvature.step_(slot, [], [Noise("gaussian").seeds(0, 1, 1)[0]], [1.0, 1.0], 1e-3, 0.0, 0.0, 1e-8, "nearest")
+    largest = max(e.self_cpu_memory_usage for e in seen.events())
+    assert 0 < largest <= 4 * curvature._SLICE
+
+
+# --- state, log and replay --------------------------------------------------------------------------------------------
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "directions": {"directions": 3},
+    "stored momentum": {"momentum": 0.6, "momentum_mode": "store"},
+}
+
+
+def run(dtype: torch.dtype, steps: int = 9, **options: Any) -> tuple[nn.Module, nn.Module, MeZO]:
+    """Start weights, end weights and optimizer of a run with a schedule, a frozen phase and a skipped step."""
+    model = model_of(dtype)
+    start = copy.deepcopy(model)
+    x = torch.randn(16, 5, dtype=F64).to(dtype)
+    options = {"lr": 5e-2, "weight_decay": 0.1, "smoothing": 0.05, "seed": -3, "on_nonfinite": "skip", **options}
+    opt = MeZO(model.parameters(), model=model, variant="hizoo", **options)
+    for step in range(steps):
+        opt.param_groups[0]["lr"] = 0.0 if step == 6 else 5e-2 / (1 + step // 3)
+        model[0].bias.requires_grad_(step not in (4, 5))
+        bad = math.nan if step == 2 else 1.0
+        opt.step(lambda bad=bad: (model(x).double() ** 2).mean() * bad)
+    return start, model, opt
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(map(torch.equal, a.parameters(), b.parameters()))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_replay_gives_the_bits_of_the_run(
+    dtype: torch.dtype, options: dict[str, Any], rounding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay_module, "_FILE_SLICE", 2)  # 16 bytes at a time
+    monkeypatch.setattr(replay_module, "_SLICE", 7)
+    start, end, opt = run(dtype, rounding=rounding, **options)
+    assert not same(start, end)
+    base, log, out = tmp_path / "base.safetensors", tmp_path / "run.zolog", tmp_path / "out.safetensors"
+    save_file({n: p.detach() for n, p in start.named_parameters()}, base)
+    opt.log.save(log)
+    replay_file(base, log, out)
+    assert all(torch.equal(load_file(out)[n], p) for n, p in end.named_parameters())
+    halfway = copy.deepcopy(start)
+    replay_(start, opt.log)
+    assert same(start, end)
+    replay_(halfway, opt.log, stop=5)
+    assert not same(halfway, end)
+    replay_(halfway, ZoLog.from_bytes(opt.log.to_bytes()), start=5)
+    assert same(halfway, end)
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_run_resumes_to_the_same_bits(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    _, whole, _ = run(dtype, steps=9, **options)
+    _, model, opt = run(dtype, steps=5, **options)
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    resumed = MeZO(model.parameters(), variant="hizoo", smoothing=0.05, on_nonfinite="skip", **options)
+    resumed.step(lambda: model[0].weight.sum() * math.nan)  # what is loaded replaces a state that was in use
+    resumed.load_state_dict(torch.load(file))
+    assert all(s["curvature"].dtype == (F64 if dtype == F64 else torch.float32) for s in resumed.state.values())
+    torch.manual_seed(1)
+    model_of(dtype)
+    x = torch.randn(16, 5, dtype=F64).to(dtype)
+    for step in range(5, 9):
+        resumed.param_groups[0]["lr"] = 0.0 if step == 6 else 5e-2 / (1 + step // 3)
+        model[0].bias.requires_grad_(step not in (4, 5))
+        resumed.step(lambda: (model(x).double() ** 2).mean())
+    assert same(model, whole)
+
+
+def test_the_header_names_the_smoothing_and_a_run_resumes_with_it_alone() -> None:
+    _, model, opt = run(torch.float32)
+    header = ZoLog.from_bytes(opt.log.to_bytes()).header
+    assert (header["variant"], header["smoothing"]) == ("hizoo", 0.05)
+    assert "smoothing" not in MeZO([nn.Parameter(torch.zeros(2))]).log.header
+    other = MeZO(model.parameters(), variant="hizoo", smoothing=0.2)
+    with pytest.raises(ValueError, match=r"smoothing must be the saved run's, 0\.05, got 0\.2"):
+        other.load_state_dict(opt.state_dict())
+
+
+def test_no_fused_replay_and_nothing_is_written() -> None:
+    start, _, opt = run(torch.float32)
+    kept = copy.deepcopy(start)
+    with pytest.raises(LogError, match="fused=True cannot replay hizoo"):
+        replay_(start, opt.log, fused=True)
+    assert same(start, kept)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distribution": "rademacher"}, "hizoo needs distribution='gaussian', got 'rademacher'"),
+        ({"distribution": "lowrank"}, "hizoo needs distribution='gaussian', got 'lowrank'"),
+        ({"momentum": 0.9}, "momentum of hizoo needs momentum_mode='store'"),
+        ({"smoothing": 0.0}, r"smoothing must be in \(0, 1\), got 0\.0"),
+        ({"smoothing": 1.0}, "smoothing"),
+        ({"smoothing": math.nan}, "smoothing"),
+    ],
+)
+def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MeZO([nn.Parameter(torch.zeros(2, 2))], variant="hizoo", **options)
+
+
+def test_momentum_that_is_set_later_is_refused_too() -> None:
+    w = nn.Parameter(torch.ones(2))
+    opt = MeZO([w], variant="hizoo")
+    opt.param_groups[0]["momentum"] = 0.5
+    with pytest.raises(ValueError, match="momentum_mode='store'"):
+        opt.step(lambda: w.sum())
+    assert torch.equal(w.detach(), torch.ones(2))
