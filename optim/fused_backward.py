@@ -142,6 +142,10 @@ class FusedBackward(Optimizer):
             if isinstance(p.grad, Used):
                 p.grad = None
 
+    def optimizer_of(self, p: Tensor) -> Optimizer:
+        """The parameter's own optimizer, which holds its state."""
+        return self._own[p]
+
     # --- state --------------------------------------------------------------------------------------------------------
 
     @property

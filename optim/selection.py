@@ -140,7 +140,7 @@ def find_params(op: str, argument: str, model: nn.Module, names: Collection[str]
 
 def holder(optimizer: Optimizer, p: Tensor) -> Optimizer:
     """Who holds a parameter's state: an optimizer of its own where the backward pass takes the steps."""
-    return optimizer._own[p] if isinstance(optimizer, FusedBackward) else optimizer
+    return optimizer.optimizer_of(p) if isinstance(optimizer, FusedBackward) else optimizer
 
 
 class Freezer:
@@ -200,9 +200,10 @@ class Freezer:
         for p in self.params.values():
             if not p.requires_grad:
                 optimizer = holder(self.optimizer, p)
-                optimizer.state.pop(p, None)
                 if isinstance(optimizer, SM3):
-                    optimizer._plan = None  # which would hold those entries until the next step
+                    optimizer.free_state(p)
+                else:
+                    optimizer.state.pop(p, None)
 
 
 class Rounds:

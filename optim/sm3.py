@@ -187,6 +187,11 @@ class SM3(Optimizer):
         self._plan = plan
         return loss
 
+    def free_state(self, p: Tensor) -> None:
+        """Let a parameter's state go, so that its memory is free at once. The next step makes a new one."""
+        self.state.pop(p, None)
+        self._plan = None  # which would hold it until the next step
+
     # --- state --------------------------------------------------------------------------------------------------------
 
     def _numbered(self) -> list[tuple[str, Tensor, Group]]:

@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import copy
-import socket
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from gloo import WORLD, Counted, distributed, spawn
 from torch import Tensor, nn
 
 from leanops.optim import MeZO, ZoLog, replay_
 
-WORLD = 2
 LOZO = {"distribution": "lowrank", "period": 2}
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed; another has")
-
-
-def _worker(rank: int, port: int, job: Callable[[int], None]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
-    try:
-        job(rank)
-    finally:
-        dist.destroy_process_group()
-
-
-def spawn(job: Callable[[int], None]) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = torch.multiprocessing.start_processes(_worker, (port, job), nprocs=WORLD, join=False, start_method="fork")
-    while not context.join(timeout=60):
-        pass
+pytestmark = distributed
 
 
 def model_of(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -52,25 +33,6 @@ def gathered(params: Any) -> list[Tensor]:
     out = [torch.empty_like(flat) for _ in range(WORLD)]
     dist.all_gather(out, flat)
     return out
-
-
-class Counted:
-    """Counts the collectives that pass, and the numbers in them."""
-
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-        self._original = dist.all_reduce
-
-    def __enter__(self) -> list[int]:
-        def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.sizes.append(tensor.numel())
-            return self._original(tensor, *args, **kwargs)
-
-        dist.all_reduce = all_reduce
-        return self.sizes
-
-    def __exit__(self, *_: object) -> None:
-        dist.all_reduce = self._original
 
 
 def data_parallel(rank: int) -> None:

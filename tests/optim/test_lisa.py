@@ -5,17 +5,15 @@ from __future__ import annotations
 import gc
 import io
 import math
-import socket
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from gloo import distributed, spawn
 from selecting import (
     BLOCK_DW,
     LAYERS,
@@ -476,27 +474,6 @@ def test_the_callback_refuses_what_it_cannot_run() -> None:
 
 
 # --- several processes ----------------------------------------------------------------------------------------------
-
-WORLD = 2
-distributed = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed; another has")
-
-
-def _worker(rank: int, port: int, job: Callable[[int], None]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
-    try:
-        job(rank)
-    finally:
-        dist.destroy_process_group()
-
-
-def spawn(job: Callable[[int], None]) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = torch.multiprocessing.start_processes(_worker, (port, job), nprocs=WORLD, join=False, start_method="fork")
-    while not context.join(timeout=60):
-        pass
 
 
 def reference_of_two() -> list[Tensor]:

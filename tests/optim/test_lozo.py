@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from zo_runs import DTYPES, run, same
 
 import leanops as lo
-from leanops.optim import MeZO, ZoLog, replay_, replay_file
-from leanops.optim import replay as replay_module
+from leanops.optim import MeZO, ZoLog, replay_
 from leanops.optim import seeds as rule
 from leanops.optim.noise import Noise
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 F64 = torch.float64
 
 
@@ -216,81 +212,9 @@ def test_scratch_looks_up_rows_and_ties_weights_with_the_bits_of_a_copy() -> Non
 
 # --- the log ----------------------------------------------------------------------------------------------------------
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "rank 1, a period of 1": {"rank": 1, "period": 1},
-    "momentum": {"momentum": 0.6},
-    "stored momentum": {"momentum": 0.6, "momentum_mode": "store"},
-    "directions": {"directions": 3, "variant": "one_sided"},
-}
-
-
-def run(dtype: torch.dtype, steps: int = 11, **options: Any) -> tuple[nn.Module, nn.Module, MeZO]:
-    """Start weights, end weights and optimizer of a run with a frozen phase and a skipped step."""
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.Flatten(), nn.Linear(12, 1)).to(dtype)
-    start = copy.deepcopy(model)
-    x = torch.randn(16, 2, 5, dtype=F64).to(dtype)
-    options = {"period": 4, "distribution": "lowrank", **options}
-    opt = MeZO(model.parameters(), lr=1e-2, weight_decay=0.1, model=model, on_nonfinite="skip", seed=-3, **options)
-    for step in range(steps):
-        model[0].bias.requires_grad_(step not in (4, 5))
-        bad = math.nan if step == 2 else 1.0
-        opt.step(lambda bad=bad: (model(x).double() ** 2).mean() * bad)
-    return start, model, opt
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_replay_gives_the_bits_of_the_run(
-    dtype: torch.dtype, options: dict[str, Any], rounding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(replay_module, "_FILE_SLICE", 2)  # 16 bytes at a time: slices begin anywhere in a row
-    monkeypatch.setattr(replay_module, "_SLICE", 7)
-    start, end, opt = run(dtype, rounding=rounding, **options)
-    assert not same(start, end)
-    base, log, out = tmp_path / "base.safetensors", tmp_path / "run.zolog", tmp_path / "out.safetensors"
-    save_file({n: p.detach() for n, p in start.named_parameters()}, base)
-    opt.log.save(log)
-    replay_file(base, log, out)
-    assert all(torch.equal(load_file(out)[n], p) for n, p in end.named_parameters())
-    halfway = copy.deepcopy(start)
-    replay_(start, opt.log)
-    assert same(start, end)
-    replay_(halfway, opt.log, stop=5)
-    assert not same(halfway, end)
-    replay_(halfway, ZoLog.from_bytes(opt.log.to_bytes()), start=5)
-    assert same(halfway, end)
-
-
-def test_fused_replay_is_the_same_sum() -> None:
-    start, end, opt = run(F64, momentum=0.6)
-    replay_(start, opt.log, fused=True)
-    for p, q in zip(start.parameters(), end.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
-
-
-def test_replay_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    start, end, opt = run(torch.bfloat16, steps=40)
-    calls: list[int] = []
-
-    def counted(tensors: Any, seeds: Any, *args: Any, **kwargs: Any) -> None:
-        calls.append(len(seeds))
-        lo.zo_axpy_(tensors, seeds, *args, **kwargs)
-
-    monkeypatch.setattr(replay_module, "zo_axpy_", counted)
-    replay_(start, opt.log)
-    assert same(start, end)
-    assert sorted(calls) == [37, 39]
-
 
 def test_the_header_names_rank_and_period_and_a_run_resumes_with_them_alone() -> None:
-    start, end, opt = run(torch.float32, rank=3, period=7)
+    start, end, opt = run(torch.float32, distribution="lowrank", rank=3, period=7)
     header = ZoLog.from_bytes(opt.log.to_bytes()).header
     assert (header["distribution"], header["rank"], header["period"]) == ("lowrank", 3, 7)
     plain = MeZO([nn.Parameter(torch.zeros(2))])

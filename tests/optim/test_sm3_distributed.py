@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,34 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from gloo import WORLD, Counted, distributed, spawn
 from sm3_parameters import equal
 from torch import Tensor, nn
 
 from leanops.optim import SM3, fuse_into_backward
 
 BF16, F32, I8 = torch.bfloat16, torch.float32, torch.int8
-WORLD = 2
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed; another has")
-
-
-def _worker(rank: int, port: int, job: Callable[..., None], world: int, arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    try:
-        job(rank, *arguments)
-    finally:
-        dist.destroy_process_group()
-
-
-def spawn(job: Callable[..., None], *arguments: Any, world: int = WORLD) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = torch.multiprocessing.start_processes(
-        _worker, (port, job, world, arguments), nprocs=world, join=False, start_method="fork"
-    )
-    while not context.join(timeout=60):
-        pass
+pytestmark = distributed
 
 
 def full(value: Any) -> Any:
@@ -46,25 +25,6 @@ def full(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: full(v) for k, v in value.items()}
     return value.full_tensor() if hasattr(value, "full_tensor") else value
-
-
-class Counted:
-    """Counts the all-reduces that pass, and the numbers in them."""
-
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-        self._original = dist.all_reduce
-
-    def __enter__(self) -> list[int]:
-        def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.sizes.append(tensor.numel())
-            return self._original(tensor, *args, **kwargs)
-
-        dist.all_reduce = all_reduce
-        return self.sizes
-
-    def __exit__(self, *_: object) -> None:
-        dist.all_reduce = self._original
 
 
 SHAPES = [(7, 5), (3,), (4, 3, 2), (1, 300), (9,), (2, 600), (0, 4), (5, 0)]
