@@ -21,7 +21,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 FAMILIES = [path.parent.name for path in Path("pyops").glob("*/specs.py")]
-PACKAGES = {f"leanops.{folder}": folder for folder in ("optim", "autotune", "bench")}
+PACKAGES = {f"leanops.{f.replace('/', '.')}": f for f in ("optim", "autotune", "bench", "bench/convergence")}
 PACKAGES |= {"leanops": "pyops"} | {f"leanops.{family}": f"pyops/{family}" for family in FAMILIES}
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra"

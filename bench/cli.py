@@ -144,7 +144,8 @@ def _mezo_step(options: argparse.Namespace, dtypes: tuple[str, ...], threads: tu
 
 def _convergence(options: argparse.Namespace) -> int:
     from leanops.autotune import fingerprint
-    from leanops.bench import convergence, convergence_plot, convergence_report, report
+    from leanops.bench import report
+    from leanops.bench.convergence import experiment, plot, summary
 
     if len(options.ops) > 1 or options.csv or options.case or options.peers != "all" or options.dtype != "fp32,bf16":
         known = "--device, --threads, --quick, --json F, --html F, --markdown F"
@@ -155,10 +156,10 @@ def _convergence(options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in ("tokens", "seed") if getattr(options, name) is not None}
     threads = 1 if options.quick else fingerprint.cores()  # a small model gains nothing from a second
     given |= {"threads": int(options.threads or threads), "device": options.device}
-    settings = convergence.Settings.quick(**given) if options.quick else convergence.Settings(**given)
+    settings = experiment.Settings.quick(**given) if options.quick else experiment.Settings(**given)
     settings.check()
     only = options.only or ""
-    convergence.chosen(only)  # a mistake in the arguments is found before anything is written
+    experiment.chosen(only)  # a mistake in the arguments is found before anything is written
     folder = Path(options.folder or ("results/convergence-quick" if options.quick else "results/convergence"))
     targets = {name: getattr(options, name) for name in ("json", "html", "svg", "markdown")}
     if not any(targets.values()):
@@ -168,17 +169,17 @@ def _convergence(options: argparse.Namespace) -> int:
     only_json = options.json == "-"
     told = sys.stderr if only_json else sys.stdout
     with report.progress(sys.stderr) as progress:
-        results = convergence.run(settings, only, folder, progress, sys.argv)
-    convergence_report.print_table(results, told)
+        results = experiment.run(settings, only, folder, progress, sys.argv)
+    summary.print_table(results, told)
     picture = options.svg and Path(options.svg).name
     if targets["json"]:
         report.write_json(results, targets["json"])
     if targets["html"]:
-        convergence_plot.write_html(results, targets["html"])
+        plot.write_html(results, targets["html"])
     if targets["svg"]:
-        convergence_plot.write_svg(results, targets["svg"])
+        plot.write_svg(results, targets["svg"])
     if targets["markdown"]:
-        convergence_report.write_markdown(results, targets["markdown"], picture)
+        summary.write_markdown(results, targets["markdown"], picture)
     for name, target in targets.items():
         if target and target != "-":
             print(f"{name.upper()}: {Path(target).resolve()}", file=told)

@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -22,17 +21,10 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers, whose Llama is trained, is not installed")
 
-from leanops.bench import (
-    cli,
-    convergence,
-    convergence_plot,
-    convergence_report,
-    convergence_text,
-    convergence_worker,
-    report,
-)
-from leanops.bench.convergence import Settings
-from leanops.bench.convergence_methods import METHODS, state_bytes
+from leanops.bench import cli, report
+from leanops.bench.convergence import corpus, experiment, plot, summary, worker
+from leanops.bench.convergence.experiment import Settings
+from leanops.bench.convergence.methods import METHODS, state_bytes
 
 TINY = Settings.quick(
     tokens=12 * 64, hidden=32, intermediate=48, heads=2, context=32, batch=2, rounds=((6, 2), (3, 1)),
@@ -48,14 +40,14 @@ def one_thread(threads):
 
 @pytest.fixture(scope="module")
 def text():
-    return convergence_text.load()
+    return corpus.load()
 
 
 # --- the text ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_file_belongs_to_a_part_by_its_path_alone():
-    parts = {path: convergence_text.part_of(path) for path in ("shutil.py", "ssl.py", "inspect.py", "ast.py")}
+    parts = {path: corpus.part_of(path) for path in ("shutil.py", "ssl.py", "inspect.py", "ast.py")}
     assert parts == {"shutil.py": "test", "ssl.py": "test", "inspect.py": "validation", "ast.py": "train"}
 
 
@@ -64,36 +56,36 @@ def test_text_is_whole_files_in_order_without_tests_and_generated_tables(tmp_pat
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"# {name}\n")
-    assert [f.as_posix() for f in convergence_text.files(tmp_path)] == ["a.py", "b.py", "inspect.py", "shutil.py"]
-    text = convergence_text.load(tmp_path)
+    assert [f.as_posix() for f in corpus.files(tmp_path)] == ["a.py", "b.py", "inspect.py", "shutil.py"]
+    text = corpus.load(tmp_path)
     assert bytes(text.train) == b"# a.py\n\0# b.py\n\0"
     assert bytes(text.validation) == b"# inspect.py\n\0"
     assert bytes(text.test) == b"# shutil.py\n\0"
     assert text.facts()["train"] == {"files": 2, "bytes": 16}
     (tmp_path / "b.py").write_text("# B.py\n")
-    assert convergence_text.load(tmp_path).sha256 != text.sha256
+    assert corpus.load(tmp_path).sha256 != text.sha256
     (tmp_path / "shutil.py").unlink()
     with pytest.raises(ValueError, match="no test text in"):
-        convergence_text.load(tmp_path)
+        corpus.load(tmp_path)
 
 
 def test_the_librarys_text_is_large_enough_and_the_same_each_time(text):
     assert text.train.numel() > 3_000_000
     assert min(text.validation.numel(), text.test.numel()) > 100_000
-    assert convergence_text.load().sha256 == text.sha256
+    assert corpus.load().sha256 == text.sha256
 
 
 def test_an_epoch_takes_every_window_once_and_a_batch_is_a_function_of_its_step():
     text = torch.arange(201, dtype=torch.uint8)
-    batches = convergence_text.Batches(text, context=10, batch=4, seed=1)
+    batches = corpus.Batches(text, context=10, batch=4, seed=1)
     epoch = torch.cat([batches(step) for step in range(5)])
     assert sorted(epoch[:, 0].tolist()) == list(range(0, 200, 10))
     assert torch.equal(epoch[:, 1:] - epoch[:, :-1], torch.ones(20, 10, dtype=torch.int64))
-    again = convergence_text.Batches(text, context=10, batch=4, seed=1)
+    again = corpus.Batches(text, context=10, batch=4, seed=1)
     for step in (7, 2, 5, 0):
         assert torch.equal(again(step), batches(step))
     assert not torch.equal(torch.cat([batches(step) for step in range(5, 10)]), epoch)
-    assert not torch.equal(convergence_text.Batches(text, 10, 4, seed=2)(0), batches(0))
+    assert not torch.equal(corpus.Batches(text, 10, 4, seed=2)(0), batches(0))
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -118,7 +110,7 @@ def tensors(value, name=""):
 @pytest.mark.parametrize("key", BY_KEY)
 def test_a_run_that_goes_on_from_a_checkpoint_gives_the_same_bits(key, text, tmp_path):
     def begin():
-        return convergence_worker.Training(TINY, BY_KEY[key], text, BY_KEY[key].rates[1], 12)
+        return worker.Training(TINY, BY_KEY[key], text, BY_KEY[key].rates[1], 12)
 
     whole = train(begin(), 12)
     train(begin(), 5).save(tmp_path / "checkpoint.pt")
@@ -141,7 +133,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_gives_the_same_bits(key, text, tmp
 def test_every_method_starts_from_the_same_weights_and_sees_the_same_batches(text):
     first = {}
     for key, method in BY_KEY.items():
-        training = convergence_worker.Training(TINY, method, text, 1e-3, 4)
+        training = worker.Training(TINY, method, text, 1e-3, 4)
         first[key] = [p.clone() for p in training.parameters], training.batches(3)
     for weights, batch in first.values():
         assert all(torch.equal(p, q) for p, q in zip(weights, first["adamw"][0], strict=True))
@@ -150,13 +142,13 @@ def test_every_method_starts_from_the_same_weights_and_sees_the_same_batches(tex
 
 def test_each_method_learns(text):
     for key, lr in {"adamw": 3e-3, "adafactor": 0.1, "sm3-none": 0.03, "sm3-int8": 0.1, "sm3-lisa": 0.03}.items():
-        training = train(convergence_worker.Training(TINY, BY_KEY[key], text, lr, 24), 24)
+        training = train(worker.Training(TINY, BY_KEY[key], text, lr, 24), 24)
         assert training.losses[0] == pytest.approx(8.0, abs=0.1)
         assert training.losses[-1] < 7.0, key
 
 
 def test_the_rate_warms_up_linearly_and_falls_to_a_tenth(text):
-    training = convergence_worker.Training(TINY, BY_KEY["adamw"], text, 2.0, 40)
+    training = worker.Training(TINY, BY_KEY["adamw"], text, 2.0, 40)
     rates = []
     for training.step in range(40):
         rates.append(training.rate())
@@ -169,7 +161,7 @@ def test_the_rate_warms_up_linearly_and_falls_to_a_tenth(text):
 def test_a_state_with_lisa_is_that_of_what_trains(text):
     kept = {}
     for key in ("sm3-none", "sm3-fp32", "sm3-lisa", "sm3-hft"):
-        kept[key] = train(convergence_worker.Training(TINY, BY_KEY[key], text, 0.01, 12), 12).state_bytes
+        kept[key] = train(worker.Training(TINY, BY_KEY[key], text, 0.01, 12), 12).state_bytes
     assert kept["sm3-none"] < kept["sm3-hft"] < kept["sm3-lisa"] < kept["sm3-fp32"]
     # embeddings and head, 16 of 52 units here, and two blocks of four
     assert kept["sm3-lisa"] < 0.8 * kept["sm3-fp32"]
@@ -183,14 +175,14 @@ def test_state_bytes_count_shared_memory_once_and_whatever_nests():
     assert state_bytes(optimizer) == 23
 
 
-def worker(tmp_path, settings=TINY, key="adamw"):
-    convergence.write_atomically(tmp_path / "run.json", json.dumps({"settings": dataclasses.asdict(settings)}).encode())
+def worker_of(tmp_path, settings=TINY, key="adamw"):
+    experiment.write_atomically(tmp_path / "run.json", json.dumps({"settings": dataclasses.asdict(settings)}).encode())
     said = []
-    return convergence_worker.Worker(tmp_path, BY_KEY[key], 0.0, said.append, lambda: False), said
+    return worker.Worker(tmp_path, BY_KEY[key], 0.0, said.append, lambda: False), said
 
 
 def test_tuning_takes_the_best_on_and_a_diverged_rate_last(tmp_path, monkeypatch):
-    one, _ = worker(tmp_path, dataclasses.replace(TINY, rounds=((6, 4), (3, 2))))
+    one, _ = worker_of(tmp_path, dataclasses.replace(TINY, rounds=((6, 4), (3, 2))))
     found = {(0, 3e-4): 5.0, (0, 1e-3): None, (0, 3e-3): 4.0, (0, 1e-2): 4.5, (1, 3e-3): 3.5, (1, 1e-2): 3.0}
     asked = []
     monkeypatch.setattr(one, "_trial", lambda n, lr, steps: asked.append((n, lr, steps)) or found[n, lr])
@@ -199,16 +191,16 @@ def test_tuning_takes_the_best_on_and_a_diverged_rate_last(tmp_path, monkeypatch
 
 
 def test_a_run_that_diverges_ends_and_says_so(tmp_path):
-    one, said = worker(tmp_path)
+    one, said = worker_of(tmp_path)
     one.memory()
     one.train(1e18)
     result = json.loads((tmp_path / "adamw" / "train.json").read_text())
     assert 0 < result["diverged"] <= 12
     assert result["losses"][-1] is None
     assert result["test_windows"] is None
-    row = convergence.result(tmp_path / "adamw", BY_KEY["adamw"])
+    row = experiment.result(tmp_path / "adamw", BY_KEY["adamw"])
     assert row["test_bits"] is None
-    assert "diverged at step" in " ".join(convergence_report.cells(row))
+    assert "diverged at step" in " ".join(summary.cells(row))
     assert said
 
 
@@ -234,9 +226,10 @@ def wait(until, seconds=120.0):
 DRIVER = """
 import json, sys
 from pathlib import Path
-from leanops.bench import convergence, report
-settings = convergence.Settings.load(Path(sys.argv[1]))
-convergence.run(settings, "sm3-lisa", Path(sys.argv[1]), report.Lines(sys.stderr), checkpoint_s=0)
+from leanops.bench import report
+from leanops.bench.convergence import experiment
+settings = experiment.Settings.load(Path(sys.argv[1]))
+experiment.run(settings, "sm3-lisa", Path(sys.argv[1]), report.Lines(sys.stderr), checkpoint_s=0)
 """
 LONG = dataclasses.replace(TINY, tokens=120 * 64, points=6)
 
@@ -246,19 +239,19 @@ def whole(tmp_path_factory):
     """A run that nobody disturbs: (results, folder)."""
     folder = tmp_path_factory.mktemp("whole")
     lines = io.StringIO()
-    results = convergence.run(LONG, "sm3-lisa", folder, report.Lines(lines))
-    assert lines.getvalue().count("\n") == convergence.units(LONG)
+    results = experiment.run(LONG, "sm3-lisa", folder, report.Lines(lines))
+    assert lines.getvalue().count("\n") == experiment.units(LONG)
     return results, folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["command", "worker"])
 def test_a_killed_run_goes_on_to_the_same_bits(victim, whole, text, tmp_path):
-    convergence.claim(tmp_path, convergence.identity(LONG, text))
+    experiment.claim(tmp_path, experiment.identity(LONG, text))
     command = [sys.executable, "-c", DRIVER, str(tmp_path)]
     if victim == "worker":
         (tmp_path / "lock").touch()
-        command = convergence.command(tmp_path, BY_KEY["sm3-lisa"], 0)
+        command = experiment.command(tmp_path, BY_KEY["sm3-lisa"], 0)
     own = tmp_path / "sm3-lisa"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -269,7 +262,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(victim, whole, text, tmp_path):
     wait(lambda: lock_is_free(tmp_path))  # a worker whose command was killed ends by itself
     assert not (own / "train.json").exists()
     lines = io.StringIO()
-    results = convergence.run(LONG, "sm3-lisa", tmp_path, report.Lines(lines))
+    results = experiment.run(LONG, "sm3-lisa", tmp_path, report.Lines(lines))
     assert "(kept)" in lines.getvalue()
     assert not (own / "checkpoint.pt").exists()
     (mine,), (theirs,) = results["rows"], whole[0]["rows"]
@@ -281,7 +274,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(victim, whole, text, tmp_path):
 @pytest.mark.slow
 def test_what_is_done_is_not_done_again(whole):
     lines = io.StringIO()
-    results = convergence.run(LONG, "sm3-lisa", whole[1], report.Lines(lines))
+    results = experiment.run(LONG, "sm3-lisa", whole[1], report.Lines(lines))
     assert lines.getvalue() == ""
     assert results["rows"] == whole[0]["rows"]
 
@@ -290,34 +283,34 @@ def test_what_is_done_is_not_done_again(whole):
 def test_a_folder_of_other_settings_or_versions_is_refused_by_name(whole):
     for settings in (dataclasses.replace(LONG, seed=7), dataclasses.replace(LONG, tokens=LONG.tokens + 64)):
         with pytest.raises(ValueError, match=r"cannot continue \(settings\.(seed: 0 -> 7|tokens: 7680 -> 7744)\)"):
-            convergence.run(settings, "", whole[1], report.Lines(io.StringIO()))
+            experiment.run(settings, "", whole[1], report.Lines(io.StringIO()))
     found = json.loads((whole[1] / "run.json").read_text())
     other = json.loads(json.dumps(found))
     other["fingerprint"]["software"]["torch"] = "1.0"
     with pytest.raises(ValueError, match=r"fingerprint\.software\.torch: .* -> 1\.0"):
-        convergence.claim(whole[1], other)
+        experiment.claim(whole[1], other)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match="holds something else"):
-        convergence.run(TINY, "adamw", tmp_path, report.Lines(io.StringIO()))
+        experiment.run(TINY, "adamw", tmp_path, report.Lines(io.StringIO()))
     assert (tmp_path / "thesis.tex").read_text() == "x"
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
-    with convergence.locked(tmp_path), pytest.raises(ValueError, match="in use by another run"):
-        convergence.run(TINY, "adamw", tmp_path, report.Lines(io.StringIO()))
+    with experiment.locked(tmp_path), pytest.raises(ValueError, match="in use by another run"):
+        experiment.run(TINY, "adamw", tmp_path, report.Lines(io.StringIO()))
 
 
 def test_a_worker_that_fails_is_one_line_with_its_last_words(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        convergence,
+        experiment,
         "command",
         lambda *_: [sys.executable, "-c", "import sys; print('a\\nthe end', file=sys.stderr); sys.exit(3)"],
     )
     with pytest.raises(ValueError, match=r"adamw ended with status 3: the end \(see .*log.txt\)"):
-        convergence.run(TINY, "adamw", tmp_path, report.Lines(io.StringIO()))
+        experiment.run(TINY, "adamw", tmp_path, report.Lines(io.StringIO()))
 
 
 # --- the command and its reports --------------------------------------------------------------------------------------
@@ -361,7 +354,7 @@ def test_one_command_gives_table_json_picture_and_page(tmp_path, monkeypatch, ca
     out, error = capsys.readouterr()
     results = json.loads(out)
     assert out.count("\n") == 1
-    assert results["schema"] == convergence.SCHEMA
+    assert results["schema"] == experiment.SCHEMA
     assert results["proves_nothing"]
     assert "PROVES NOTHING" in error
     assert "[1/32]" in error
@@ -401,7 +394,7 @@ def row(label="SM3", loss=3.0, peak=100 << 20, state=100, step=0.1, windows=16):
 
 
 def beside(own, base):
-    own["against"] = convergence.against(own, base)
+    own["against"] = experiment.against(own, base)
     own["against_adafactor"] = None
     return own
 
@@ -409,20 +402,20 @@ def beside(own, base):
 def test_losing_is_said_plainly_and_with_its_sign():
     base = row("AdamW")
     worse = beside(row(loss=3.05, peak=120 << 20, state=200, step=0.2), base)
-    told = convergence_report.verdict(worse, {"drift": 0.0})
+    told = summary.verdict(worse, {"drift": 0.0})
     lost = "held-out loss (+0.050 bits/byte), tokens/s (-50.0%), peak memory (+20 MiB), optimizer bytes (200% of"
     assert told.startswith(f"SM3, beside AdamW: worse in {lost}")
     assert "better" not in told
     assert "told apart" not in told
-    assert convergence_report.loss_difference(worse["against"]).startswith("+0.050 [")
-    assert convergence_report.loss_difference(worse["against"]).endswith("worse")
+    assert summary.loss_difference(worse["against"]).startswith("+0.050 [")
+    assert summary.loss_difference(worse["against"]).endswith("worse")
     better = beside(row(loss=2.95, peak=80 << 20, state=50, step=0.05), base)
-    told = convergence_report.verdict(better, {"drift": 0.0})
+    told = summary.verdict(better, {"drift": 0.0})
     assert "worse" not in told
     assert "better in held-out loss (-0.050 bits/byte), tokens/s (+100.0%), peak memory (-20 MiB)" in told
     assert "50% of AdamW's" in told
-    better["against_adafactor"] = convergence.against(better, row("Adafactor", loss=2.9))
-    told = convergence_report.verdict(better, {"drift": 0.0})
+    better["against_adafactor"] = experiment.against(better, row("Adafactor", loss=2.9))
+    told = summary.verdict(better, {"drift": 0.0})
     assert "beside Adafactor's: +0.050 [+0.050, +0.050] worse." in told
 
 
@@ -430,22 +423,22 @@ def test_what_is_within_the_noise_is_called_the_same():
     base = row("AdamW")
     own = beside(row(state=50, step=0.104), base)
     own["against"] |= {"test_bits": 0.001, "test_bits_low": -0.01, "test_bits_high": 0.01}
-    told = convergence_report.verdict(own, {"drift": 0.06})
+    told = summary.verdict(own, {"drift": 0.06})
     assert "not told apart in held-out loss (+0.001 bits/byte), tokens/s (-3.8%), peak memory (+0 MiB)." in told
     assert "better in optimizer bytes (50%" in told
-    assert convergence_report.loss_difference(own["against"]).endswith("not told apart")
+    assert summary.loss_difference(own["against"]).endswith("not told apart")
 
 
 def test_a_diverged_method_loses():
     lost = row() | {"diverged": 7, "against": None, "against_adafactor": None}
-    assert "diverged at step 7: it loses" in convergence_report.verdict(lost, {"drift": 0.0})
+    assert "diverged at step 7: it loses" in summary.verdict(lost, {"drift": 0.0})
 
 
 def test_the_default_run_is_a_real_one():
     settings = Settings()
     assert not settings.proves_nothing
     with torch.device("meta"), contextlib.suppress(NotImplementedError):
-        model = convergence_worker.make_model(dataclasses.replace(settings, device="meta"))
+        model = worker.make_model(dataclasses.replace(settings, device="meta"))
     assert 10e6 < sum(p.numel() for p in model.parameters()) < 11e6
     assert settings.steps >= 400
     assert settings.points_of(settings.steps)[-1] == settings.steps
@@ -453,17 +446,16 @@ def test_the_default_run_is_a_real_one():
 
 
 def test_labels_stay_apart_and_ticks_are_round():
-    placed = convergence_plot.apart([10.0, 12.0, 11.0, 200.0, 201.0], bottom=205.0)
+    placed = plot.apart([10.0, 12.0, 11.0, 200.0, 201.0], bottom=205.0)
     order = sorted(placed)
     assert all(b - a >= 15.0 for a, b in itertools.pairwise(order))
     assert order[-1] <= 205.0
     assert placed[0] < placed[2] < placed[1]
-    assert convergence_plot.ticks(0.0, 460.8) == [0.0, 100.0, 200.0, 300.0, 400.0]
-    assert convergence_plot.ticks(2.31, 3.02) == [2.4, 2.6, 2.8, 3.0]
+    assert plot.ticks(0.0, 460.8) == [0.0, 100.0, 200.0, 300.0, 400.0]
+    assert plot.ticks(2.31, 3.02) == [2.4, 2.6, 2.8, 3.0]
 
 
 def test_every_method_has_a_colour_and_as_many_rates():
-    assert set(convergence_plot._COLOURS) == set(BY_KEY)
+    assert set(plot._COLOURS) == set(BY_KEY)
     assert {len(m.rates) for m in METHODS} == {5}
     assert len({m.label for m in METHODS}) == len(METHODS)
-    assert Path(convergence.__file__).name == "convergence.py"

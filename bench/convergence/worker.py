@@ -1,6 +1,6 @@
 """One method of the convergence benchmark, in a process of its own: memory, learning rate, training.
 
-    python -m leanops.bench.convergence_worker FOLDER METHOD CHECKPOINT_SECONDS
+    python -m leanops.bench.convergence.worker FOLDER METHOD CHECKPOINT_SECONDS
 
 Each line on standard output is one unit of progress. What is done is in FOLDER/METHOD, each file whole or absent.
 """
@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanops.bench import convergence_text, memory
-from leanops.bench.convergence import Settings, write_atomically
-from leanops.bench.convergence_methods import METHODS, Method, state_bytes
+from leanops.bench import memory
+from leanops.bench.convergence import corpus
+from leanops.bench.convergence.experiment import Settings, write_atomically
+from leanops.bench.convergence.methods import METHODS, Method, state_bytes
 
 Stop = Callable[[], bool]
 EVALUATION_BATCH = 8
@@ -78,14 +79,14 @@ def evaluate(model: nn.Module, windows: Tensor, device: str) -> list[float]:
 class Training:
     """Model, optimizer and selection of one method on their way through ``steps`` steps, and what was seen on it."""
 
-    def __init__(self, settings: Settings, method: Method, text: convergence_text.Text, lr: float, steps: int) -> None:
+    def __init__(self, settings: Settings, method: Method, text: corpus.Text, lr: float, steps: int) -> None:
         self.settings, self.lr, self.steps = settings, lr, steps
         self.model = make_model(settings)
         self.parameters = list(self.model.parameters())
         self.optimizer = method.make(self.parameters, lr)
         period = max(1, steps // settings.draws)
         self.selection = method.select and method.select(self.model, self.optimizer, period, settings.seed)
-        self.batches = convergence_text.Batches(text.train, settings.context, settings.batch, settings.seed)
+        self.batches = corpus.Batches(text.train, settings.context, settings.batch, settings.seed)
         self.validation, self.test = text.validation, text.test
         self.step, self.state_bytes, self.resumed = 0, 0, 0
         self.losses: list[float] = []
@@ -137,12 +138,12 @@ class Training:
 
     def look(self, count: int) -> float:
         """Bits a byte of the validation text, over ``count`` windows."""
-        windows = convergence_text.spread(self.validation, self.settings.context, count)
+        windows = corpus.spread(self.validation, self.settings.context, count)
         each = evaluate(self.model, windows, self.settings.device)
         return sum(each) / len(each)
 
     def look_at_test(self) -> list[float]:
-        windows = convergence_text.spread(self.test, self.settings.context, self.settings.test_windows)
+        windows = corpus.spread(self.test, self.settings.context, self.settings.test_windows)
         return evaluate(self.model, windows, self.settings.device)
 
     def save(self, path: Path) -> None:
@@ -184,7 +185,7 @@ class Worker:
     ) -> None:
         self.settings, self.method, self.own = Settings.load(folder), method, folder / method.key
         self.checkpoint_s, self.say, self.stop = checkpoint_s, say, stop
-        self.text = convergence_text.load()
+        self.text = corpus.load()
         self.own.mkdir(exist_ok=True)
 
     def run(self) -> None:

@@ -25,9 +25,10 @@ import torch
 from leanops import _native, _registry, info
 from leanops.autotune import fingerprint
 from leanops.autotune.measure import unpaired_ratio
-from leanops.bench import convergence_text, memory
+from leanops.bench import memory
 from leanops.bench.compare import differences
-from leanops.bench.convergence_methods import BASELINE, METHODS, Method
+from leanops.bench.convergence import corpus
+from leanops.bench.convergence.methods import BASELINE, METHODS, Method
 from leanops.bench.runner import Progress
 
 SCHEMA = "leanops-convergence/1"
@@ -122,13 +123,13 @@ def write_atomically(path: Path, content: bytes) -> None:
     part.replace(path)
 
 
-def identity(settings: Settings, text: convergence_text.Text) -> dict[str, Any]:
+def identity(settings: Settings, text: corpus.Text) -> dict[str, Any]:
     """What two parts of one run must have in common."""
     import leanops.optim
 
     here, optim = Path(__file__).parent, Path(leanops.optim.__file__).parent
     sources = {
-        "leanops.bench": [here / f"convergence_{name}.py" for name in ("methods", "text", "worker")],
+        "leanops.bench": [here / f"{name}.py" for name in ("methods", "corpus", "worker")],
         "leanops.optim": [*optim.glob("*.py")],
         "operators": [*Path(_native.__file__).parent.glob("sm3/*.py"), *_native.FOLDER.glob("*.so")],
     }
@@ -177,7 +178,7 @@ def locked(folder: Path) -> Iterator[int]:
 
 
 def command(folder: Path, method: Method, checkpoint_s: float = CHECKPOINT_S) -> list[str]:
-    worker = [sys.executable, "-m", "leanops.bench.convergence_worker"]
+    worker = [sys.executable, "-m", "leanops.bench.convergence.worker"]
     return [*worker, str(folder.resolve()), method.key, str(checkpoint_s)]
 
 
@@ -233,7 +234,7 @@ def run(
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
-        wanted = identity(settings, convergence_text.load())
+        wanted = identity(settings, corpus.load())
     finally:
         torch.set_num_threads(before)
     folder.mkdir(parents=True, exist_ok=True)

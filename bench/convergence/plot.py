@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from leanops.bench import convergence_report, html
+from leanops.bench import html
+from leanops.bench.convergence import summary
 
 Results = dict[str, Any]
 Row = dict[str, Any]
@@ -162,10 +163,10 @@ def render(results: Results) -> str:
             taken = "taken" if t["lr"] == row["lr"] and t["round"] == len(results["settings"]["rounds"]) - 1 else ""
             trials.append([row["label"], f"{t['lr']:g}", str(t["steps"]), found, taken])
     parts = ["<h1>Training by each method</h1>", f'<p class="soft">{escape(results["created"])}</p><ul>']
-    parts += [f"<li>{escape(line)}</li>" for line in convergence_report.facts(results)]
+    parts += [f"<li>{escape(line)}</li>" for line in summary.facts(results)]
     parts += ["</ul>", f'<div class="scroll">{svg(results)}</div>']
-    parts.append(_table([convergence_report.cells(row) for row in results["rows"]], convergence_report.COLUMNS))
-    if told := convergence_report.verdicts(results):
+    parts.append(_table([summary.cells(row) for row in results["rows"]], summary.COLUMNS))
+    if told := summary.verdicts(results):
         parts.append("<h2>Beside AdamW</h2><ul>" + "".join(f"<li>{escape(line)}</li>" for line in told) + "</ul>")
     parts.append("<h2>How the rates were chosen</h2>")
     parts.append(_table(trials, ("method", "rate", "steps", "validation bits/byte", "")))
