@@ -22,6 +22,7 @@ from leanops.optim import seeds
 from leanops.optim.sm3_state import Part, State, complete, part_of
 
 OPERATOR = _registry.spec("sm3_step_")
+_SMALL = 1 << 14  # elements; a step takes about 10 us for them
 ROUNDING = 6  # stream of the seeds of stochastic rounding, see leanops.optim.seeds
 
 _dtype = operator.attrgetter("dtype")
@@ -176,8 +177,21 @@ class Call:
             state["step"] = view
         self._entries = list(chain.from_iterable(map(dict.values, self._states)))
         self._pointers = list(map(Tensor.data_ptr, self._locals))
+        # As long as C++ holds a tensor, too, letting go of it after a call does not take the interpreter's lock, which
+        # on thousands of small tensors costs a third of a step. C++ must not hold a parameter (one with an attribute
+        # that leads here would never be freed) nor the memory of a large one, which its owner may want to move between
+        # steps.
+        self._give([t.detach() if t.numel() <= _SMALL else t for t in self._locals])
+        aliases = [t for t, local in zip(self._given, self._locals, strict=True) if t is not local]
+        self._held = [torch.ScriptList(tensors) for tensors in (aliases, *self._kept) if tensors]
         self._dtypes = list(map(_dtype, self._locals))
         self._no_seed = torch.zeros((), dtype=torch.int64)
+
+    def _give(self, weights: list[Tensor]) -> None:
+        """What the operator is given, and whose version counters move."""
+        self._given = weights
+        self._kept = (self._covers, self._momenta, self._scales)
+        self._counted = _registry.counted([*weights, *chain.from_iterable(self._kept)])
 
     def pick(self, grads: Sequence[Tensor | None]) -> Sequence[Any]:
         """The gradients of the call's parameters, out of those of the group's."""
@@ -193,6 +207,7 @@ class Call:
             return False
         if self._sharded:
             self._locals = list(map(managed.local, self._params))
+            self._give(self._locals)
         if list(map(Tensor.data_ptr, self._locals)) != self._pointers or list(map(_dtype, grads)) != self._dtypes:
             return False
         return [g.layout for g in grads].count(torch.strided) == len(grads)
@@ -203,11 +218,9 @@ class Call:
             grads = [_local_gradient(p, g) for p, g in zip(self._params, grads, strict=True)]
         n = numbers(group)
         return (
-            self._locals,
+            self._given,
             grads,
-            self._covers,
-            self._momenta,
-            self._scales,
+            *self._kept,
             rate(group["lr"], self.device),
             rounding_seed(group["seed"], self._steps.amax()) if n.stochastic_rounding else self._no_seed,
             scaler(grad_scale, self.device),
@@ -223,7 +236,7 @@ class Call:
             OPERATOR.op(*arguments)  # looks for shared memory, too
             self.fresh = False
         else:
-            OPERATOR.launch(self.device, *arguments)
+            OPERATOR.launch(self.device, *arguments, written=self._counted)
         self._steps.add_(1 if found_inf is None else (found_inf.to(self._home).reshape(()) == 0).float())
 
     def columns(self) -> Iterator[tuple[Any, Tensor, bool]]:

@@ -133,16 +133,16 @@ class OpSpec:
         first = args[self._written_places[0]]
         return [first] if isinstance(first, Tensor) else list(first)
 
-    def launch(self, device: torch.device, *args: Any) -> None:
+    def launch(self, device: torch.device, *args: Any, written: list[Tensor] | None = None) -> None:
         """A mutating operator on dense tensors of one device, for a caller that has made sure of what ``check`` and the
         memory check would refuse: ``op(*args)`` without the two hops that they cost, a quarter of its price for
         thousands of tensors. A kernel that is called so has to refuse by itself what would read or write outside of a
-        tensor."""
+        tensor. ``written`` saves looking for the tensors whose version counters move (:func:`counted`)."""
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             self.op(*args)
             return
         self.op._handle.redispatch_boxed(_backend_keys(device.type), *args)
-        _bump(self.mutated(args))
+        torch._C._increment_version(counted(self.mutated(args)) if written is None else written)
 
     @cached_property
     def _written_places(self) -> list[int]:
@@ -157,11 +157,12 @@ def _backend_keys(device_type: str) -> torch._C.DispatchKeySet:
     return torch._C.DispatchKeySet(key)
 
 
-def _bump(written: list[Tensor]) -> None:
-    """Native kernels do not bump version counters; autograd relies on them to notice a changed saved tensor."""
-    if any(map(Tensor.is_inference, written)):  # these have none
-        written = [t for t in written if not t.is_inference()]
-    torch._C._increment_version(written)
+def counted(written: list[Tensor]) -> list[Tensor]:
+    """Those that have a version counter: not the tensors of inference mode.
+
+    Native kernels do not bump version counters; autograd relies on them to notice a changed saved tensor.
+    """
+    return [t for t in written if not t.is_inference()] if any(map(Tensor.is_inference, written)) else written
 
 
 def specs() -> Iterator[OpSpec]:
@@ -214,7 +215,7 @@ def register(spec: OpSpec) -> OpSpec:
         spec.check(*args)
         memory.check(args)
         redispatch(keyset & below, *args)
-        _bump(spec.mutated(args))
+        torch._C._increment_version(counted(spec.mutated(args)))
 
     if spec.mutates:
         memory = _checks.WrittenMemory(name, [a.name for a in op._schema.arguments], spec._written_places)

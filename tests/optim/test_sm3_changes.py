@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 from sm3_parameters import equal, parameters, set_grads, snapshot
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from leanops.optim import SM3
 
@@ -96,6 +99,34 @@ def test_parameters_that_are_exchanged_in_a_group_are_seen() -> None:
     opt.step()
     assert all(map(torch.equal, before, params))
     assert all(float(opt.state[q]["step"]) == 1 for q in others)
+
+
+@pytest.mark.parametrize("size", [8, 300])
+def test_a_parameter_that_leads_to_its_optimizer_goes_with_it(size: int) -> None:
+    """What C++ holds, Python's collector does not see."""
+
+    def train() -> weakref.ref[nn.Parameter]:
+        w = nn.Parameter(torch.ones(size, size))
+        w.optimizer = optimizer = SM3([w])  # type: ignore[attr-defined]
+        for _ in range(3):
+            w.grad = torch.ones_like(w)
+            optimizer.step()
+        return weakref.ref(w)
+
+    gone = train()
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_memory_of_a_large_weight_that_is_moved_away_is_free_at_once() -> None:
+    w = nn.Parameter(torch.ones(300, 300))
+    optimizer = SM3([w])
+    for _ in range(3):
+        w.grad = torch.ones_like(w)
+        optimizer.step()
+    memory = StorageWeakRef(w.untyped_storage())
+    w.data = w.detach().clone()
+    assert memory.expired()
 
 
 def test_a_parameter_that_comes_twice_moves_once() -> None:
