@@ -33,6 +33,10 @@ def flat(slot: Slot) -> Tensor:
 
 def perturb_into_(outs: Sequence[Tensor], slots: Sequence[Slot], seed: Seed, scale: float) -> None:
     """out <- round(p + scale z / sqrt(h)); ``outs`` may be the slots' own memory."""
+    if scale == 0.0:
+        for out, slot in zip(outs, slots, strict=True):
+            out.copy_(slot.local)
+        return
     for piece, step in _scaled(outs, slots, [seed], [scale]):
         piece.out.copy_(step.add_(piece.slot.local))
 

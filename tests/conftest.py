@@ -11,11 +11,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--leanops-device", default="cpu", help="device of the generic operator suites: cpu or cuda")
 
 
+_TOGETHER = ("native", "gpu", "test_build.py", "test_cli.py", "test_convergence.py")  # what they build, they build once
+_LONG = ("triton", "test_build.py", "test_finetune_minilm.py")  # first, or the last worker waits for them
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item, names: tuple[str, ...]) -> str | None:
+        return next((name for name in names if name in (item.path.name, item.path.parent.name)), None)
+
     for item in items:
-        if item.path.parent.name in ("native", "gpu"):  # what they compile is compiled once a process
-            item.add_marker(pytest.mark.xdist_group(item.path.parent.name))
-    items.sort(key=lambda item: item.path.parent.name != "triton")  # the two longest tests first
+        if group := place(item, _TOGETHER):
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: place(item, _LONG) is None)
 
 
 @pytest.fixture(scope="session")

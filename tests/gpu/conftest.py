@@ -1,15 +1,38 @@
-"""The emulator of the CUDA cores, built once a session."""
+"""The CUDA backends of a family, and the emulator of the CUDA cores, built once a session."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import shutil
+from typing import Any
 
 import pytest
 import torch
 from gpu.emulated import Emulator, build
 
-from leanops import _nvrtc
+from leanops import _native, _nvrtc
+
+
+class _Native:
+    """The operators as the dispatcher finds them, which is the CUDA library where it is loaded."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.ops.leanops, name)
+
+
+@pytest.fixture(params=["cuda", "triton", "nvrtc"])
+def backend(request: pytest.FixtureRequest) -> Any:
+    """The operators of the module's FAMILY on one backend."""
+    if request.param == "cuda":
+        state = _native.backends()["cuda"]
+        if not state.loaded:
+            pytest.skip(f"the CUDA library is not loaded: {state.detail}")
+        return _Native()
+    package = {"triton": "triton", "nvrtc": "cupy"}[request.param]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    return importlib.import_module(f"leanops.{request.module.FAMILY}.{request.param}")
 
 
 @pytest.fixture(scope="session")

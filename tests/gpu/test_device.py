@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-from typing import Any
-
 import pytest
 import torch
 from gpu import agreement
 from gpu.agreement import AXPY_DISTRIBUTIONS, CALLS, DISTRIBUTIONS, DTYPES, OFFSETS, f64, i64
+from zo_runs import VARIANTS, run, same
 
-from leanops import _native
+from leanops.optim import replay_
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; on a machine with one: make gpu"),
 ]
-BACKENDS = ("cuda", "triton", "nvrtc")
-
-
-class _Native:
-    """The operators as the dispatcher finds them, which is the CUDA library where it is loaded."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.ops.leanops, name)
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Any:
-    if request.param == "cuda":
-        state = _native.backends()["cuda"]
-        if not state.loaded:
-            pytest.skip(f"the CUDA library is not loaded: {state.detail}")
-        return _Native()
-    package = {"triton": "triton", "nvrtc": "cupy"}[request.param]
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed")
-    return importlib.import_module(f"leanops.zo.{request.param}")
+FAMILY = "zo"
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -156,3 +134,12 @@ def test_second_device(backend):
         pytest.skip("one CUDA device; needs two")
     agreement.axpy(backend, "cuda:1", torch.float32, "gaussian", "nearest", (1, False, 5))
     assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_run_on_the_cpu_is_replayed_to_its_bits(dtype, options, rounding):
+    start, end, opt = run(dtype, rounding=rounding, **options)
+    replay_(start.cuda(), opt.log)
+    assert same(start.cpu(), end)

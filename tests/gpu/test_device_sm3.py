@@ -3,7 +3,6 @@ waiting for the device, beyond 32-bit indices."""
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from gpu import agreement_sm3 as agreement
 from gpu.agreement_sm3 import DTYPES, MOMENTA, NAMED_OPTIONS, SPEC, Args, make, numbers_to
 from opsuite import assert_same_bits, clone
 
-from leanops import _native
 from leanops.sm3 import reference
 from leanops.sm3.cases import Options
 
@@ -20,27 +18,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; on a machine with one: make gpu"),
 ]
+FAMILY = "sm3"
 SHAPES = [(700, 512), (300, 33), (5000,), (3, 4, 5, 6)]
-
-
-class _Native:
-    """The operator as the dispatcher finds it, which is the CUDA library where it is loaded."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.ops.leanops, name)
-
-
-@pytest.fixture(params=["cuda", "triton", "nvrtc"])
-def backend(request: pytest.FixtureRequest) -> Any:
-    if request.param == "cuda":
-        state = _native.backends()["cuda"]
-        if not state.loaded:
-            pytest.skip(f"the CUDA library is not loaded: {state.detail}")
-        return _Native()
-    package = {"triton": "triton", "nvrtc": "cupy"}[request.param]
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed")
-    return importlib.import_module(f"leanops.sm3.{request.param}")
 
 
 @pytest.mark.parametrize("numbers", ["cpu", "cuda"])
