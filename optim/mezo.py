@@ -246,6 +246,7 @@ class MeZO(Optimizer):
     def _slots(self) -> list[list[Slot]]:
         """What moves, by group."""
         found: list[list[Slot]] = [[] for _ in self.param_groups]
+        curved = self._record.settings["variant"] == "hizoo"
         for p, entry in zip(self._flat(), self._record.entries, strict=True):
             if dtype_name(p) != entry["dtype"] or list(p.shape) != entry["shape"]:
                 raise RuntimeError(
@@ -254,7 +255,7 @@ class MeZO(Optimizer):
                 )
             if p.requires_grad:
                 slot = managed.slot("MeZO", entry["name"], entry["id"], p)
-                found[entry["group"]].append(self._curved(slot) if "smoothing" in self._record.settings else slot)
+                found[entry["group"]].append(self._curved(slot) if curved else slot)
         return found
 
     # --- a step -------------------------------------------------------------------------------------------------------
@@ -321,7 +322,7 @@ class MeZO(Optimizer):
         for group, moved in zip(self.param_groups, slots, strict=True):
             lr, beta = float(group["lr"]), float(group["momentum"])
             decay = lr * float(group["weight_decay"])
-            if "smoothing" in settings:
+            if settings["variant"] == "hizoo":
                 momenta = [self._momentum(s) for s in moved if beta]
                 smoothing = settings["smoothing"]
                 curvature.step_(moved, momenta, step_seeds, scalars, lr, beta, decay, smoothing, rounding)

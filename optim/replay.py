@@ -99,7 +99,8 @@ def _run(slots: Sequence[Slot], updates: Sequence[Update], header: Mapping[str, 
     """Apply a program to tensors of one device and of one kind of dtype."""
     noise, rounding = Noise.of(header), header["rounding"]
     stored = header["momentum_mode"] == "store"
-    if fused and header.get("variant") == "hizoo":
+    curved = header.get("variant") == "hizoo"
+    if fused and curved:
         raise LogError("replay_: fused=True cannot replay hizoo, whose steps follow from the curvature before them")
     tensors = [s.local for s in slots]
 
@@ -110,7 +111,7 @@ def _run(slots: Sequence[Slot], updates: Sequence[Update], header: Mapping[str, 
 
     if fused:
         pass_over(*_combined(updates, stored), False)
-    elif header.get("variant") != "hizoo" and _fusable(updates, slots[0].local.dtype, stored):
+    elif not curved and _fusable(updates, slots[0].local.dtype, stored):
         seeds: list[Seed] = []
         coeffs: list[float] = []
         decays: list[float] = []

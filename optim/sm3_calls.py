@@ -177,6 +177,7 @@ class Call:
             state["step"] = view
         self._entries = list(chain.from_iterable(map(dict.values, self._states)))
         self._pointers = list(map(Tensor.data_ptr, self._locals))
+        self._kept = (self._covers, self._momenta, self._scales)
         # As long as C++ holds a tensor, too, letting go of it after a call does not take the interpreter's lock, which
         # on thousands of small tensors costs a third of a step. C++ must not hold a parameter (one with an attribute
         # that leads here would never be freed) nor the memory of a large one, which its owner may want to move between
@@ -190,7 +191,6 @@ class Call:
     def _give(self, weights: list[Tensor]) -> None:
         """What the operator is given, and whose version counters move."""
         self._given = weights
-        self._kept = (self._covers, self._momenta, self._scales)
         self._counted = _registry.counted([*weights, *chain.from_iterable(self._kept)])
 
     def pick(self, grads: Sequence[Tensor | None]) -> Sequence[Any]:
