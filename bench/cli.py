@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, TextIO
 
 DTYPES = {
     "fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16",
@@ -15,6 +18,7 @@ DTYPES = {
 }  # fmt: skip
 
 
+Writers = Mapping[str, Callable[..., None]]
 CONVERGENCE = ("only", "tokens", "seed", "folder", "svg")
 
 
@@ -28,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _split(text: str) -> tuple[str, ...]:
-    return tuple(part for part in text.replace(" ", "").split(",") if part)
+    return tuple(part for word in text.split(",") if (part := word.strip()))
 
 
 def _parser() -> Parser:
@@ -78,7 +82,7 @@ def _parser() -> Parser:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from leanops.bench import html, markdown, report, runner
+    from leanops.bench import html, markdown, mezo_step, report, runner
 
     if "convergence" in options.ops:
         return _convergence(options)
@@ -98,48 +102,24 @@ def _bench(options: argparse.Namespace) -> int:
         re.compile(options.case)
     except re.error as error:
         raise CommandError(f"leanops bench: --case is no regular expression: {error}") from None
-    if "mezo-step" in options.ops:
-        return _mezo_step(options, dtypes, threads)
+    if "mezo-step" in options.ops and (len(options.ops) > 1 or options.case):
+        known = "--device, --dtype, --threads, --peers, --quick, --json F, --csv F, --html F, --markdown F"
+        raise CommandError(f"leanops bench: mezo-step stands alone, with {known}")
+    measured, stem = (mezo_step, "mezo-step") if "mezo-step" in options.ops else (runner, "bench")
     peers = {"all": None, "none": ()}.get(options.peers, _split(options.peers))
     settings = runner.Settings(tuple(options.ops), options.device, dtypes, threads, peers, options.case, options.quick)
-    targets = {"json": options.json, "csv": options.csv, "html": options.html, "markdown": options.markdown}
-    if not any(targets.values()):
-        targets |= {"json": "results/bench.json", "html": "results/bench.html"}
-    runner.plan(settings)  # a mistake in the arguments is found before anything is written
-    for target in targets.values():
-        _writable(target)
+    measured.plan(settings)  # a mistake in the arguments is found before anything is written
+    targets = _targets(options, stem, ("json", "csv", "html", "markdown"), usual=("json", "html"))
+    told = sys.stderr if options.json == "-" else sys.stdout
     with report.progress(sys.stderr) as progress:
-        results = runner.run(settings, progress, sys.argv)
-    only_json = options.json == "-"
-    report.print_table(results, sys.stderr if only_json else sys.stdout)
+        results = measured.run(settings, progress, sys.argv)
+    report.print_table(results, told)
     writers = {"json": report.write_json, "csv": report.write_csv, "html": html.write, "markdown": markdown.write}
-    for name, target in targets.items():
-        if target:
-            writers[name](results, target)
-            if target != "-":
-                print(f"{name.upper()}: {Path(target).resolve()}", file=sys.stderr if only_json else sys.stdout)
-    wrong = [row["key"] for row in results["rows"] if row["status"] == "wrong"]
+    _write(results, targets, writers, told)
+    wrong = [row["key"] for row in results.get("rows", ()) if row["status"] == "wrong"]
     if wrong:
         print(f"leanops bench: wrong results, no speed shown: {', '.join(wrong)}", file=sys.stderr)
     return 1 if wrong else 0
-
-
-def _mezo_step(options: argparse.Namespace, dtypes: tuple[str, ...], threads: tuple[int, ...]) -> int:
-    from leanops.bench import markdown, mezo_step
-
-    if len(options.ops) > 1 or options.csv or options.html or options.case or options.json == "-":
-        known = "--device, --dtype, --threads, --quick, --json F, --markdown F"
-        raise CommandError(f"leanops bench: mezo-step stands alone, with {known}")
-    target = options.json or "results/mezo-step.json"
-    for path in (target, options.markdown):
-        _writable(path)
-    results = mezo_step.run(dtypes, threads, options.device, options.quick, sys.argv)
-    Path(target).write_text(json.dumps(results, indent=1) + "\n")
-    print(f"JSON: {Path(target).resolve()}")
-    if options.markdown:
-        markdown.write(results, options.markdown)
-        print(f"MARKDOWN: {Path(options.markdown).resolve()}")
-    return 0
 
 
 def _convergence(options: argparse.Namespace) -> int:
@@ -151,7 +131,7 @@ def _convergence(options: argparse.Namespace) -> int:
         known = "--device, --threads, --quick, --json F, --html F, --markdown F"
         known = ", ".join([known, *(f"--{name}" for name in CONVERGENCE)])
         raise CommandError(f"leanops bench: convergence stands alone, with {known}")
-    if options.threads and not options.threads.isdigit():
+    if options.threads and not options.threads.isdecimal():
         raise CommandError(f"leanops bench: --threads must be one number for convergence, got {options.threads}")
     given = {name: getattr(options, name) for name in ("tokens", "seed") if getattr(options, name) is not None}
     threads = 1 if options.quick else fingerprint.cores()  # a small model gains nothing from a second
@@ -161,34 +141,38 @@ def _convergence(options: argparse.Namespace) -> int:
     only = options.only or ""
     experiment.chosen(only)  # a mistake in the arguments is found before anything is written
     folder = Path(options.folder or ("results/convergence-quick" if options.quick else "results/convergence"))
-    targets = {name: getattr(options, name) for name in ("json", "html", "svg", "markdown")}
-    if not any(targets.values()):
-        targets |= {name: f"results/convergence.{name}" for name in ("json", "html", "svg")}
-    for target in targets.values():
-        _writable(target)
-    only_json = options.json == "-"
-    told = sys.stderr if only_json else sys.stdout
+    targets = _targets(options, "convergence", ("json", "html", "svg", "markdown"), usual=("json", "html", "svg"))
+    told = sys.stderr if options.json == "-" else sys.stdout
     with report.progress(sys.stderr) as progress:
         results = experiment.run(settings, only, folder, progress, sys.argv)
     summary.print_table(results, told)
-    picture = options.svg and Path(options.svg).name
-    if targets["json"]:
-        report.write_json(results, targets["json"])
-    if targets["html"]:
-        plot.write_html(results, targets["html"])
-    if targets["svg"]:
-        plot.write_svg(results, targets["svg"])
-    if targets["markdown"]:
-        summary.write_markdown(results, targets["markdown"], picture)
-    for name, target in targets.items():
-        if target and target != "-":
-            print(f"{name.upper()}: {Path(target).resolve()}", file=told)
+    markdown = partial(summary.write_markdown, picture=options.svg and Path(options.svg).name)
+    writers: Writers = {"json": report.write_json, "html": plot.write_html, "svg": plot.write_svg, "markdown": markdown}
+    _write(results, targets, writers, told)
     return 0
 
 
-def _writable(target: str | None) -> None:
-    """Found out before an hour of measuring, not after it."""
-    if target and target != "-":
+def _targets(options: argparse.Namespace, stem: str, formats: Sequence[str], usual: Sequence[str]) -> dict[str, str]:
+    """The file for each format asked for, or for the usual ones; found to be writable before an hour of measuring."""
+    targets = {name: target for name in formats if (target := getattr(options, name))}
+    for name, target in targets.items():
+        if target == "-" and name != "json":
+            raise CommandError(f"leanops bench: --{name} must be a file, got -; only --json writes to standard output")
+    targets = targets or {name: f"results/{stem}.{name}" for name in usual}
+    for target in targets.values():
+        _writable(target)
+    return targets
+
+
+def _write(results: dict[str, Any], targets: dict[str, str], writers: Writers, told: TextIO) -> None:
+    for name, target in targets.items():
+        writers[name](results, target)
+        if target != "-":
+            print(f"{name.upper()}: {Path(target).resolve()}", file=told)
+
+
+def _writable(target: str) -> None:
+    if target != "-":
         path = Path(target)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -232,8 +216,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         return commands[options.command](options)
-    except (CommandError, ValueError, OSError) as error:
-        print(f"leanops: {' '.join(str(error).split())}".replace("leanops: leanops", "leanops"), file=sys.stderr)
+    except Exception as error:
+        if os.environ.get("LEANOPS_TRACEBACK"):
+            raise
+        text = " ".join(str(error).split())
+        if not isinstance(error, (CommandError, ValueError, OSError)):
+            text = ": ".join(filter(None, (type(error).__name__, text))) + " (LEANOPS_TRACEBACK=1 shows where)"
+        print(f"leanops: {text}".replace("leanops: leanops", "leanops"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("leanops: interrupted", file=sys.stderr)

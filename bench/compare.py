@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +26,50 @@ class Verdict:
     verdict: str  # slower, faster, same, wrong, missing, new, or a status of the new file
 
 
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 < value <= sys.float_info.max
+
+
 def load(path: str) -> Results:
+    """The results in a file, which hold all that a comparison reads.
+
+    Raises:
+        ValueError: the file is not JSON, has another schema, or an entry is not what it must be.
+    """
     try:
-        results: Results = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
+        results: Results = json.loads(Path(path).read_bytes())
+    except ValueError as error:  # not JSON, or not text
         raise ValueError(f"leanops compare: {path} is not JSON: {error}") from error
     if not isinstance(results, dict) or results.get("schema") != SCHEMA:
         found = results.get("schema") if isinstance(results, dict) else type(results).__name__
         raise ValueError(f"leanops compare: {path} must have schema {SCHEMA}, got {found}")
+
+    def require(good: bool, place: str, wanted: str, value: Any) -> None:
+        if not good:
+            raise ValueError(f"leanops compare: {path}: {place} must be {wanted}, got {json.dumps(value):.60}")
+
+    for name, kind, wanted in (
+        ("fingerprint", dict, "an object"),
+        ("roofline", list, "a list"),
+        ("rows", list, "a list"),
+    ):
+        require(isinstance(results.get(name), kind), name, wanted, results.get(name))
+    for name in ("noise_floor", "drift"):
+        value = results.get(name)
+        require(value in (None, 0) or _positive(value), name, "a number, 0 or more, or null", value)
+    for i, roof in enumerate(results["roofline"]):
+        rates: Any = roof.get("bandwidth") if isinstance(roof, dict) else None
+        good = isinstance(rates, dict) and isinstance(roof.get("device"), str) and isinstance(roof.get("threads"), int)
+        require(good, f"roofline[{i}]", "an object with device, threads and bandwidth", roof)
+        for name, rate in rates.items():
+            require(_positive(rate), f"roofline[{i}].bandwidth.{name}", "a positive number", rate)
+    for i, row in enumerate(results["rows"]):
+        good = isinstance(row, dict) and isinstance(row.get("key"), str) and isinstance(row.get("status"), str)
+        require(good, f"rows[{i}]", "an object with key and status", row)
+        if row["status"] == "ok":
+            times = row.get("samples_s")
+            good = isinstance(times, list) and bool(times) and all(map(_positive, times))
+            require(good, f"rows[{i}].samples_s", "a list of positive times", times)
     return results
 
 
@@ -96,12 +133,11 @@ def machine_ratio(base: Results, new: Results) -> float | None:
 def main(base_path: str, new_path: str, stream: TextIO) -> int:
     """Print the comparison; 1 when a case is slower beyond its confidence interval, else 0."""
     base, new = load(base_path), load(new_path)
+    machine, verdicts = machine_ratio(base, new), compare(base, new)
     for line in differences(base["fingerprint"], new["fingerprint"]):
         print(f"fingerprint differs: {line}", file=stream)
-    machine = machine_ratio(base, new)
     if machine is not None:
         print(f"memory bandwidth of the machine, new over base: {machine:.3f}", file=stream)
-    verdicts = compare(base, new)
     width = max((len(v.key) for v in verdicts), default=0)
     for v in verdicts:
         text = "" if v.ratio is None else f"{v.ratio.value:6.3f}x  [{v.ratio.low:.3f}, {v.ratio.high:.3f}]"

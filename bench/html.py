@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def roofline_plot(rows: list[Row]) -> str:
     return _svg("percent of roofline", height, body)
 
 
-def ratio_plot(rows: list[Row]) -> str:
+def ratio_plot(rows: list[Row], title: str = "time of each peer over the operator's") -> str:
     """For each case and peer the ratio with its interval, on a logarithmic axis."""
     pairs = [(row, peer) for row in rows for peer in row["peers"] if peer["available"]]
     if not pairs:
@@ -117,7 +118,7 @@ def ratio_plot(rows: list[Row]) -> str:
                 _text(at(peer["ratio_high"]) + 8, middle + 4, f"{peer['ratio']:.2f}x", "start", "soft"),
             ]
             y += _STEP
-    return _svg("time of each peer over the operator's", int(y) + 8, body)
+    return _svg(title, int(y) + 8, body)
 
 
 def sample_plot(rows: list[Row]) -> str:
@@ -143,15 +144,22 @@ def sample_plot(rows: list[Row]) -> str:
     return _svg("samples over the median", height, body)
 
 
-def _table(rows: list[Row]) -> str:
-    head = "".join(f"<th>{escape(c)}</th>" for c in (*report.COLUMNS, "peers (their time over the operator's, 95%)"))
+def _table(head: Sequence[str], lines: Sequence[str]) -> str:
+    top = "".join(f"<th>{escape(c)}</th>" for c in head)
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _cells(texts: Sequence[str]) -> str:
+    return "".join(f"<td>{escape(text)}</td>" for text in texts)
+
+
+def _operators_table(rows: list[Row]) -> str:
     lines = []
     for row in rows:
         notes = ([escape(row["reason"])] if row["reason"] else []) + [escape(report.peer_text(p)) for p in row["peers"]]
-        cells = "".join(f"<td>{escape(c)}</td>" for c in report.cells(row))
         kind = ' class="wrong"' if row["status"] == "wrong" else ""
-        lines.append(f"<tr{kind}>{cells}<td>{'<br>'.join(notes)}</td></tr>")
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+        lines.append(f"<tr{kind}>{_cells(report.cells(row))}<td>{'<br>'.join(notes)}</td></tr>")
+    return _table((*report.COLUMNS, "peers (their time over the operator's, 95%)"), lines)
 
 
 def facts(results: dict[str, Any]) -> str:
@@ -183,13 +191,16 @@ def page(title: str, parts: list[str]) -> str:
     )
 
 
-def render(results: dict[str, Any]) -> str:
+def _head(title: str, results: dict[str, Any], lines: Sequence[str] = ()) -> list[str]:
+    facts = "".join(f"<li>{escape(line)}</li>" for line in (*report.machine_lines(results), *lines))
+    return [f"<h1>{escape(title)}</h1>", f'<p class="soft">{escape(results["created"])}</p>', f"<ul>{facts}</ul>"]
+
+
+def _operators(results: dict[str, Any]) -> str:
     by_op: dict[str, list[Row]] = {}
     for row in results["rows"]:
         by_op.setdefault(row["op"], []).append(row)
-    parts = ["<h1>leanops benchmark</h1>", f'<p class="soft">{escape(results["created"])}</p><ul>']
-    parts += [f"<li>{escape(line)}</li>" for line in report.machine_lines(results)]
-    parts.append(f"<li>peak memory: {escape(results['peak_how'])}</li></ul>")
+    parts = _head("leanops benchmark", results, [f"peak memory: {results['peak_how']}"])
     for op, rows in by_op.items():
         good = [row for row in rows if row["status"] == "ok"]
         parts.append(f"<h2>{escape(op)}</h2><p class='soft'>served by {escape(rows[0]['backend'])}</p>")
@@ -201,9 +212,34 @@ def render(results: dict[str, Any]) -> str:
                     ratios,
                 ]
             parts += ["<h3>Samples around their median</h3>", sample_plot(good)]
-        parts += ["<h3>All cases</h3>", _table(rows)]
+        parts += ["<h3>All cases</h3>", _operators_table(rows)]
     parts += ["<h2>Fingerprint</h2>", facts(results)]
     return page("leanops benchmark", parts)
+
+
+def _steps(results: dict[str, Any]) -> str:
+    parts = _head("A MeZO step beside its forward passes", results)
+    for case in results["cases"]:
+        place = {"dtype": case["dtype"], "threads": case["threads"]}
+        bars = [{"available": True, "reason": "", "error": None, **row} for row in case["rows"]]
+        lines = []
+        for row in case["rows"]:
+            ratio = f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
+            lines.append(f"<tr>{_cells([row['name'], report.seconds(row['median_s']), ratio])}</tr>")
+        parts += [
+            f"<h2>{escape(report.case_text(case))}</h2>",
+            "<h3>Time over that of two forward passes</h3>",
+            ratio_plot([{"case": "step", **place, "peers": bars}], "time over that of two forward passes"),
+            "<h3>Samples around their median</h3>",
+            sample_plot([{"case": row["name"], **place, **row} for row in case["rows"]]),
+            _table(("", "time", "of two forward passes [95%]"), lines),
+        ]
+    parts += ["<h2>Fingerprint</h2>", facts(results)]
+    return page("leanops: a MeZO step", parts)
+
+
+def render(results: dict[str, Any]) -> str:
+    return _steps(results) if "cases" in results else _operators(results)
 
 
 def write(results: dict[str, Any], target: str) -> None:

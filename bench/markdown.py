@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from leanops.bench.report import Results, Row, gate_text, machine_lines, rate, seconds, spread
+from leanops.bench.report import Results, Row, gate_text, machine_lines, processor, rate, seconds, spread
 
 
 def command_line(results: Results) -> str:
@@ -57,7 +57,7 @@ def operators(results: Results) -> str:
 
 def steps(results: Results) -> str:
     """The cases of ``leanops bench mezo-step``. Ratios are to the two forward passes, with a 95% interval."""
-    lines = _head(results, [results["fingerprint"]["cpu"]["name"]])
+    lines = _head(results, [processor(results)])
     lines += ["| dtype, noise | threads | | time | of two forward passes |", "| --- | --- | --- | --- | --- |"]
     for case in results["cases"]:
         for row in case["rows"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,10 +19,18 @@ from torch import Tensor, nn
 from leanops import _native
 from leanops.autotune import fingerprint
 from leanops.autotune.measure import interleave, median, paired_ratio
+from leanops.bench.peers import check_wanted, wanted
+from leanops.bench.runner import Progress, Settings, device_of
 from leanops.optim import MeZO
 
 SCHEMA = "leanops-mezo-step/1"
-DISTRIBUTION = {torch.float32: "gaussian", torch.bfloat16: "rademacher", torch.float16: "rademacher"}
+DISTRIBUTION = {
+    torch.float32: "gaussian",
+    torch.bfloat16: "rademacher",
+    torch.float16: "rademacher",
+    torch.float64: "gaussian",
+}
+PEERS = ("MeZO eager (re-expressed)", "HiZOO eager (re-expressed)")
 
 
 class Block(nn.Module):
@@ -111,9 +120,13 @@ def measure(
     device: str = "cpu",
     tokens: int = 2048,
     rounds: int = 7,
+    peers: Sequence[str] | None = None,
     model: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Times of one dtype and thread count, and the ratio of each step to the two forward passes."""
+    """Times of one dtype and thread count, and the ratio of each step to the two forward passes.
+
+    ``peers`` are parts of the eager loops' names; none where empty, all where None.
+    """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = (model or Transformer()).to(device, dtype).eval()
@@ -135,12 +148,15 @@ def measure(
         opt = MeZO(parameters, lr=1e-7, distribution=DISTRIBUTION[dtype], perturb=perturb)
         opt.step(closure)  # a first step looks for hidden uses of parameters
         calls[f"leanops MeZO, {perturb}"] = lambda opt=opt: opt.step(closure)  # type: ignore[misc]
-    calls["MeZO eager (re-expressed)"] = lambda: eager_step(parameters, closure, 1e-3, 1e-7)
+    mezo_eager, hizoo_eager = PEERS
+    if wanted(mezo_eager, peers):
+        calls[mezo_eager] = lambda: eager_step(parameters, closure, 1e-3, 1e-7)
     hizoo = MeZO(parameters, lr=1e-7, variant="hizoo")
     hizoo.step(closure)
     calls["leanops HiZOO, scratch"] = lambda: hizoo.step(closure)
-    curvatures = [torch.ones_like(p) for p in parameters]
-    calls["HiZOO eager (re-expressed)"] = lambda: eager_hizoo_step(parameters, curvatures, closure, 1e-3, 1e-7, 1e-8)
+    if wanted(hizoo_eager, peers):
+        curvatures = [torch.ones_like(p) for p in parameters]
+        calls[hizoo_eager] = lambda: eager_hizoo_step(parameters, curvatures, closure, 1e-3, 1e-7, 1e-8)
     taken = interleave(calls, device=device, budget_s=0.0, rounds=(rounds, rounds))
     base = taken.seconds["two forward passes"]
     rows = []
@@ -167,29 +183,34 @@ def measure(
     }
 
 
-def run(dtypes: Sequence[str], threads: Sequence[int], device: str, quick: bool, command: list[str]) -> Any:
-    """Every dtype and thread count, as the JSON file holds it; prints a table as it goes."""
-    before = torch.get_num_threads()
+def plan(settings: Settings) -> list[tuple[str, int]]:
+    """Every dtype and thread count that the settings ask for."""
+    device_of(settings)
+    check_wanted(settings.peers, PEERS)
+    return [(dtype, count) for dtype in settings.dtypes for count in settings.threads or (fingerprint.cores(),)]
+
+
+def run(settings: Settings, progress: Progress, command: Sequence[str] = ()) -> dict[str, Any]:
+    """Every dtype and thread count, as the JSON file holds it."""
+    pairs = plan(settings)
+    before, rounds = torch.get_num_threads(), 3 if settings.quick else 7
+    progress.start(len(pairs))
     cases = []
     try:
-        for dtype in dtypes:
-            for count in threads or (fingerprint.cores(),):
-                case = measure(getattr(torch, dtype), count, device=device, rounds=3 if quick else 7)
-                cases.append(case)
-                print(
-                    f"{case['parameters'] / 1e6:.1f}M parameters, {case['tokens']} tokens, {case['dtype']}, "
-                    f"{case['distribution']}, {count} threads, A/A noise {100 * case['noise']:.1f}%"
-                )
-                for row in case["rows"]:
-                    interval = f"[{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
-                    print(f"  {row['name']:28} {row['median_s']:8.3f} s  {row['ratio']:6.3f} x {interval}", flush=True)
+        for dtype, count in pairs:
+            progress.step(f"mezo-step, {dtype}, {count} threads")
+            cases.append(
+                measure(getattr(torch, dtype), count, device=settings.device, rounds=rounds, peers=settings.peers)
+            )
     finally:
         torch.set_num_threads(before)
     return {
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "leanops": _native.version(),
-        "command": command,
-        "fingerprint": fingerprint.fingerprint(torch.device(device), {}),
+        "command": list(command),
+        "settings": asdict(settings),
+        "fingerprint": fingerprint.fingerprint(torch.device(settings.device), {}),
+        "backends": {n: {"loaded": b.loaded, "detail": b.detail} for n, b in _native.backends().items()},
         "cases": cases,
     }

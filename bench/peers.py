@@ -8,7 +8,7 @@ its subjects in a file ``peers_<family>.py`` that :func:`subject` imports.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,19 @@ class Subject:
     call: Callable[[Args], Callable[[], object]] | None = None
     called: str = ""
     quick: Callable[[str], bool] = lambda case: True  # whether a case belongs to a run of two minutes
+
+
+def wanted(label: str, parts: Sequence[str] | None) -> bool:
+    """Whether a peer takes part: where one of the parts stands in its label, or where ``parts`` is None."""
+    return parts is None or any(part.lower() in label.lower() for part in parts)
+
+
+def check_wanted(parts: Sequence[str] | None, labels: Iterable[str]) -> None:
+    """Refuse a part that stands in none of the labels."""
+    labels = list(dict.fromkeys(labels))
+    if unknown := [part for part in parts or () if not any(wanted(label, (part,)) for label in labels)]:
+        there = f"there are {'; '.join(labels)}" if labels else "there are none"
+        raise ValueError(f"bench: --peers: no peer named {', '.join(unknown)}; {there}")
 
 
 _subjects: dict[str, Subject] = {}

@@ -1,10 +1,14 @@
-"""Results as a table, as CSV, as JSON, and progress while they are made."""
+"""Results as a table, as CSV, as JSON, and progress while they are made.
+
+Results with ``cases`` are those of ``leanops bench mezo-step``.
+"""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -17,6 +21,8 @@ _CSV = ("key", "op", "case", "dtype", "device", "threads", "backend", "status", 
         "noise", "elements", "ns_per_element", "gb_per_s", "gflop_per_s", "percent_of_roofline", "bound", "peak_bytes",
         "dispatch_s")  # fmt: skip
 _PEER_CSV = ("name", "available", "reason", "median_s", "ratio", "ratio_low", "ratio_high", "error")
+_CASE_CSV = ("dtype", "distribution", "threads", "parameters", "tokens", "noise")
+_STEP_CSV = ("name", "median_s", "ratio", "ratio_low", "ratio_high")
 
 
 def seconds(value: float | None) -> str:
@@ -98,10 +104,17 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def machine_lines(results: Results) -> list[str]:
+def processor(results: Results) -> str:
     mark = results["fingerprint"]
-    name = mark["gpu"]["name"] if "gpu" in mark else mark["cpu"]["name"]
-    lines = [f"{name}, torch {mark['software']['torch']}, leanops {results['leanops']}"]
+    name: str = mark["gpu"]["name"] if "gpu" in mark else mark["cpu"]["name"]
+    return name
+
+
+def machine_lines(results: Results) -> list[str]:
+    software = results["fingerprint"]["software"]
+    lines = [f"{processor(results)}, torch {software['torch']}, leanops {results['leanops']}"]
+    if "cases" in results:
+        return lines
     for roof in results["roofline"]:
         bandwidth = ", ".join(f"{k} {v * 1e-9:.3g}" for k, v in roof["bandwidth"].items())
         gemm = ", ".join(f"{k} {v * 1e-9:.4g}" for k, v in roof["gemm"].items())
@@ -128,6 +141,21 @@ def _plain(results: Results, stream: TextIO) -> None:
             if row is not None:
                 for text in _notes(row):
                     print("      " + text, file=stream)
+
+
+def case_text(case: Row) -> str:
+    return (
+        f"{case['parameters'] / 1e6:.1f}M parameters, {case['tokens']} tokens, {case['dtype']}, "
+        f"{case['distribution']}, {case['threads']} threads, A/A noise {100 * case['noise']:.1f}%"
+    )
+
+
+def _steps(results: Results, stream: TextIO) -> None:
+    for case in results["cases"]:
+        print(case_text(case), file=stream)
+        for row in case["rows"]:
+            interval = f"[{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
+            print(f"  {row['name']:28} {row['median_s']:8.3f} s  {row['ratio']:6.3f} x {interval}", file=stream)
 
 
 def _notes(row: Row) -> list[str]:
@@ -160,34 +188,55 @@ def print_table(results: Results, stream: TextIO) -> None:
     """A rich table on a wide terminal; plain lines elsewhere. Ratios are the peer's time over the operator's."""
     for line in machine_lines(results):
         print(line, file=stream)
-    if stream.isatty() and has_rich():
+    if "cases" in results:
+        _steps(results, stream)
+    elif stream.isatty() and has_rich():
         _rich(results, stream)
     else:
         _plain(results, stream)
 
 
+def _finite(value: Any) -> Any:
+    """NaN and the infinities, for which JSON has no word, as None."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(results: Results, target: str) -> None:
-    """One JSON object into a file, or onto standard output for ``-``."""
+    """One JSON object into a file, or onto standard output for ``-``; null for a number that is not finite."""
+    text = json.dumps(_finite(results), indent=None if target == "-" else 1, allow_nan=False) + "\n"
     if target == "-":
-        json.dump(results, sys.stdout)
-        sys.stdout.write("\n")
+        sys.stdout.write(text)
         return
     path = Path(target)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.write_text(text)
 
 
 def write_csv(results: Results, target: str) -> None:
-    """A line for each row and peer; a row without peers has one line with the peer's columns empty."""
-    path = Path(target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*_CSV, *(f"peer_{name}" for name in _PEER_CSV)])
+    """A line for each row and peer; a row without peers has one line with the peer's columns empty.
+
+    Of mezo-step a line for each row of each case.
+    """
+    lines: list[list[Any]]
+    if "cases" in results:
+        lines = [[*_CASE_CSV, *_STEP_CSV]]
+        for case in results["cases"]:
+            shared = [case[name] for name in _CASE_CSV]
+            lines += [[*shared, *(row[name] for name in _STEP_CSV)] for row in case["rows"]]
+    else:
+        lines = [[*_CSV, *(f"peer_{name}" for name in _PEER_CSV)]]
         for row in results["rows"]:
             own = [row[name] for name in _CSV]
             for peer in row["peers"] or [dict.fromkeys(_PEER_CSV)]:
-                writer.writerow([*own, *(peer[name] for name in _PEER_CSV)])
+                lines.append([*own, *(peer[name] for name in _PEER_CSV)])
+    path = Path(target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(lines)
 
 
 class Lines:

@@ -21,7 +21,7 @@ from leanops._registry import Case, OpSpec
 from leanops.autotune import fingerprint
 from leanops.autotune.measure import Clock, Interval, calibrate, interleave, median, paired_ratio, rotating
 from leanops.bench import accuracy, memory, roofline
-from leanops.bench.peers import Args, Peer, Subject, Unavailable, subjects
+from leanops.bench.peers import Args, Peer, Subject, Unavailable, check_wanted, subjects, wanted
 
 SCHEMA = "leanops-bench/1"
 COPIES = 8  # of a small case's inputs at most, so that they do not all lie in the cache
@@ -128,14 +128,19 @@ class Job:
         return Row(key, self.spec.name, self.name, dtype, str(device), self.threads, served)
 
 
+def device_of(settings: Settings) -> torch.device:
+    device = torch.device(settings.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("bench: --device cuda, but torch sees no CUDA device")
+    return device
+
+
 def plan(settings: Settings) -> list[Job]:
     """Every job that the settings ask for."""
     known = subjects()
     if unknown := [op for op in settings.ops if op not in known]:
         raise ValueError(f"bench: no operator named {', '.join(unknown)}; there are {', '.join(known)}")
-    device = torch.device(settings.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("bench: --device cuda, but torch sees no CUDA device")
+    device = device_of(settings)
     matches = re.compile(settings.case).search
     jobs = []
     for spec in _registry.specs():
@@ -157,6 +162,7 @@ def plan(settings: Settings) -> list[Job]:
                         jobs.append(job)
     if not jobs:
         raise ValueError("bench: no case matches")
+    check_wanted(settings.peers, (peer.label for job in jobs for peer in job.subject.peers))
     return jobs
 
 
@@ -345,10 +351,7 @@ class Measurement:
                 result.ratio, result.ratio_low, result.ratio_high = ratio.value, ratio.low, ratio.high
 
     def _peers(self) -> Iterator[Peer]:
-        for peer in self.job.subject.peers:
-            wanted = self.settings.peers
-            if wanted is None or any(part.lower() in peer.label.lower() for part in wanted):
-                yield peer
+        return (peer for peer in self.job.subject.peers if wanted(peer.label, self.settings.peers))
 
     def _rates(self, args: Args, taken: Interval) -> None:
         row, spec = self.row, self.job.spec

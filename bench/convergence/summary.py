@@ -78,8 +78,9 @@ def facts(results: Results) -> list[str]:
     ]
     if results["drift"] is not None:
         lines.append(
-            "tokens/s come from one run after another: forward and backward passes, the same work in all methods that "
-            f"train everything, differ by {100 * results['drift']:.1f}% between the fastest and the slowest run"
+            "tokens/s come from a run of its own for each method: forward and backward passes, the same work in all "
+            f"methods that train everything, differ by {100 * results['drift']:.1f}% between the fastest and the "
+            "slowest run"
         )
     if results["sm3_served_by"] == "reference":
         lines.append("SM3's operator is served by its reference here (see `leanops info`): its times say nothing")

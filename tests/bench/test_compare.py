@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,3 +86,57 @@ def test_a_file_that_is_no_result_is_one_line_and_status_2(tmp_path, capsys):
         assert captured.out == ""
         assert message in captured.err
         assert captured.err.count("\n") == 1
+
+
+def with_(**changes):
+    return results({"x": ("ok", 1e-3)}) | changes
+
+
+def without(name):
+    return {key: value for key, value in with_().items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe\x00", "is not JSON"),  # not UTF-8
+        (without("fingerprint"), "fingerprint must be an object, got null"),
+        (without("roofline"), "roofline must be a list, got null"),
+        (with_(rows=None), "rows must be a list, got null"),
+        (with_(rows=[1]), "rows[0] must be an object with key and status, got 1"),
+        (with_(rows=[{"status": "ok"}]), "rows[0] must be an object with key and status"),
+        (with_(rows=[{"key": "x", "status": "ok"}]), "rows[0].samples_s must be a list of positive times, got null"),
+        (with_(rows=[{"key": "x", "status": "ok", "samples_s": []}]), "samples_s must be a list of positive times"),
+        (with_(rows=[{"key": "x", "status": "ok", "samples_s": ["a"]}]), 'positive times, got ["a"]'),
+        (with_(rows=[{"key": "x", "status": "ok", "samples_s": [1.0, 0]}]), "positive times, got [1.0, 0]"),
+        (with_(rows=[{"key": "x", "status": "ok", "samples_s": [float("nan")]}]), "positive times, got [NaN]"),
+        (with_(roofline=[{"device": "cpu", "threads": 1}]), "roofline[0] must be an object with device, threads and"),
+        (with_(roofline=[{"bandwidth": {}, "device": "cpu", "threads": None}]), "roofline[0] must be an object"),
+        (
+            with_(roofline=[{"bandwidth": {"copy": 0}, "device": "cpu", "threads": 1}]),
+            "bandwidth.copy must be a positive",
+        ),
+        (with_(drift="x"), 'drift must be a number, 0 or more, or null, got "x"'),
+        (with_(noise_floor=-1), "noise_floor must be a number, 0 or more, or null, got -1"),
+    ],
+)
+@pytest.mark.parametrize("damaged", ["base", "new"])
+def test_a_damaged_file_is_named_with_its_entry_before_anything_is_printed(content, message, damaged, tmp_path, capsys):
+    paths = {name: tmp_path / f"{name}.json" for name in ("base", "new")}
+    for name, path in paths.items():
+        given = content if name == damaged else with_(fingerprint={"cpu": {"name": "b"}})
+        path.write_bytes(given if isinstance(given, bytes) else json.dumps(given).encode())
+    assert cli.main(["compare", *map(str, paths.values())]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.count("\n") == 1
+    assert f"{damaged}.json" in error
+    assert message in error
+
+
+def test_the_published_results_can_be_compared():
+    published = sorted((Path(__file__).parents[2] / "docs" / "results" / "cpu").glob("*.json"))
+    taken = [path for path in published if json.loads(path.read_text()).get("schema") == SCHEMA]
+    assert taken
+    for path in taken:
+        assert compare.main(str(path), str(path), io.StringIO()) == 0

@@ -1,0 +1,167 @@
+"""What the command line refuses, what it says of a failure, and the formats that every benchmark writes."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from leanops.bench import cli, mezo_step, runner
+from leanops.bench.convergence import summary
+
+PUBLISHED = Path(__file__).parents[2] / "docs" / "results" / "cpu" / "bench.json"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LEANOPS_TRACEBACK", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """``leanops bench`` without the measuring: what the published run found."""
+    results = json.loads(PUBLISHED.read_text())
+    monkeypatch.setattr(runner, "run", lambda *_: copy.deepcopy(results))
+    return results
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    model = partial(mezo_step.Transformer, vocabulary=64, width=32, layers=1, heads=2)
+    monkeypatch.setattr(mezo_step, "Transformer", model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mezo-step", "--device", "cuda"], "--device cuda, but torch sees no CUDA device"),
+        (["mezo-step", "zo_axpy_"], "mezo-step stands alone"),
+        (["mezo-step", "--case", "x"], "mezo-step stands alone"),
+        (
+            ["mezo-step", "--peers", "foreach"],
+            "no peer named foreach; there are MeZO eager (re-expressed); HiZOO eager",
+        ),
+        (["zo_axpy_", "--peers", "nosuchpeer"], "no peer named nosuchpeer; there are mezo eager (re-expressed); torch"),
+        (["zo_axpy_", "--peers", "alpha,randn"], "no peer named randn; there are"),  # a peer of zo_noise_
+        (["convergence", "--threads", "²"], "--threads must be one number for convergence, got ²"),
+        (["--csv", "-"], "--csv must be a file, got -; only --json writes to standard output"),
+        (["--json", "-", "--html", "-"], "--html must be a file, got -"),
+        (["--markdown", "-", "--html", "new/page.html"], "--markdown must be a file, got -"),
+        (["mezo-step", "--csv", "-"], "--csv must be a file, got -"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, folder, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cli.main(["bench", *arguments]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.count("\n") == 1
+    assert message in error
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--html", "--svg", "--markdown"])
+def test_convergence_writes_no_file_named_minus(option, folder, capsys):
+    pytest.importorskip("transformers", reason="convergence needs transformers")
+    assert cli.main(["bench", "convergence", "--quick", "--json", "-", option, "-"]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert f"{option} must be a file, got -" in error
+    assert list(folder.iterdir()) == []
+
+
+def test_a_failure_of_any_kind_is_one_line_and_its_traceback_can_be_had(folder, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("something\nof torch")
+
+    monkeypatch.setattr(runner, "run", fail)
+    assert cli.main(["bench", "--json", "-"]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error == "leanops: RuntimeError: something of torch (LEANOPS_TRACEBACK=1 shows where)\n"
+    monkeypatch.setenv("LEANOPS_TRACEBACK", "1")
+    with pytest.raises(RuntimeError, match="something"):
+        cli.main(["bench", "--json", "-"])
+
+
+def test_the_error_of_a_wrong_row_is_strict_json(measured, folder, capsys):
+    gate = {"passed": False, "error": math.inf, "bound": 0.0, "against": "reference", "reason": "off"}
+    measured["rows"][0].update(status="wrong", reason="off", gate=gate)
+    for target in ("-", "r.json"):
+        assert cli.main(["bench", "--json", target]) == 1
+    out, _ = capsys.readouterr()
+    texts = out.splitlines()[0], (folder / "r.json").read_text()
+    for text in texts:
+        results = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        assert results["rows"][0]["gate"] == gate | {"error": None}
+        assert results["rows"][1:] == measured["rows"][1:]
+
+
+def test_a_peer_is_found_by_a_name_with_a_space():
+    (settings,) = captured(["zo_axpy_", "--peers", "torch foreach, ALPHA", "--dtype", "fp32, bf16"])
+    assert settings.peers == ("torch foreach", "ALPHA")
+    assert settings.dtypes == ("float32", "bfloat16")
+    job = runner.plan(settings)[0]
+    taken = runner.Measurement(job, settings, runner.device_of(settings), {})._peers()
+    assert [peer.label for peer in taken] == ["torch foreach", "torch.add alpha"]
+
+
+def captured(arguments):
+    """The settings with which ``leanops bench`` would measure."""
+    found = []
+
+    def plan(settings):
+        found.append(settings)
+        raise ValueError("enough")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "plan", plan)
+        cli.main(["bench", *arguments])
+    return found
+
+
+def test_mezo_step_writes_what_the_others_write(tiny, folder, capsys):
+    outputs = ["--json", "-", "--csv", "out/s.csv", "--html", "out/s.html", "--markdown", "out/s.md"]
+    arguments = ["mezo-step", "--quick", "--dtype", "fp32,fp64", "--threads", "1", "--peers", "hizoo"]
+    assert cli.main(["bench", *arguments, *outputs]) == 0
+    out, error = capsys.readouterr()
+    assert out.count("\n") == 1
+    results = json.loads(out)
+    assert "[2/2]" in error
+    assert [case["dtype"] for case in results["cases"]] == ["float32", "float64"]
+    names = [row["name"] for row in results["cases"][0]["rows"]]
+    assert "HiZOO eager (re-expressed)" in names
+    assert "MeZO eager (re-expressed)" not in names
+    assert all(name in error for name in names)
+    with (folder / "out" / "s.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    rows = [(case, row) for case in results["cases"] for row in case["rows"]]
+    for line, (case, row) in zip(lines, rows, strict=True):
+        assert (line["dtype"], line["name"]) == (case["dtype"], row["name"])
+        assert float(line["median_s"]) == row["median_s"]
+        assert float(line["ratio"]) == row["ratio"]
+    page, text = (folder / "out" / "s.html").read_text(), (folder / "out" / "s.md").read_text()
+    assert page.count("<svg") == 4
+    for name in names:
+        assert name in page
+        assert name in text
+
+
+def test_mezo_step_writes_json_and_html_where_nothing_is_asked(tiny, folder, capsys):
+    assert cli.main(["bench", "mezo-step", "--quick", "--dtype", "bf16", "--threads", "1", "--peers", "none"]) == 0
+    out, _ = capsys.readouterr()
+    assert sorted(path.name for path in (folder / "results").iterdir()) == ["mezo-step.html", "mezo-step.json"]
+    assert "two forward passes" in out
+    assert "eager" not in out
+
+
+def test_the_published_training_run_is_what_its_json_gives():
+    results = json.loads((PUBLISHED.parent / "convergence.json").read_text())
+    assert summary.markdown(results) == (PUBLISHED.parents[1] / "convergence.md").read_text()
