@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from leanops import _exact
 from leanops.optim import update
 from leanops.optim.noise import Seed, left
 from leanops.optim.params import Slot, by_device
@@ -110,7 +111,7 @@ def _scaled(
     """Slices of the tensors of one device, and sum_k c_k z_k / sqrt(h) of each."""
     for pieces in _batches(outs, slots):
         for piece, total in zip(pieces, _sums(pieces, seeds, coeffs), strict=True):
-            yield piece, total.div_(piece.h.sqrt())
+            yield piece, total.div_(_exact.sqrt(piece.h))
 
 
 def _sums(pieces: Sequence[_Piece], seeds: Sequence[Seed], coeffs: Sequence[float]) -> list[Tensor]:

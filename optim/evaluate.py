@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from leanops.optim.noise import Noise, Seed
-from leanops.optim.params import Slot, is_sharded
+from leanops.optim.params import Slot, check_apart, is_sharded
 from leanops.optim.perturb import Copy, InPlace, Perturber, drop_unsharded, fsdp_modules
 from leanops.optim.scratch import Scratch
 
@@ -90,12 +90,13 @@ class Evaluator:
         mode = "copy" if self._mode == "auto" and _opaque(self._model) else self._mode
         return {**self.__dict__, "_perturber": None, "_for": (), "_model": None, "_mode": mode}
 
-    def _ready(self, slots: Sequence[Slot]) -> Perturber:
+    def _ready(self, op: str, slots: Sequence[Slot]) -> Perturber:
         key = tuple(id(t) for s in slots for t in (s.param, s.curvature))
         if self._perturber is None or key != self._for:
+            check_apart(op, ((s.name, s.local) for s in slots))
             mode = self._choose(slots)
             if mode == "scratch":
-                self._perturber = Scratch(slots, self._noise)
+                self._perturber = Scratch(slots, self._noise, op)
             else:
                 self._perturber = (Copy if mode == "copy" else InPlace)(slots, self._noise, self._model)
             self._for = key
@@ -121,6 +122,7 @@ class Evaluator:
         eps: float,
         variant: str,
         reduce: Reduction,
+        op: str = "MeZO.step",
     ) -> tuple[list[float], Any]:
         """The scalars of the step, rounded to fp32 as the log keeps them, and the mean of the losses."""
         mine = [k for k in range(len(seeds)) if reduce.mine(k)]
@@ -128,7 +130,7 @@ class Evaluator:
         points = [(seeds[k], sign * eps) for k in mine for sign in ((1, -1) if two_sided else (1,))]
         if variant in ("one_sided", "hizoo") or (variant == "fzoo" and reduce.first):
             points.append((seeds[0], 0.0))
-        losses, kind = self._losses(closure, slots, points)
+        losses, kind = self._losses(op, closure, slots, points)
         n = len(seeds)
         raw = [0.0] * n
         if two_sided:
@@ -137,7 +139,7 @@ class Evaluator:
             if variant == "hizoo":
                 raw += [0.0] * n
                 for i, k in enumerate(mine):
-                    raw[n + k] = (losses[2 * i] + losses[2 * i + 1] - 2.0 * losses[-1]) / (2.0 * eps * eps)
+                    raw[n + k] = (losses[2 * i] + losses[2 * i + 1] - 2.0 * losses[-1]) / eps / (2.0 * eps)
         elif variant == "one_sided":
             for i, k in enumerate(mine):
                 raw[k] = (losses[i] - losses[-1]) / eps
@@ -152,29 +154,38 @@ class Evaluator:
             scalars = _fzoo(scalars[:-1], scalars[-1])
         elif variant == "hizoo":
             scalars = scalars[:n] + [abs(c) for c in scalars[n:]]
-        mean = math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else sum(losses) / len(losses)
-        rounded = torch.tensor(scalars, dtype=torch.float64).float().tolist()
+        finite = all(map(math.isfinite, losses))
+        mean = math.fsum(x / len(losses) for x in losses) if finite else sum(losses) / len(losses)
+        rounded = torch.tensor(scalars, dtype=torch.float64, device="cpu").float().tolist()
         if kind is None:
             return rounded, mean
-        wide = torch.float64 if kind.dtype == torch.float64 else torch.float32
-        return rounded, torch.tensor(mean, dtype=wide, device=kind.device)
+        dtype, device = kind
+        return rounded, torch.tensor(mean, dtype=torch.promote_types(dtype, torch.float32), device=device)
 
     def _losses(
-        self, closure: Callable[[], Any], slots: Sequence[Slot], points: Sequence[tuple[Seed, float]]
-    ) -> tuple[list[float], Tensor | None]:
-        perturber = self._ready(slots)
+        self, op: str, closure: Callable[[], Any], slots: Sequence[Slot], points: Sequence[tuple[Seed, float]]
+    ) -> tuple[list[float], tuple[torch.dtype, torch.device] | None]:
+        perturber = self._ready(op, slots)
         rng = _Generators(slots) if self._same_rng else None
         found: list[Any] = []
         kind = None
-        with perturber.session():
-            for i, (seed, scale) in enumerate(points):
-                if rng is not None and i:
-                    rng.restore()
-                loss = perturber.evaluate(closure, seed, scale, rng.restore if rng else _nothing)
-                value = _scalar(loss)
-                found.append(value)
-                if isinstance(loss, Tensor):
-                    kind = loss.detach()
+
+        def evaluation() -> Tensor | float:
+            nonlocal kind
+            torch.clear_autocast_cache()  # it keeps casts of parameters until the outermost autocast ends
+            loss = closure()
+            if isinstance(loss, Tensor):
+                kind = loss.dtype, loss.device
+            return _scalar(op, loss)
+
+        try:
+            with perturber.session():
+                for i, (seed, scale) in enumerate(points):
+                    if rng is not None and i:
+                        rng.restore()
+                    found.append(perturber.evaluate(evaluation, seed, scale, rng.restore if rng else _nothing))
+        finally:
+            torch.clear_autocast_cache()
         drop_unsharded(fsdp_modules(self._model))
         tensors = [v for v in found if isinstance(v, Tensor)]
         on_device = iter(
@@ -185,28 +196,26 @@ class Evaluator:
 
 def _fzoo(losses: list[float], base: float) -> list[float]:
     mean = sum(losses) / len(losses)
-    sigma = math.sqrt(sum((x - mean) ** 2 for x in losses) / len(losses))
+    sigma = math.sqrt(sum((x - mean) * (x - mean) for x in losses) / len(losses))
+    if math.isinf(sigma):
+        return [math.nan] * len(losses)
     if sigma == 0.0:
         return [0.0] * len(losses)  # no direction differs from another: nothing to learn from
     return [(x - base) / sigma for x in losses]
 
 
-def _scalar(loss: Any) -> Tensor | float:
+def _scalar(op: str, loss: Any) -> Tensor | float:
     """A copy of the value: the closure may use the same memory for its next result."""
     if isinstance(loss, Tensor):
         if loss.numel() != 1 or loss.is_complex():
-            raise ValueError(
-                f"MeZO.step: closure must return a real scalar, got {loss.dtype} of shape {list(loss.shape)}"
-            )
+            raise ValueError(f"{op}: closure must return a real scalar, got {loss.dtype} of shape {list(loss.shape)}")
         if is_sharded(loss):
             loss = loss.full_tensor()  # type: ignore[attr-defined]
         return loss.detach().reshape(()).to(torch.float64, copy=True)
     try:
         return float(loss)
     except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"MeZO.step: closure must return a scalar tensor or a number, got {type(loss).__name__}"
-        ) from error
+        raise TypeError(f"{op}: closure must return a scalar tensor or a number, got {type(loss).__name__}") from error
 
 
 def _nothing() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any
 
 import torch
@@ -45,9 +45,12 @@ def _one_of(name: str, value: object, options: Sequence[str]) -> None:
 
 
 def _finite(name: str, value: Any, low: float, *, above: bool = False) -> float:
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):  # the last from a tensor of several elements
+        number = math.nan
     if not math.isfinite(number) or number < low or (above and number == low):
-        raise ValueError(f"MeZO: {name} must be a finite number {'>' if above else '>='} {low:g}, got {value}")
+        raise ValueError(f"MeZO: {name} must be a finite number {'>' if above else '>='} {low:g}, got {value!r}")
     return number
 
 
@@ -152,8 +155,10 @@ class MeZO(Optimizer):
         _one_of("distribution", distribution, ("gaussian", "rademacher", "lowrank"))
         if variant == "hizoo" and distribution != "gaussian":
             raise ValueError(f"MeZO: hizoo needs distribution='gaussian', got {distribution!r}")  # ±1 show no curvature
-        if not 0.0 < smoothing < 1.0:
+        if not 0.0 < _finite("smoothing", smoothing, 0.0) < 1.0:
             raise ValueError(f"MeZO: smoothing must be in (0, 1), got {smoothing}")
+        if not isinstance(model, nn.Module | None):
+            raise TypeError(f"MeZO: model must be a torch.nn.Module or None, got {type(model).__name__}")
         for name, value, most in (("rank", rank, MAX_RANK), ("period", period, 2**63)):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
                 raise ValueError(f"MeZO: {name} must be an integer in [1, {most}], got {value!r}")
@@ -215,19 +220,10 @@ class MeZO(Optimizer):
         self._check_hyper(group)
         if len({id(p) for p in group["params"]}) != len(group["params"]):
             raise ValueError("MeZO: a parameter group must not hold a parameter twice")
-        spans = []
-        for i, p in enumerate(self._flat()):
-            managed.check("MeZO", self._names.get(id(p), str(i)), p)
-            local = managed.local(p)
-            if local.numel() and local.device.type != "meta" and local.is_contiguous():
-                start = local.data_ptr()
-                spans.append((local.device, start, start + local.numel() * local.element_size(), i))
-        spans.sort(key=lambda s: (str(s[0]), s[1]))
-        for a, b in pairwise(spans):
-            if a[0] == b[0] and b[1] < a[2]:
-                raise ValueError(
-                    f"MeZO: parameters {a[3]} and {b[3]} share memory; tie weights by one parameter used twice"
-                )
+        named = [(self._names.get(id(p), str(i)), p) for i, p in enumerate(self._flat()) if p.requires_grad]
+        for name, p in named:
+            managed.check("MeZO", name, p)
+        managed.check_apart("MeZO", ((name, managed.local(p)) for name, p in named))
 
     def _describe(self, group: dict[str, Any], index: int) -> list[dict[str, Any]]:
         first = len(self._record.entries)
@@ -254,6 +250,7 @@ class MeZO(Optimizer):
                     f"now it is {p.dtype} {list(p.shape)}: its log would not replay"
                 )
             if p.requires_grad:
+                managed.check("MeZO.step", entry["name"], p)
                 slot = managed.slot("MeZO", entry["name"], entry["id"], p)
                 found[entry["group"]].append(self._curved(slot) if curved else slot)
         return found
@@ -296,8 +293,6 @@ class MeZO(Optimizer):
             record.begin(self._flat(), len(self.param_groups))
         slots = self._slots()
         moving = list(chain.from_iterable(slots))
-        if self._log_file is not None and not record.log.attached:
-            record.log.attach(self._log_file, new=not len(record.log))
         step_seeds = record.step_seeds(self.steps)
         self._reduction.use(moving)
         scalars, loss = self._evaluator.estimate(
@@ -306,8 +301,11 @@ class MeZO(Optimizer):
         applied = all(map(math.isfinite, scalars))
         if not applied and self._on_nonfinite == "raise":
             raise FloatingPointError(
-                f"MeZO: step {self.steps}: a loss is not finite (estimates {scalars}); nothing was changed"
+                f"MeZO: step {self.steps}: a loss, or the estimate from it in fp32, is not finite "
+                f"(estimates {scalars}); nothing was changed"
             )
+        if self._log_file is not None and not record.log.attached:
+            record.log.attach(self._log_file, new=not len(record.log))
         record.note(self.param_groups, slots)
         if applied:
             self._update(slots, step_seeds, scalars)
@@ -364,6 +362,8 @@ class MeZO(Optimizer):
         op = "MeZO.load_state_dict"
         if "mezo" not in state_dict:
             raise ValueError(f"{op}: not the state of a MeZO optimizer, it has no entry 'mezo'")
+        if missing := {"log", "eps"} - state_dict["mezo"].keys():
+            raise ValueError(f"{op}: the entry 'mezo' must hold 'log' and 'eps', it lacks {', '.join(sorted(missing))}")
         log = ZoLog.from_bytes(state_dict["mezo"]["log"].cpu().numpy().tobytes(), name=op)
         settings = self._record.settings
         for key in (*_RUN, "distribution", "rank", "period"):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from leanops._checks import WrittenMemory
 from leanops.zo import columns_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -36,6 +37,8 @@ def is_sharded(p: Tensor) -> bool:
 
 def check(op: str, name: str, p: Tensor) -> None:
     """Refuse what the operators cannot move."""
+    if p.is_meta:
+        raise ValueError(f"{op}: parameter {name} must have data, got a meta tensor")
     if p.layout != torch.strided:
         raise ValueError(f"{op}: parameter {name} must be dense, got layout {p.layout}")
     if p.dtype not in FLOATS:
@@ -78,6 +81,16 @@ def local(p: Any) -> Tensor:
 
 def slot(op: str, name: str, tensor_id: int, p: Tensor) -> Slot:
     return Slot(p, local(p), tensor_id, place(op, name, p) if is_sharded(p) else 0, name, columns_of(p.shape))
+
+
+def check_apart(op: str, pairs: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse tensors, given with their names, that overlap themselves or one another."""
+    found: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, t in pairs:
+        found.setdefault(t.device, []).append((f"parameter {name}", t))
+    for names, tensors in (zip(*part, strict=True) for part in found.values()):
+        with torch.no_grad():  # leaves that require grad are what is moved
+            WrittenMemory(op, names, range(len(names))).check(tensors)
 
 
 def by_device(slots: Iterable[Slot]) -> list[list[Slot]]:

@@ -17,7 +17,7 @@ from leanops.optim.noise import Noise, Seed
 from leanops.optim.params import Slot, by_device
 from leanops.zo import zo_axpy_, zo_axpy_into_
 
-Closure = Callable[[], object]
+Closure = Callable[[], Tensor | float]
 
 
 class Perturber(Protocol):
@@ -25,7 +25,7 @@ class Perturber(Protocol):
         """Around the evaluations of one step; at its end the weights are what they were, whatever happened."""
         ...
 
-    def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> object:
+    def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> Tensor | float:
         """closure() at W + scale z(seed). ``again`` prepares a repeated call (it resets random number generators)."""
         ...
 
@@ -67,7 +67,7 @@ class Copy:
                 zo_axpy_into_(outs, saved, seed.left, scale, **self._noise.arguments(part, [seed]))
         drop_unsharded(self._sharded)
 
-    def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> object:
+    def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> Tensor | float:
         self.place(seed, scale)
         return closure()
 
@@ -106,7 +106,7 @@ class InPlace:
                     zo_axpy_(outs, seed.left, scale, **self._noise.arguments(part, [seed]))
         drop_unsharded(self._sharded)
 
-    def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> object:
+    def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> Tensor | float:
         if seed != self._seed and self._scale:
             self._move(self._seed, -self._scale)
             self._scale = 0.0

@@ -2,12 +2,15 @@
 
 While the closure runs, a ``TorchFunctionMode`` sees every torch function. Managed parameters among its arguments are
 replaced by ``round(W + scale z)``, made on the spot in an arena as large as the largest need of one function and used
-again by the next. Each use makes the same bits, so tied weights are perturbed once. What the mode cannot see (compiled
-graphs, scripted modules, C++ code) is found at the first evaluation and held perturbed in place, with a saved copy.
+again by the next. Each use makes the same bits, so tied weights are perturbed once. Weights that the mode is never
+shown (compiled graphs, scripted modules, C++ code use them) are found at the first evaluation and held perturbed in
+place, with a saved copy. A weight that is used both in sight and out of sight (in another thread, too), or out of sight
+from a later step on only, is not found: such functions need :class:`~leanops.optim.perturb.Copy`.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _DisableFuncTorch
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -51,6 +56,11 @@ def _metadata() -> frozenset[Any]:
 _METADATA = _metadata()
 
 
+def _has_memory(t: Tensor) -> bool:
+    """Dense, and no wrapper of torch.func's transforms."""
+    return t.layout == torch.strided and not is_functorch_wrapped_tensor(t)
+
+
 class _Arena:
     """Memory for the perturbed weights of one function at a time, on one device."""
 
@@ -84,9 +94,9 @@ class _Arena:
         for leaf in tree_leaves(result):
             if isinstance(leaf, _INERT):
                 continue
-            plain = type(leaf) in (Tensor, nn.Parameter) and leaf.layout == torch.strided
-            if plain and leaf.untyped_storage().data_ptr() != own:
-                continue
+            plain = type(leaf) in (Tensor, nn.Parameter) and _has_memory(leaf)
+            if plain and not leaf.requires_grad and leaf.untyped_storage().data_ptr() != own:
+                continue  # neither it nor a graph behind it holds the memory
             self._buffer = None
             return True
         return False
@@ -102,8 +112,8 @@ class _Mode(TorchFunctionMode):
         self._all = {id(s.param) for s in owner.all}
         self._arenas = owner.arenas
         self._noise = owner.noise
-        self._seed, self._scale = seed, torch.tensor([scale], dtype=torch.float64)
-        self._left = torch.tensor([seed.left - (seed.left >> 63 << 64)])
+        self._seed, self._scale = seed, torch.tensor([scale], dtype=torch.float64, device="cpu")
+        self._left = torch.tensor([seed.left - (seed.left >> 63 << 64)], device="cpu")
         self._active = scale != 0.0
         self._trace = trace
         self._kept: list[object] = []  # memory that foreign code may hold by address
@@ -147,8 +157,9 @@ class _Mode(TorchFunctionMode):
             arena = self._arenas.setdefault(device, _Arena(device))
             used.append(arena)
             slots = [s for s in found.values() if s.local.device == device]
-            out = arena.take([s.local for s in slots])
-            self._perturb(out, slots)
+            with _DisableFuncTorch():  # weights are constants to torch.func's transforms
+                out = arena.take([s.local for s in slots])
+                self._perturb(out, slots)
             replaced |= {id(s.param): o for s, o in zip(slots, out, strict=True)}
         result = func(*_replace(args, replaced), **_replace(kwargs, replaced))
         for arena in used:
@@ -181,6 +192,8 @@ class _Mode(TorchFunctionMode):
         slot = found.get(id(weight))
         if slot is None or max_norm is not None or weight.dim() != 2 or input.device != weight.device:
             return None
+        if not _has_memory(input):
+            return None
         width = weight.shape[1]
         if not 0 < input.numel() * (_ROW + width) < weight.numel():
             return None
@@ -196,7 +209,7 @@ class _Mode(TorchFunctionMode):
         return out[places]
 
 
-_NO_DECAY = torch.zeros(1, dtype=torch.float64)
+_NO_DECAY = torch.zeros(1, dtype=torch.float64, device="cpu")
 
 
 def _replace(values: Any, replaced: dict[int, Tensor]) -> Any:
@@ -215,12 +228,7 @@ def _replace(values: Any, replaced: dict[int, Tensor]) -> Any:
 def _fingerprint(trace: list[float], args: Any, managed: set[int]) -> None:
     """Note a sum of every tensor argument that is no managed parameter: what hidden weights change shows here."""
     for leaf in tree_leaves(args):
-        if (
-            isinstance(leaf, Tensor)
-            and id(leaf) not in managed
-            and leaf.layout == torch.strided
-            and not leaf.is_complex()
-        ):
+        if isinstance(leaf, Tensor) and id(leaf) not in managed and _has_memory(leaf) and not leaf.is_complex():
             wide = torch.float64 if leaf.is_floating_point() else torch.int64
             # in pieces: a sum in a wider dtype makes a copy of what it sums
             trace.extend(float(piece.sum(dtype=wide)) for piece in leaf.detach().reshape(-1).split(_PIECE))
@@ -234,7 +242,8 @@ class Scratch:
     parameters play no part and stay untouched; else they are perturbed that way in every evaluation from then on.
     """
 
-    def __init__(self, slots: Sequence[Slot], noise: Noise) -> None:
+    def __init__(self, slots: Sequence[Slot], noise: Noise, op: str) -> None:
+        self._op = op
         self.all = list(slots)
         self.slots = {id(s.param): s for s in slots}
         self.noise = noise
@@ -252,20 +261,20 @@ class Scratch:
                 stack.enter_context(self.held.session())
             yield
 
-    def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> object:
+    def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> Tensor | float:
         if self._checked or scale == 0.0:
             return self._run(closure, seed, scale)
         trace: list[float] = []
         loss = self._run(closure, seed, scale, trace)
         unseen = [s for s in self.all if id(s.param) not in self.seen]
-        if not bool(torch.isfinite(torch.as_tensor(loss)).all()):
+        if not math.isfinite(loss):
             return loss  # tells nothing about what it depends on; the step will not count
         if unseen:
             loss = self._check(closure, seed, scale, again, unseen, trace, loss)
         self._checked = True
         return loss
 
-    def _run(self, closure: Closure, seed: Seed, scale: float, trace: list[float] | None = None) -> object:
+    def _run(self, closure: Closure, seed: Seed, scale: float, trace: list[float] | None = None) -> Tensor | float:
         if self.held is not None:
             self.held.place(seed, scale)
         with _eager(), _Mode(self, seed, scale, trace):
@@ -279,9 +288,8 @@ class Scratch:
         again: Callable[[], None],
         unseen: list[Slot],
         trace: list[float],
-        loss: object,
-    ) -> object:
-        first = loss.detach().clone() if isinstance(loss, Tensor) else loss
+        loss: Tensor | float,
+    ) -> Tensor | float:
         held = Copy(unseen, self.noise)
         for s in unseen:
             del self.slots[id(s.param)]
@@ -291,13 +299,13 @@ class Scratch:
             held.place(seed, scale)
             again()
             second = self._run(closure, seed, scale, second_trace)
-            if _same(first, second) and len(trace) == len(second_trace) and all(map(_same, trace, second_trace)):
+            if _same(loss, second) and len(trace) == len(second_trace) and all(map(_same, trace, second_trace)):
                 self.slots |= {id(s.param): s for s in unseen}
                 return second
             self.held = held
             self._stack.push(stack.pop_all())
         warnings.warn(
-            "MeZO: of these parameters some reach the loss without passing a torch function (scripted modules, "
+            f"{self._op}: of these parameters some reach the loss without passing a torch function (scripted modules, "
             "C++ code, views made beforehand); they are perturbed in place and restored from a copy: "
             + ", ".join(s.name for s in unseen[:8])
             + (f" and {len(unseen) - 8} more" if len(unseen) > 8 else ""),
@@ -314,7 +322,7 @@ def _eager() -> AbstractContextManager[object]:
     return stance
 
 
-def _same(a: object, b: object) -> bool:
-    """Equal bits, NaN included."""
-    x, y = torch.as_tensor(a), torch.as_tensor(b)
-    return bool(torch.equal(x, y) or (x.shape == y.shape and ((x == y) | (x.isnan() & y.isnan())).all()))
+def _same(a: Tensor | float, b: Tensor | float) -> bool:
+    """Equal numbers, NaN included."""
+    x, y = float(a), float(b)
+    return x == y or (math.isnan(x) and math.isnan(y))

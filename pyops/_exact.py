@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,9 +30,12 @@ def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
 
 
 def sqrt(x: Tensor) -> Tensor:
-    """round(sqrt(x)) for fp32. torch.sqrt of fp32 on a CPU is not correctly rounded (MKL, last bit); a root taken in
-    fp64 lies further from every midpoint of fp32 numbers than its own error."""
-    return x.double().sqrt().float()
+    """round(sqrt(x)) for fp32 and fp64. torch.sqrt on a CPU is not correctly rounded (MKL, last bit); NumPy's is."""
+    if x.device.type != "cpu":
+        return x.sqrt()
+    root = torch.empty_like(x)
+    np.sqrt(x.detach().numpy(), out=root.numpy())
+    return root
 
 
 def divide(a: Tensor | float, b: Tensor | float, like: Tensor) -> Tensor:

@@ -316,6 +316,75 @@ def test_scripted_and_compiled_modules_see_the_perturbed_weights() -> None:
     assert type(opt._evaluator._perturber).__name__ == "Copy"
 
 
+def measured(model: nn.Module, closure: Callable[[], Tensor], steps: int = 1, **options: Any) -> list[float]:
+    opt = MeZO(model.parameters(), eps=EPS, **options)
+    for _ in range(steps):
+        opt.step(closure)
+    return opt.log.scalars().ravel().tolist()
+
+
+TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "grad": lambda f, x: torch.func.grad(lambda y: f(y).sum())(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x[0]),
+    "hessian": lambda f, x: torch.func.hessian(lambda y: f(y).sum())(x[0]),
+    "functional_call": lambda f, x: torch.func.functional_call(f, dict(f.named_parameters()), (x,)),
+}
+
+
+@pytest.mark.parametrize("name", [*TRANSFORMS, "autograd"])
+def test_a_closure_may_differentiate(name: str) -> None:
+    """With respect to its inputs; each use of a weight is in the graph with the value that it had there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    x = torch.randn(6, 4)
+
+    def closure() -> Tensor:
+        if name != "autograd":
+            return TRANSFORMS[name](model, x).square().mean()
+        with torch.enable_grad():
+            y = x.clone().requires_grad_()
+            return torch.autograd.grad(model(y).sum(), y)[0].square().mean()
+
+    scratch, copied = (measured(model, closure, lr=0.0, perturb=mode) for mode in ("scratch", "copy"))
+    assert scratch[0] != 0.0
+    assert scratch == pytest.approx(copied, rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["scratch", "copy", "inplace"])
+@pytest.mark.parametrize("variant", ["spsa", "one_sided", "fzoo", "hizoo"])
+def test_autocast_around_the_step_is_that_around_the_model(mode: str, variant: str) -> None:
+    """autocast keeps casts of the weights, which must not outlive an evaluation."""
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+
+    def run(outside: bool) -> list[float]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        inner, outer = (torch.autocast("cpu", torch.bfloat16, enabled=on) for on in (not outside, outside))
+
+        def closure() -> Tensor:
+            if outside:
+                return model(x).float().square().mean()
+            with inner:
+                return model(x).float().square().mean()
+
+        with outer:
+            directions = 2 if variant == "fzoo" else 1
+            return measured(model, closure, 3, lr=1e-2, perturb=mode, variant=variant, directions=directions)
+
+    assert run(True) == run(False)
+
+
+@pytest.mark.parametrize("mode", ["scratch", "copy"])
+def test_a_default_device_is_not_that_of_the_parameters(mode: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 2), torch.randn(3, 4)
+    wanted = measured(model, lambda: model(x).sum(), lr=0.0, perturb=mode)
+    with torch.device("meta"):
+        assert measured(model, lambda: model(x).sum(), lr=0.0, perturb=mode) == wanted
+
+
 def test_the_update_itself_is_seen_by_autograd() -> None:
     p = nn.Parameter(torch.randn(4))
     loss = (p**2).sum()

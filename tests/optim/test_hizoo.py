@@ -7,6 +7,7 @@ import io
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from zo_runs import DTYPES, HIZOO, VARIANTS, model_of, run, same, take
 
 import leanops as lo
 from leanops.optim import LogError, MeZO, ZoLog, curvature, replay_, scratch
-from leanops.optim.noise import Noise
+from leanops.optim.noise import Noise, Seed
+from leanops.optim.params import Slot
 
 F64 = torch.float64
 
@@ -30,6 +32,19 @@ def noise(opt: MeZO, params: list[Tensor], k: int) -> list[Tensor]:
     header = opt.log.header
     seed = Noise.of(header).seeds(header["seed"], opt.steps, k + 1)[k].left
     return [lo.zo_noise(p.shape, seed, tensor_id=i, dtype=F64) for i, p in enumerate(params)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_roots_are_rounded_correctly(dtype: torch.dtype) -> None:
+    """As NumPy's, the processor's and CUDA's are, and torch's on a CPU are not."""
+    g = torch.Generator().manual_seed(0)
+    p, h = torch.randn(1 << 16, generator=g, dtype=dtype), torch.rand(1 << 16, generator=g, dtype=dtype) * 1e3
+    slot = Slot(p, p, 3, 0, "p", 0, h)
+    out = torch.empty_like(p)
+    curvature.perturb_into_([out], [slot], Seed(7), 1e-2)
+    step = torch.zeros_like(p)
+    lo.zo_axpy_(step, 7, 1e-2, tensor_ids=[3])
+    assert np.array_equal(out.numpy(), step.numpy() / np.sqrt(h.numpy()) + p.numpy())
 
 
 # --- the formula ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import leanops as lo
-from leanops.optim import MeZO, decay_groups
+from leanops.optim import MeZO, ZoLog, decay_groups
 from leanops.optim import seeds as rule
 
 F64 = torch.float64
@@ -277,7 +277,7 @@ def test_losses_that_are_not_finite_change_nothing(bad: float) -> None:
     p = nn.Parameter(torch.randn(5))
     before = p.detach().clone()
     opt = MeZO([p], lr=1.0, weight_decay=0.5)
-    with pytest.raises(FloatingPointError, match="step 0: a loss is not finite"):
+    with pytest.raises(FloatingPointError, match="step 0: a loss, or the estimate from it in fp32, is not finite"):
         opt.step(lambda: p.sum() * bad)
     assert torch.equal(p, before)
     assert len(opt.log) == 0
@@ -290,12 +290,46 @@ def test_losses_that_are_not_finite_change_nothing(bad: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "loss"),
+    [
+        ({}, 1e308),  # two of them overflow
+        ({"variant": "fzoo", "directions": 3}, 1e200),  # their squares do
+        ({"variant": "hizoo", "eps": 1e-170}, 1.0),  # eps^2 underflows
+    ],
+)
+def test_losses_at_the_edge_of_fp64_are_handled_as_any(options: dict[str, Any], loss: float) -> None:
+    p = nn.Parameter(torch.randn(5))
+    before = p.detach().clone()
+    opt = MeZO([p], lr=1e-3, on_nonfinite="skip", **options)
+    values = iter([loss, 0.5 * loss] * 4)
+    opt.step(lambda: next(values) * float(p.abs().sum() > 0))
+    assert [s.scalars for s in opt.log.steps()] == [None]
+    assert torch.equal(p, before)
+
+
+def test_a_first_step_that_fails_leaves_no_log_file(tmp_path: Any) -> None:
+    p = nn.Parameter(torch.randn(5))
+    opt = MeZO([p], log_file=tmp_path / "run.zolog")
+    for bad, error in ((lambda: 1 / 0, ZeroDivisionError), (lambda: math.nan, FloatingPointError)):
+        with pytest.raises(error):
+            opt.step(bad)
+        assert not (tmp_path / "run.zolog").exists()
+    opt.step(lambda: p.sum())
+    opt.log.close()
+    assert len(ZoLog.load(tmp_path / "run.zolog")) == 1
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"eps": 0.0}, "eps must be .*> 0"),
         ({"eps": math.nan}, "eps"),
         ({"lr": -1.0}, "lr must be .*>= 0"),
         ({"lr": math.nan}, "lr"),
+        ({"lr": "fast"}, "lr must be a finite number >= 0, got 'fast'"),
+        ({"lr": torch.ones(2)}, r"lr must be a finite number >= 0, got tensor"),
+        ({"eps": None}, "eps must be a finite number > 0, got None"),
+        ({"smoothing": "x", "variant": "hizoo"}, "smoothing must be .*'x'"),
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"momentum": 1.0}, "momentum must be below 1"),
         ({"directions": 0}, "directions must be an integer >= 1, got 0"),
@@ -318,12 +352,14 @@ def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None
 
 
 def test_bad_parameters_are_refused_and_nothing_is_added() -> None:
-    whole = torch.zeros(8)
+    whole, matrix = torch.zeros(8), torch.zeros(3, 4)
     bad: list[tuple[Any, str]] = [
-        ([nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False)], "int64"),
         ([nn.Parameter(torch.zeros(2, dtype=torch.complex64))], "complex64"),
         ([torch.eye(3).to_sparse().requires_grad_()], "dense"),
-        ([nn.Parameter(whole[:5]), nn.Parameter(whole[3:])], "share memory"),
+        ([nn.Parameter(torch.zeros(2, device="meta"))], "parameter . must have data, got a meta tensor"),
+        ([nn.Parameter(torch.zeros(3).expand(2, 3))], "parameter . must not overlap itself"),
+        ([nn.Parameter(whole[:5]), nn.Parameter(whole[3:])], "parameter 0 and parameter 1 must not overlap in memory"),
+        ([nn.Parameter(matrix), nn.Parameter(matrix.t())], "parameter 0 and parameter 1 must not overlap in memory"),
         ([], "empty parameter list"),
     ]
     for params, message in bad:
@@ -331,14 +367,35 @@ def test_bad_parameters_are_refused_and_nothing_is_added() -> None:
             MeZO(params)
     with pytest.raises(TypeError):
         MeZO(torch.zeros(3))
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module or None, got int"):
+        MeZO([nn.Parameter(torch.zeros(3))], model=3)  # type: ignore[arg-type]
     p = nn.Parameter(torch.zeros(3))
     with pytest.raises(ValueError, match="twice"), pytest.warns(UserWarning, match="duplicate"):
         MeZO([p, p])
     opt = MeZO([p])
-    for params, message in bad[:3]:
+    opt.add_param_group({"params": [nn.Parameter(matrix[:, :3])]})
+    bad.append(([nn.Parameter(matrix[:, 1:])], "parameter 1 and parameter 2 must not overlap in memory"))
+    for params, message in [*bad[:4], bad[-1]]:
         with pytest.raises(ValueError, match=message):
             opt.add_param_group({"params": params})
-    assert len(opt.param_groups) == 1
+    assert len(opt.param_groups) == 2
+
+
+def test_frozen_parameters_may_be_of_any_kind_until_they_move() -> None:
+    """A quantised base under adapters."""
+    codes, p = nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False), nn.Parameter(torch.ones(3))
+    opt = MeZO([codes, p], lr=1.0)
+    opt.step(lambda: p.sum() * codes.sum())
+    assert codes.tolist() == [1, 1]
+    assert not torch.equal(p, torch.ones(3))
+    other = nn.Parameter(p.detach(), requires_grad=False)
+    opt.add_param_group({"params": [other]})
+    before = p.detach().clone()
+    other.requires_grad_()
+    with pytest.raises(ValueError, match=r"MeZO\.step: parameter 1 and parameter 2 must not overlap in memory"):
+        opt.step(lambda: p.sum())
+    assert torch.equal(p, before)
+    assert len(opt.log) == 1
 
 
 def test_bad_closures_and_states_are_refused_and_nothing_changes() -> None:
@@ -349,8 +406,10 @@ def test_bad_closures_and_states_are_refused_and_nothing_changes() -> None:
         opt.step()
     with pytest.raises(ValueError, match=r"scalar.*\[5\]"):
         opt.step(lambda: p * 2)
-    with pytest.raises(TypeError, match="NoneType"):
-        opt.step(lambda: None)
+    for nothing in (None, {}, "low"):  # of a fresh optimizer as well: its first evaluation is looked at
+        for fresh in (opt, MeZO([p, nn.Parameter(torch.randn(2))], lr=1.0)):
+            with pytest.raises(TypeError, match=rf"MeZO.step: closure must .* got {type(nothing).__name__}"):
+                fresh.step(lambda: nothing)  # noqa: B023
     opt.param_groups[0]["lr"] = math.nan
     with pytest.raises(ValueError, match="lr"):
         opt.step(lambda: p.sum())
@@ -358,6 +417,11 @@ def test_bad_closures_and_states_are_refused_and_nothing_changes() -> None:
     assert torch.equal(p, before)
     with pytest.raises(ValueError, match="no entry 'mezo'"):
         opt.load_state_dict(torch.optim.SGD([p], lr=1.0).state_dict())
+    part = MeZO([p], lr=0.25).state_dict()
+    del part["mezo"]["eps"]
+    with pytest.raises(ValueError, match="'mezo' must hold 'log' and 'eps', it lacks eps"):
+        opt.load_state_dict(part)
+    assert opt.param_groups[0]["lr"] == 1.0
     with pytest.raises(ValueError, match="rounding must be the saved run's"):
         opt.load_state_dict(MeZO([p], rounding="stochastic").state_dict())
     with pytest.raises(ValueError, match=r"parameter .*must be"):
