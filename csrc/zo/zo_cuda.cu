@@ -142,14 +142,14 @@ Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
 
 Tensor mm(const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes ownership of what was returned
 }
 
@@ -178,21 +178,23 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::optional<Tensor> x_minus, Tenso
   call.terms = 1;
   call.seeds = place(seed, call.inline_seeds, x, device, alive);
   call.inline_coeffs[0] = scale;
-  const Mode mode = x_minus ? PAIR : NOISE;
 
-  // With one x: A = x W^T, B = x z^T, y = A + bias ± c B. With two: each with its own panel of W ± c z.
-  Tensor y_plus = x_minus ? torch::stable::new_empty(x, {rows, n}) : mm(flat, transposed(dense));
+  // With one x: A = x W^T, B = x z^T, y = A + bias ± c B. With two: each with its own panel of W ± c z; so with
+  // fp16, which B, not small as c B is, may overflow.
+  const bool pair = x_minus || x.scalar_type() == ScalarType::Half;
+  const Mode mode = pair ? PAIR : NOISE;
+  Tensor y_plus = pair ? torch::stable::new_empty(x, {rows, n}) : mm(flat, transposed(dense));
   Tensor y_minus = torch::stable::new_empty(x, {rows, n});
-  std::optional<Tensor> flat_minus;
-  if (x_minus) flat_minus = torch::stable::reshape(torch::stable::contiguous(*x_minus), {rows, m});
+  const Tensor flat_minus =
+      x_minus ? torch::stable::reshape(torch::stable::contiguous(*x_minus), {rows, m}) : flat;
 
   const i64 blocks =
       std::max<i64>(1, std::min<i64>((rows * panel_rows + 255) / 256, (i64)device.processors * 32));
   for (i64 first = 0; first < n; first += panel_rows) {
     const i64 width = std::min(panel_rows, n - first);
     const Tensor plus = torch::stable::new_empty(x, {width, m});
-    const Tensor minus = x_minus ? torch::stable::new_empty(x, {width, m}) : plus;
-    const u64 in = x_minus ? address(dense) + (u64)(first * m) * x.element_size() : address(plus);
+    const Tensor minus = pair ? torch::stable::new_empty(x, {width, m}) : plus;
+    const u64 in = pair ? address(dense) + (u64)(first * m) * x.element_size() : address(plus);
     std::vector<Slot> slots = {
         {address(plus), in, address(minus), offset + first * m, width * m, 0, (u64)tensor_id, 0}};
     call.units = plan(slots, mode);
@@ -204,10 +206,10 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::optional<Tensor> x_minus, Tenso
                                               device.processors, device.stream));
       });
     }
-    if (x_minus) {
+    if (pair) {
       Tensor at_plus = y_plus, at_minus = y_minus;
       mm_out(flat, transposed(plus), torch::stable::narrow(at_plus, 1, first, width));
-      mm_out(*flat_minus, transposed(minus), torch::stable::narrow(at_minus, 1, first, width));
+      mm_out(flat_minus, transposed(minus), torch::stable::narrow(at_minus, 1, first, width));
     } else if (rows) {
       const Tensor b = mm(flat, transposed(plus));
       for_dtype(x.scalar_type(), [&](auto type) {
@@ -218,7 +220,7 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::optional<Tensor> x_minus, Tenso
       });
     }
   }
-  if (x_minus && bias && rows * n) {
+  if (pair && bias && rows * n) {
     for (const Tensor& y : {y_plus, y_minus})
       for_dtype(x.scalar_type(), [&](auto type) {
         add_bias_kernel<decltype(type)><<<(int)blocks, 256, 0, device.stream>>>(address(y), bias_at, rows, n);

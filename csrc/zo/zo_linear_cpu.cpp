@@ -1,5 +1,7 @@
 #include "zo_linear_cpu.h"
 
+#include <torch/headeronly/util/shim_utils.h>
+
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -18,7 +20,7 @@ constexpr int64_t kTokens = 1024;  // a block: enough that making z again for ea
 
 template <size_t N>
 Tensor call(const char* name, const char* overload, std::array<StableIValue, N> stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -168,11 +170,12 @@ std::tuple<Tensor, Tensor> zo_linear(Tensor x, std::optional<Tensor> x_minus, Te
   const int64_t panel = std::min(n, std::max(kLeastRows, fit));
   const Noise noise = {
       cpu, dtype, kind, seed_of(seed), static_cast<uint32_t>(tensor_id), static_cast<uint64_t>(offset)};
-  // z must be exact in the dtype for B to be exact: signs always are, a Gaussian is not in 16 bits.
-  const bool exact =
-      kind == Distribution::kRademacher || dtype == DType::kFloat32 || dtype == DType::kFloat64;
+  // B needs a z that is exact in the dtype, as signs always are and a Gaussian in 16 bits is not, and a wider range
+  // than fp16's: it is not small, as c B is.
+  const bool fits = dtype == DType::kFloat32 || dtype == DType::kFloat64 ||
+                    (dtype == DType::kBFloat16 && kind == Distribution::kRademacher);
   Tensor plus, minus;
-  if (!x_minus && exact) {
+  if (!x_minus && fits) {
     std::tie(plus, minus) = shared(flat, dense, bias, noise, scale, panel);
   } else {
     const Tensor other = x_minus ? rows(*x_minus) : flat;

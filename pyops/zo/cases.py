@@ -254,16 +254,28 @@ def axpy_bad(name: str) -> tuple[BadInput, ...]:
                 make(out=lambda d: [torch.ones(8, device=d), torch.ones(4, device=d, dtype=torch.bfloat16)]),
                 rf"{name}: out\[1\].*float32.*bfloat16",
             ),
+            BadInput(
+                "sparse source",
+                make(
+                    out=lambda d: [torch.ones(2, 4, device=d), torch.ones(4, device=d)],
+                    tensors=lambda d: [torch.ones(2, 4, device=d).to_sparse(), torch.ones(4, device=d)],
+                ),
+                rf"{name}: tensors\[0\] must be a dense tensor, got layout torch.sparse_coo",
+            ),
         ]
     return tuple(bad)
 
 
-def linear_case(name: str, t: int, n: int, m: int, distribution: str, pair: bool = False, bench: bool = False) -> Case:
+def linear_case(
+    name: str, t: int, n: int, m: int, distribution: str, pair: bool = False, bench: bool = False, std: float = 1.0
+) -> Case:
+    """x normal with deviation ``std``, W with m^-1/2."""
+
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
         def random(*shape: int, std: float = 1.0) -> Tensor:
             return (std * torch.randn(shape, generator=generator)).to(device, dtype)
 
-        x, weight, bias = random(t, m), random(n, m, std=m**-0.5), random(n)
+        x, weight, bias = random(t, m, std=std), random(n, m, std=m**-0.5), random(n)
         return x, random(t, m) if pair else None, weight, bias, i64(11), 1e-2, 2, 0, distribution
 
     return Case(name, make, bench)
@@ -304,6 +316,9 @@ def linear_bad() -> tuple[BadInput, ...]:
 
         return build
 
+    def dense(name: str) -> str:
+        return f"zo_linear: {name} must be a dense tensor, got layout torch.sparse"
+
     return (
         BadInput("x width", make(x=lambda d: torch.ones(2, 5, device=d)), "zo_linear: x .*6.*5"),
         BadInput("x 0-d", make(x=lambda d: torch.ones((), device=d)), "zo_linear: x"),
@@ -315,4 +330,7 @@ def linear_bad() -> tuple[BadInput, ...]:
         BadInput("seed", make(seed=i64(1, 2)), "zo_linear: seed .*one.*2"),
         BadInput("id", make(id=-1), "zo_linear: tensor_id .*-1"),
         BadInput("distribution", make(dist="normal"), "zo_linear: distribution .*normal"),
+        BadInput("sparse x_minus", make(x_minus=lambda d: torch.ones(2, 6, device=d).to_sparse()), dense("x_minus")),
+        BadInput("sparse weight", make(weight=lambda d: torch.ones(3, 6, device=d).to_sparse()), dense("weight")),
+        BadInput("sparse bias", make(bias=lambda d: torch.ones(3, device=d).to_sparse()), dense("bias")),
     )

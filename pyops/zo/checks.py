@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,8 +12,7 @@ from leanops._checks import in_range, one_of, require, same_layout
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_RANK = 64  # of low-rank noise: the factors of a tile fit the buffers of every backend
-_ID = 2**32
-_INDEX = 2**63
+IDS, INDICES = 2**32, 2**63  # how many there are
 
 
 def _float_tensor(op: str, name: str, t: Tensor) -> None:
@@ -37,8 +37,8 @@ def _one_seed(op: str, seed: Tensor, device: torch.device) -> None:
 
 
 def _place(op: str, tensor_id: int, offset: int, numel: int) -> None:
-    in_range(op, "tensor_id", tensor_id, 0, _ID)
-    in_range(op, "offset", offset, 0, _INDEX - numel)
+    in_range(op, "tensor_id", tensor_id, 0, IDS)
+    in_range(op, "offset", offset, 0, INDICES - numel)
 
 
 def noise_(out: Tensor, seed: Tensor, tensor_id: int, offset: int, distribution: str) -> None:
@@ -62,8 +62,9 @@ def noise(
             raise ValueError(f"zo_noise: shape must have no negative size, got {list(shape)}")
     if dtype is not None:
         require(dtype in FLOATS, f"zo_noise: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
-    in_range("zo_noise", "tensor_id", tensor_id, 0, _ID)
-    in_range("zo_noise", "offset", offset, 0, _INDEX)
+    numel = math.prod(shape) if all(isinstance(size, int) for size in shape) else 0
+    require(numel < INDICES, f"zo_noise: shape must have fewer than 2^63 elements, got {list(shape)}")
+    _place("zo_noise", tensor_id, offset, numel)
     one_of("zo_noise", "distribution", distribution, ("gaussian", "rademacher"))
 
 
@@ -104,10 +105,10 @@ def _axpy(
         if len(values) != len(written):
             raise ValueError(f"{op}: {name} must have one entry a tensor ({len(written)}), got {len(values)}")
     for i, (t, tensor_id, offset) in enumerate(zip(written, tensor_ids, offsets, strict=True)):
-        if not 0 <= tensor_id < _ID:
-            in_range(op, f"tensor_ids[{i}]", tensor_id, 0, _ID)
+        if not 0 <= tensor_id < IDS:
+            in_range(op, f"tensor_ids[{i}]", tensor_id, 0, IDS)
         if offset:
-            in_range(op, f"offsets[{i}]", offset, 0, _INDEX - t.numel())
+            in_range(op, f"offsets[{i}]", offset, 0, INDICES - t.numel())
     one_of(op, "distribution", distribution, ("gaussian", "rademacher", "lowrank"))
     one_of(op, "rounding", rounding, ("nearest", "stochastic"))
     if distribution == "lowrank":
@@ -135,9 +136,9 @@ def _low_rank(
     if len(columns) != len(written):
         raise ValueError(f"{op}: columns must have one entry a tensor ({len(written)}), got {len(columns)}")
     for i, (t, width, offset) in enumerate(zip(written, columns, offsets, strict=True)):
-        in_range(op, f"columns[{i}]", width, 0, _INDEX // rank)
+        in_range(op, f"columns[{i}]", width, 0, INDICES // rank)
         if width:  # the factors' own indices have 63 bits too
-            in_range(op, f"offsets[{i}]", offset, 0, _INDEX // rank - t.numel())
+            in_range(op, f"offsets[{i}]", offset, 0, INDICES // rank - t.numel())
 
 
 def axpy_(
@@ -183,6 +184,8 @@ def axpy_into_(
     _axpy(op, out, "out", *rest)
     for i, (o, t) in enumerate(zip(out, tensors, strict=True)):
         same_layout(op, f"out[{i}]", o, f"tensors[{i}]", t)
+        if t.layout != torch.strided:
+            _float_tensor(op, f"tensors[{i}]", t)
 
 
 def linear(
@@ -206,6 +209,7 @@ def linear(
             continue
         require(t.dtype == x.dtype, f"{op}: {name} must have the dtype of x, {x.dtype}, got {t.dtype}")
         require(t.device == x.device, f"{op}: {name} must be on the device of x, {x.device}, got {t.device}")
+        _float_tensor(op, name, t)
     if bias is not None:
         require(bias.shape == (n,), f"{op}: bias must have shape [{n}], got {list(bias.shape)}")
     if x_minus is not None:

@@ -228,10 +228,13 @@ def zo_linear(
     offset: int,
     distribution: str,
 ) -> tuple[Tensor, Tensor]:
-    """With one x: A = x W^T, B = x z^T, y = A + bias ± c B. With two: each has its own panel of W ± c z."""
+    """With one x: A = x W^T, B = x z^T, y = A + bias ± c B. With two: each has its own panel of W ± c z; so with
+    fp16, which B, not small as c B is, may overflow."""
     n, m = weight.shape
     flat, w = x.reshape(-1, m) if m else x.new_empty(x.shape[:-1].numel(), 0), weight.contiguous()
     rows = flat.shape[0]
+    pair = x_minus is not None or x.dtype == torch.float16
+    flat_minus = flat if x_minus is None else x_minus.reshape(rows, m)
     b = None if bias is None else bias.contiguous()
     bias_at = np.uint64(0 if b is None else b.data_ptr())
     step = max(1, min(n, _PANEL // max(m, 1)))
@@ -241,24 +244,24 @@ def zo_linear(
     _keep = _place(call, "seeds", seed, x)
 
     y_minus = x.new_empty(rows, n)
-    y_plus = flat @ w.t() if x_minus is None else x.new_empty(rows, n)
+    y_plus = x.new_empty(rows, n) if pair else flat @ w.t()
     for first in range(0, n, step):
         width = min(step, n - first)
         plus = x.new_empty(width, m)
-        minus = plus if x_minus is None else x.new_empty(width, m)
-        source = plus if x_minus is None else w[first : first + width]
+        minus = x.new_empty(width, m) if pair else plus
+        source = w[first : first + width] if pair else plus
         if m and rows:
             slot = (plus.data_ptr(), source.data_ptr(), minus.data_ptr(), offset + first * m, width * m, tensor_id)
-            _run(call, [slot], plus, distribution, _NOISE if x_minus is None else _PAIR, False)
-        if x_minus is not None:
+            _run(call, [slot], plus, distribution, _PAIR if pair else _NOISE, False)
+        if pair:
             y_plus[:, first : first + width] = flat @ plus.t()
-            y_minus[:, first : first + width] = x_minus.reshape(rows, m) @ minus.t()
+            y_minus[:, first : first + width] = flat_minus @ minus.t()
         elif rows:
             turn = flat @ plus.t()
             arguments = [np.uint64(t.data_ptr()) for t in (y_plus, y_minus, y_plus, turn)]
             arguments += [bias_at, np.float64(scale), *map(np.int64, (rows, n, first, width))]
             _nvrtc.launch(combine(x.dtype), x, _grid(rows * width, 256, x), arguments)
-    if x_minus is not None and b is not None and rows * n:
+    if pair and b is not None and rows * n:
         for y in (y_plus, y_minus):
             arguments = [np.uint64(y.data_ptr()), bias_at, np.int64(rows), np.int64(n)]
             _nvrtc.launch(add_bias(x.dtype), x, _grid(rows * n, 256, x), arguments)

@@ -3,32 +3,58 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Real
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from leanops._checks import as_list, integer, integers, is_integer, require
+from leanops.zo.checks import IDS, INDICES
 
 _ops = torch.ops.leanops
 
 
-def seed_tensor(seeds: int | Sequence[int] | Tensor, op: str = "zo") -> Tensor:
-    """Seeds as the operators take them: int64 [K], the bits of numbers in [-2^63, 2^64). ``op`` is for the message."""
+def seed_tensor(seeds: int | Iterable[int] | Tensor, op: str, name: str) -> Tensor:
+    """Seeds as the operators take them: int64 [K], the bits of numbers in [-2^63, 2^64). ``op`` and ``name`` are for
+    the message."""
     if isinstance(seeds, Tensor):
-        return seeds.reshape(-1)
-    return torch.tensor([_wrapped(s, op) for s in ((seeds,) if isinstance(seeds, int) else seeds)], dtype=torch.int64)
+        return _vector(seeds)
+    return torch.tensor([_wrapped(op, name, s) for s in as_list(seeds)], dtype=torch.int64, device="cpu")
 
 
-def _wrapped(seed: int, op: str = "zo") -> int:
+def _wrapped(op: str, name: str, seed: int) -> int:
     """The int64 with the bits of a seed."""
-    if not isinstance(seed, (int, torch.SymInt)) or not -(1 << 63) <= seed < 1 << 64:
-        raise ValueError(f"{op}: a seed must be an integer in [-2^63, 2^64), got {seed}")
+    if (type(seed) is not int and not is_integer(seed)) or not -(1 << 63) <= seed < 1 << 64:
+        raise ValueError(f"{op}: {name} must be an integer in [-2^63, 2^64), got {seed!r}")
+    seed = int(seed) if isinstance(seed, np.integer) else seed
     return seed - (1 << 64) if seed >= 1 << 63 else seed
 
 
-def _scalars(values: float | Sequence[float] | Tensor) -> Tensor:
+def _vector(values: Tensor) -> Tensor:
+    return values.reshape(1) if values.dim() == 0 else values
+
+
+def _scalars(op: str, name: str, values: float | Iterable[float] | Tensor) -> Tensor:
+    """Numbers as the operators take them: float64 [K]."""
     if isinstance(values, Tensor):
-        return values.reshape(-1).to(torch.float64)
-    return torch.tensor([values] if isinstance(values, (int, float)) else list(values), dtype=torch.float64)
+        require(not values.is_complex(), f"{op}: {name} must be real, got {values.dtype}")
+        return _vector(values).to(torch.float64)
+    # a compiled graph has no tolist() of floats
+    items = list(values) if isinstance(values, np.ndarray) and values.ndim == 1 else as_list(values)
+    try:
+        return torch.tensor(items, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        bad = next((v for v in items if not isinstance(v, (Real, Tensor))), items)
+        raise ValueError(f"{op}: {name} must be a real number or a sequence of them, got {bad!r}") from None
+
+
+def _scale(op: str, scale: float) -> float:
+    try:
+        return float(scale + 0.0)  # float() alone would read a string
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{op}: scale must be a real number, got {scale!r}") from None
 
 
 def columns_of(shape: Sequence[int]) -> int:
@@ -37,6 +63,7 @@ def columns_of(shape: Sequence[int]) -> int:
 
 
 def _low_rank(
+    op: str,
     tensors: Sequence[Tensor],
     distribution: str,
     right_seeds: int | Sequence[int] | Tensor | None,
@@ -46,8 +73,8 @@ def _low_rank(
     """The operators' last arguments."""
     if columns is None and distribution == "lowrank":
         columns = [columns_of(t.shape) for t in tensors]
-    right = None if right_seeds is None else seed_tensor(right_seeds)
-    return right, None if columns is None else list(columns), rank
+    right = None if right_seeds is None else seed_tensor(right_seeds, op, "each of right_seeds")
+    return right, None if columns is None else integers(op, "columns", columns, INDICES), rank
 
 
 def zo_noise(
@@ -81,9 +108,11 @@ def zo_noise(
 
     Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11.
     """
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
-    place = torch.device(device) if device is not None else None
-    return _ops.zo_noise(sizes, _wrapped(seed), tensor_id, offset, distribution, dtype, place)
+    op = "zo_noise"
+    sizes = [integer(op, "shape", size, INDICES) for size in as_list(shape)]
+    at = integer(op, "tensor_id", tensor_id, IDS), integer(op, "offset", offset, INDICES)
+    place = torch.empty(0).device if device is None else torch.device(device)  # get_default_device breaks a graph
+    return _ops.zo_noise(sizes, _wrapped(op, "seed", seed), *at, distribution, dtype, place)
 
 
 def zo_axpy_(
@@ -119,8 +148,8 @@ def zo_axpy_(
 
     Args:
         tensors: tensors of float32, bfloat16, float16 or float64, of any shape and strides, not overlapping.
-        seeds, coeffs: ``K`` seeds and ``K`` coefficients: numbers, sequences, or tensors (int64, float64) on the CPU or
-            on the tensors' device. Coefficients are rounded to fp32 (kept for fp64 tensors).
+        seeds, coeffs: ``K`` seeds and ``K`` coefficients: numbers, sequences, numpy arrays, or tensors (int64, float64)
+            on the CPU or on the tensors' device. Coefficients are rounded to fp32 (kept for fp64 tensors).
         tensor_ids: one id a tensor, by default its position in the list.
         offsets: index of each tensor's first element in its whole logical tensor (for shards), by default 0.
         decay: weight decay of the call; with ``sequential``, one number or ``K``.
@@ -141,18 +170,19 @@ def zo_axpy_(
 
     Sources: MeZO (2305.17333), FedKSeed (2312.06353); LOZO (2410.07698) for Z = U V^T.
     """
+    op = "zo_axpy_"
     written = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     _ops.zo_axpy_(
         written,
-        seed_tensor(seeds),
-        _scalars(coeffs),
-        _scalars(decay),
-        list(range(len(written))) if tensor_ids is None else list(tensor_ids),
-        [0] * len(written) if offsets is None else list(offsets),
+        seed_tensor(seeds, op, "each of seeds"),
+        _scalars(op, "coeffs", coeffs),
+        _scalars(op, "decay", decay),
+        list(range(len(written))) if tensor_ids is None else integers(op, "tensor_ids", tensor_ids, IDS),
+        [0] * len(written) if offsets is None else integers(op, "offsets", offsets, INDICES),
         distribution,
         rounding,
         sequential,
-        *_low_rank(written, distribution, right_seeds, columns, rank),
+        *_low_rank(op, written, distribution, right_seeds, columns, rank),
     )
 
 
@@ -185,20 +215,21 @@ def zo_axpy_into_(
 
     The other arguments and the errors are those of :func:`zo_axpy_`.
     """
+    op = "zo_axpy_into_"
     written = [out] if isinstance(out, Tensor) else list(out)
     read = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     _ops.zo_axpy_into_(
         written,
         read,
-        seed_tensor(seeds),
-        _scalars(coeffs),
-        _scalars(decay),
-        list(range(len(read))) if tensor_ids is None else list(tensor_ids),
-        [0] * len(read) if offsets is None else list(offsets),
+        seed_tensor(seeds, op, "each of seeds"),
+        _scalars(op, "coeffs", coeffs),
+        _scalars(op, "decay", decay),
+        list(range(len(read))) if tensor_ids is None else integers(op, "tensor_ids", tensor_ids, IDS),
+        [0] * len(read) if offsets is None else integers(op, "offsets", offsets, INDICES),
         distribution,
         rounding,
         sequential,
-        *_low_rank(read, distribution, right_seeds, columns, rank),
+        *_low_rank(op, read, distribution, right_seeds, columns, rank),
     )
 
 
@@ -230,12 +261,15 @@ def zo_linear(
         x_minus: input of the minus branch where it differs, of x's shape (every layer after the first).
 
     Returns:
-        ``(y_plus, y_minus)``, each ``[..., n]``.
+        ``(y_plus, y_minus)``, each ``[..., n]``. With one x, an infinity in it may give NaN where ``W ± c z`` in memory
+        gives an infinity.
 
     Differentiable in x, x_minus, weight and bias; saved for backward: those inputs and the seed.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown distribution, an id out of range.
     """
-    seeds = seed_tensor(seed)
-    return _ops.zo_linear(x, x_minus, weight, bias, seeds, float(scale), tensor_id, offset, distribution)
+    op = "zo_linear"
+    at = integer(op, "tensor_id", tensor_id, IDS), integer(op, "offset", offset, INDICES)
+    seeds = seed_tensor(seed, op, "seed")
+    return _ops.zo_linear(x, x_minus, weight, bias, seeds, _scale(op, scale), *at, distribution)

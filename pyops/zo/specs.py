@@ -108,6 +108,10 @@ register(
             BadInput("negative size", lambda d: ([-4], 1, 0, 0, "gaussian", torch.float32, d), "zo_noise: shape .*-4"),
             BadInput("id", lambda d: ([4], 1, -1, 0, "gaussian", torch.float32, d), "zo_noise: tensor_id .*-1"),
             BadInput("offset", lambda d: ([4], 1, 0, -2, "gaussian", torch.float32, d), "zo_noise: offset .*-2"),
+            BadInput("end", lambda d: ([4], 1, 0, 2**63 - 4, "gaussian", torch.float32, d), "zo_noise: offset .*5804"),
+            BadInput(
+                "size", lambda d: ([2**40] * 2, 1, 0, 0, "gaussian", torch.float32, d), "zo_noise: shape .*2\\^63"
+            ),
             BadInput("distribution", lambda d: ([4], 1, 0, 0, "cauchy", torch.float32, d), "zo_noise: .*cauchy"),
         ),
         cost=lambda shape, *_: Cost(read=0, written=4 * torch.Size(shape).numel()),
@@ -201,6 +205,7 @@ register(
             *(linear_case(f"{d}-9x33x65", 9, 33, 65, d) for d in DISTRIBUTIONS),
             *(linear_case(f"{d}-9x33x65-pair", 9, 33, 65, d, pair=True) for d in DISTRIBUTIONS),
             linear_case("rademacher-70000x8x8", 70000, 8, 8, "rademacher"),
+            linear_case("rademacher-3x9x256-large", 3, 9, 256, "rademacher", std=4000.0),  # x z^T is infinite in fp16
             *(
                 linear_case(f"rademacher-{t}x2048x2048", t, 2048, 2048, "rademacher", bench=True)
                 for t in (1, 32, 128, 512, 2048)

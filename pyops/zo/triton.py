@@ -128,7 +128,8 @@ def _table(pairs: Sequence[Pair], tile: int | tuple[int, int], device: torch.dev
     )
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (rows, pairs[0].target.dtype, tile, device, stream)
-    if key in _tables:
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if key in _tables and not capturing:
         _tables.move_to_end(key)
         return _tables[key]
     words, first, aligned, size = [], 0, True, pairs[0].target.element_size()
@@ -137,11 +138,10 @@ def _table(pairs: Sequence[Pair], tile: int | tuple[int, int], device: torch.dev
         first += _tiles(tile, offset, numel, columns)
         aligned = aligned and target % 16 == source % 16 == offset * size % 16 == 0 and offset % 16 == 0
     value = (to_device(torch.tensor(words, dtype=torch.int64), device), first, aligned)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return value  # its contents exist only once the graph has run
-    _tables[key] = value
-    while len(_tables) > 64:
-        _tables.popitem(last=False)
+    if not capturing:  # a graph reads its own again at every replay
+        _tables[key] = value
+        while len(_tables) > 64:
+            _tables.popitem(last=False)
     return value
 
 
@@ -188,7 +188,7 @@ def _launch(
         DTYPE=_DTYPE[like.dtype],
         WORK=tl.float64 if like.dtype == torch.float64 else tl.float32,
         IS_RADEMACHER=distribution == "rademacher",
-        STOCHASTIC=rounding == "stochastic",
+        STOCHASTIC=rounding == "stochastic" and like.dtype.itemsize == 2,
         TILE=tile,
         ALIGNED=aligned,
         num_warps=4,
