@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -78,6 +79,13 @@ def _parser() -> Parser:
     replay.add_argument("log", metavar="RUN.zolog")
     replay.add_argument("-o", "--out", required=True, metavar="OUT.safetensors")
     replay.add_argument("--fused", action="store_true", help="all seeds in one pass: faster, equal to rounding only")
+    replay.add_argument(
+        "--name",
+        action="append",
+        default=[],
+        metavar="LOG=BASE",
+        help="a parameter's name in the log and in BASE where they differ, as of a tied weight; may be given again",
+    )
     return parser
 
 
@@ -204,11 +212,19 @@ def _replay(options: argparse.Namespace) -> int:
     for name in (options.base, options.log):
         if not Path(name).is_file():
             raise CommandError(f"leanops replay: no file {name}")
-    with report.progress(sys.stderr) as progress:
+    if wrong := [pair for pair in options.name if "=" not in pair]:
+        raise CommandError(f"leanops replay: --name must be LOG=BASE, got {wrong[0]}")
+    names = dict(pair.split("=", 1) for pair in options.name)
+    with warnings.catch_warnings(), report.progress(sys.stderr) as progress:
+        warnings.showwarning = _one_line
         steps = report.Portions(progress, f"replay of {options.log}")
-        replay_file(options.base, options.log, options.out, progress=steps, fused=options.fused)
+        replay_file(options.base, options.log, options.out, progress=steps, fused=options.fused, names=names)
     print(f"wrote {options.out}")
     return 0
+
+
+def _one_line(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"leanops: {message}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

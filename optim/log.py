@@ -15,6 +15,7 @@ file and dies leaves a log that loads up to the last whole step, with a warning.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +39,10 @@ FIELDS = ("lr", "weight_decay", "momentum")  # of a parameter group; each is 0 u
 
 _ESCAPE = 0x7FA10C5E
 _SET, _JSON, _CHECK, _END = 1, 2, 3, 4
+_LAYOUT = {_SET: "<HHd", _CHECK: "<II", _END: "<II"}  # (group, field, value), (crc32, steps) of all before it
 _CHECK_EVERY = 4096
 _SKIPPED = struct.pack("<I", 0x7FC00000)
+_ENTRY = {"name", "id", "shape", "dtype", "group"}  # of a parameter
 
 
 class LogError(ValueError):
@@ -110,7 +114,12 @@ class ZoLog:
 
     def set(self, group: int, field: str, value: float) -> None:
         """From the next step on, a parameter group's lr, weight decay or momentum has another value."""
-        self._event(_SET, struct.pack("<HHd", group, FIELDS.index(field), value))
+        if field not in FIELDS or not _in_range(field, value):
+            raise ValueError(
+                f"ZoLog.set: field must be one of {', '.join(FIELDS)}, its value finite and >= 0, momentum below 1, "
+                f"got {field!r} and {value}"
+            )
+        self._event(_SET, struct.pack(_LAYOUT[_SET], group, FIELDS.index(field), value))
 
     def change(self, **values: Any) -> None:
         """From the next step on: ``frozen`` (ids), ``eps``, or further ``params`` with their ``group``."""
@@ -138,8 +147,12 @@ class ZoLog:
         return self._preamble(self._count) + bytes(self._body) + self._checksum(_END)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the log; the file appears whole or not at all."""
-        _replace(Path(path), self.to_bytes())
+        """Write the log; the file appears whole or not at all. Onto the attached file it is :meth:`close`."""
+        if self._path and self.attached and os.path.exists(path) and os.path.samefile(path, self._path):
+            self.close()
+            return
+        with replacing(path) as file:
+            file.write(self.to_bytes())
 
     @property
     def attached(self) -> bool:
@@ -156,7 +169,8 @@ class ZoLog:
             raise FileExistsError(
                 f"{path}: a log is there already; give another name, or resume its run from a state_dict"
             )
-        _replace(self._path, self._preamble(None) + bytes(self._body))
+        with replacing(self._path) as file:
+            file.write(self._preamble(None) + bytes(self._body))
         self._file = open(self._path, "ab")  # noqa: SIM115
 
     def close(self) -> None:
@@ -184,8 +198,10 @@ class ZoLog:
         end, complete = log._scan(data[start:], name)
         log._body = bytearray(data[start : start + end])
         log._crc = zlib.crc32(log._body)
-        if steps is not None and (not complete or steps != log._count):
+        if steps is not None and steps != log._count:
             raise LogError(f"{name}: truncated: the header announces {steps} steps, {log._count} are there")
+        if steps is not None and not complete:
+            raise LogError(f"{name}: truncated: all {steps} steps are there, the checksum after them is not")
         if not complete:
             warnings.warn(f"{name}: the run did not close its log; {log._count} steps were recovered", stacklevel=2)
         return log
@@ -193,44 +209,51 @@ class ZoLog:
     def _scan(self, body: bytes, name: str) -> tuple[int, bool]:
         """Count the steps and verify the checksums: the last whole record's end, and whether the end mark is there."""
         position = checked = crc = 0
-        for kind, at, content in _records(body, self.words):
+        groups = self.header["groups"]
+        for kind, start, end, content in _records(body, self.words, name):
+            position = end
             if kind == 0:
+                finite, skipped = np.isfinite(content), np.isnan(content).all(1)
+                if not (finite.all(1) | skipped).all():
+                    raise LogError(f"{name}: damaged: a scalar that is not finite after step {self._count}")
                 self._count += len(content)
-                position = at + content.nbytes
-                continue
-            if kind in (_CHECK, _END):
-                crc = zlib.crc32(body[checked:at], crc)
-                checked = at
-                wanted, count = struct.unpack("<II", content)
-                if crc != wanted or count != self._count & 0xFFFFFFFF:
+            elif kind == _SET:
+                group, field, value = content
+                if group >= groups or field >= len(FIELDS) or not _in_range(FIELDS[field], value):
+                    raise LogError(f"{name}: damaged: at byte {start} group {group} sets field {field} to {value}")
+            elif kind == _JSON:
+                if not _is_change(content, groups):
+                    raise LogError(f"{name}: damaged: the change at byte {start} is none that a run makes")
+                groups += "params" in content
+            else:
+                crc = zlib.crc32(body[checked:start], crc)
+                checked = start
+                if content != (crc, self._count & 0xFFFFFFFF):
                     raise LogError(f"{name}: damaged: a checksum before step {self._count} does not fit")
-            elif kind not in (_SET, _JSON):
-                raise LogError(f"{name}: damaged: unknown record {kind} at byte {at}")
-            if kind == _END:
-                if at + 16 != len(body):
-                    raise LogError(f"{name}: damaged: {len(body) - at - 16} bytes after the end")
-                return at, True
-            position = at + 8 + len(content)
+                if kind == _END:
+                    if end != len(body):
+                        raise LogError(f"{name}: damaged: {len(body) - end} bytes after the end")
+                    return start, True
         return position, False
 
     def scalars(self) -> NDArray[np.float32]:
         """[steps, words]; rows of NaN are steps that were skipped."""
-        rows = [content for kind, _, content in _records(bytes(self._body), self.words) if kind == 0]
+        rows = [content for kind, _, _, content in _records(bytes(self._body), self.words) if kind == 0]
         return np.concatenate(rows) if rows else np.empty((0, self.words), np.float32)
 
     def params(self) -> list[dict[str, Any]]:
         """Every parameter's ``name``, ``id``, ``shape``, ``dtype`` and ``group``, those that joined later included."""
         found = list(self.header["params"])
-        for kind, _, content in _records(bytes(self._body), self.words):
+        for kind, _, _, content in _records(bytes(self._body), self.words):
             if kind == _JSON:
-                found += json.loads(content).get("params", [])
+                found += content.get("params", [])
         return found
 
     def steps(self, start: int = 0, stop: int | None = None) -> Iterator[Step]:
         """The steps of the run in their order."""
         groups: list[dict[str, float]] = [dict.fromkeys(FIELDS, 0.0) for _ in range(self.header["groups"])]
         state, frozen, restart, index = tuple(groups), frozenset[int](), False, 0
-        for kind, _, content in _records(bytes(self._body), self.words):
+        for kind, _, _, content in _records(bytes(self._body), self.words):
             if kind == 0:
                 for row in content.tolist():
                     if stop is not None and index >= stop:
@@ -240,14 +263,13 @@ class ZoLog:
                         restart = False
                     index += 1
             elif kind == _SET:
-                group, field, value = struct.unpack("<HHd", content)
+                group, field, value = content
                 groups[group] = {**groups[group], FIELDS[field]: value}
                 state = tuple(groups)
             elif kind == _JSON:
-                values = json.loads(content)
-                frozen = frozenset(values.get("frozen", frozen))
-                restart |= "frozen" in values or "params" in values
-                groups += [dict.fromkeys(FIELDS, 0.0) for _ in range("params" in values)]
+                frozen = frozenset(content.get("frozen", frozen))
+                restart |= "frozen" in content or "params" in content
+                groups += [dict.fromkeys(FIELDS, 0.0) for _ in range("params" in content)]
                 state = tuple(groups)
 
 
@@ -269,8 +291,9 @@ def _read_header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
     return header, 16 + size
 
 
-def _records(body: bytes, width: int) -> Iterator[tuple[int, int, Any]]:
-    """(kind, position, content): kind 0 is a run of steps, [count, width]; an incomplete tail is left out."""
+def _records(body: bytes, width: int, name: str = "log") -> Iterator[tuple[int, int, int, Any]]:
+    """(kind, first byte, last byte + 1, content): kind 0 is a run of steps, [count, width]; an incomplete tail is left
+    out. LogError where a record does not read."""
     words = np.frombuffer(body, "<u4", len(body) // 4)
     escapes = np.flatnonzero(words == _ESCAPE).tolist()
     at = 0
@@ -280,26 +303,56 @@ def _records(body: bytes, width: int) -> Iterator[tuple[int, int, Any]]:
         stop = len(words) if escape is None else escape
         count = (stop - at) // width
         if count:
-            yield 0, 4 * at, words[at : at + count * width].view("<f4").reshape(count, width)
+            end = at + count * width
+            yield 0, 4 * at, 4 * end, words[at:end].view("<f4").reshape(count, width)
         if escape is None or escape + 1 >= len(words):
             return
         tag = int(words[escape + 1])
         at = escape + 2 + (tag >> 8)
         if at > len(words):
             return
-        yield tag & 0xFF, 4 * escape, body[4 * (escape + 2) : 4 * at]
+        kind, data = tag & 0xFF, body[4 * (escape + 2) : 4 * at]
+        try:
+            content = json.loads(data) if kind == _JSON else struct.unpack(_LAYOUT[kind], data)
+        except (KeyError, ValueError, struct.error) as error:
+            text = f"a record of kind {kind} and {len(data)} bytes at byte {4 * escape} does not read"
+            raise LogError(f"{name}: damaged: {text}") from error
+        yield kind, 4 * escape, 4 * at, content
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _in_range(field: str, value: float) -> bool:
+    return 0.0 <= value < (1.0 if field == "momentum" else math.inf)
+
+
+def _is_change(values: Any, groups: int) -> bool:
+    """Whether :meth:`ZoLog.change` was told this when there were so many parameter groups."""
+    if not isinstance(values, dict) or not values.keys() <= {"frozen", "eps", "params"}:
+        return False
+    frozen, joined = values.get("frozen", []), values.get("params", [])
+    if not isinstance(frozen, list) or not isinstance(joined, list):
+        return False
+    return all(type(i) is int for i in frozen) and all(
+        isinstance(e, dict) and e.keys() == _ENTRY and type(e["id"]) is int and e["group"] == groups for e in joined
+    )
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Write a file through a neighbour of it, so that a reader sees the old or the new, never a part."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # by the caller's name of it
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

@@ -104,20 +104,17 @@ def by_device(slots: Iterable[Slot]) -> list[list[Slot]]:
 Params = nn.Module | Mapping[str, Tensor] | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
 
-def named(params: Any) -> tuple[list[tuple[str, Tensor]], bool]:
+def named(op: str, params: Any) -> tuple[list[tuple[str, Tensor]], bool]:
     """(name, tensor) pairs, and whether the names are the caller's own."""
     if isinstance(params, nn.Module):
         return list(params.named_parameters()), True
-    if isinstance(params, Mapping):
-        return list(params.items()), True
-    if isinstance(params, Tensor):
-        raise TypeError("params must be a module, a mapping or an iterable of tensors, got one tensor")
-    pairs: list[tuple[str, Tensor]] = []
-    own = True
-    for i, item in enumerate(params):
-        if isinstance(item, Tensor):
-            own = False
-            pairs.append((str(i), item))
-        else:
-            pairs.append(item)
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        kinds = "a module, a mapping or an iterable of tensors"
+        raise TypeError(f"{op}: params must be {kinds}, got {type(params).__name__}")
+    items = list(params.items() if isinstance(params, Mapping) else params)
+    own = not any(isinstance(item, Tensor) for item in items)
+    pairs = [(str(i), item) if isinstance(item, Tensor) else item for i, item in enumerate(items)]
+    for pair in pairs:
+        if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[1], Tensor):
+            raise TypeError(f"{op}: params must hold tensors, or names with tensors, got {pair!r}")
     return pairs, own

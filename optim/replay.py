@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
-from collections import deque
+import warnings
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from leanops._checks import is_integer
 from leanops.optim import curvature
 from leanops.optim import params as managed
 from leanops.optim import seeds as rule
-from leanops.optim.log import LogError, ZoLog
+from leanops.optim.log import LogError, ZoLog, replacing
 from leanops.optim.noise import Noise, Seed, left
 from leanops.optim.params import Params, Slot, by_device
+from leanops.optim.tensor_file import copies, read_header
 from leanops.optim.update import History, accumulate_, apply_, descend_, new_momentum, terms, window
 from leanops.zo import VERSION, columns_of, zo_axpy_
 
@@ -60,8 +60,10 @@ def programs(log: ZoLog, start: int = 0, stop: int | None = None) -> list[Progra
             f"replay_: the log's noise is {header['zo']} with seeds {header['seed_rule']}, "
             f"this version has {VERSION} with {rule.RULE}"
         )
-    if not 0 <= start <= (len(log) if stop is None else stop) <= len(log):
-        raise ValueError(f"replay_: start and stop must lie in order within [0, {len(log)}], got {start} and {stop}")
+    end = len(log) if stop is None else stop
+    if not (is_integer(start) and is_integer(end) and 0 <= start <= end <= len(log)):
+        text = f"must be integers in order within [0, {len(log)}]"
+        raise ValueError(f"replay_: start and stop {text}, got {start!r} and {stop!r}")
     noise, base, n, stored = Noise.of(header), header["seed"], log.directions, header["momentum_mode"] == "store"
     curved = header.get("variant") == "hizoo"
     found: list[Program] = []
@@ -165,24 +167,23 @@ def _combined(updates: Sequence[Update], stored: bool) -> tuple[list[Seed], list
     total: dict[Seed, float] = {}
     momentum: dict[Seed, float] = {}
     keep = 1.0
+    after: list[float] = []  # of each step, the product of the later (1 - decay), the last step first
     for u in reversed(updates):  # what a step adds is decayed by the steps after it
+        after.append(keep)
         if not (stored and u.beta):
             for seed, c in zip(*u.terms, strict=True):
                 total[seed] = total.get(seed, 0.0) + keep * c
         if u.write:
             keep *= 1.0 - u.decay
     if stored:
-        after = keep
-        for u in updates:
-            if u.write:
-                after = after / (1.0 - u.decay) if u.decay != 1.0 else 1.0
+        for u, later in zip(updates, reversed(after), strict=True):
             if u.beta:
                 momentum = {s: m * u.beta for s, m in momentum.items()}
                 for seed, g in zip(u.seeds, u.scalars, strict=True):
                     momentum[seed] = momentum.get(seed, 0.0) + g / len(u.scalars)
                 if u.write:
                     for seed, m in momentum.items():
-                        total[seed] = total.get(seed, 0.0) - u.lr * after * m
+                        total[seed] = total.get(seed, 0.0) - u.lr * later * m
     return list(total), list(total.values()), 1.0 - keep
 
 
@@ -203,11 +204,36 @@ def _moved(log: ZoLog, found: Sequence[Program]) -> dict[int, list[Update]]:
     return out
 
 
+def _loaded(op: str, log: Any) -> ZoLog:
+    if isinstance(log, ZoLog):
+        return log
+    if not isinstance(log, (str, os.PathLike)):
+        raise TypeError(f"{op}: log must be a ZoLog or the name of its file, got {type(log).__name__}")
+    return ZoLog.load(log)
+
+
+def _named(op: str, log: ZoLog, moved: Mapping[int, Any], names: Mapping[str, str] | None) -> dict[int, str]:
+    """id -> name where the weights are, of each parameter that moves."""
+    names = {} if names is None else names
+    if not isinstance(names, Mapping):
+        raise TypeError(f"{op}: names must be a mapping from the log's names, got {names!r}")
+    entries = log.params()
+    known = {e["name"] for e in entries}
+    if unknown := [str(n) for n in names if n not in known]:
+        raise ValueError(f"{op}: names must be of parameters of the log, got {', '.join(unknown[:8])}")
+    found = {e["id"]: names.get(e["name"], e["name"]) for e in entries if e["id"] in moved}
+    if twice := [n for n, count in Counter(found.values()).items() if count > 1]:
+        raise LogError(f"{op}: parameters of the log must have a name each, got {', '.join(twice[:8])} for several")
+    return found
+
+
 def _match(params: Params, log: ZoLog, moved: Mapping[int, Any], names: Mapping[str, str] | None) -> dict[int, Tensor]:
     """id -> tensor, by name where both sides have names, else by position. Nothing fits silently."""
-    pairs, named = managed.named(params)
+    pairs, named = managed.named("replay_", params)
     entries = log.params()
     if not named:
+        if names is not None:
+            raise ValueError("replay_: names need params that have names, got tensors alone")
         if len(pairs) != len(entries):
             raise LogError(
                 f"replay_: the log has {len(entries)} parameters, got {len(pairs)} tensors (give names to pick)"
@@ -215,7 +241,7 @@ def _match(params: Params, log: ZoLog, moved: Mapping[int, Any], names: Mapping[
         tensors = {e["id"]: t for e, (_, t) in zip(entries, pairs, strict=True) if e["id"] in moved}
     else:
         table = dict(pairs)
-        wanted = {e["id"]: (names or {}).get(e["name"], e["name"]) for e in entries if e["id"] in moved}
+        wanted = _named("replay_", log, moved, names)
         missing = [n for n in wanted.values() if n not in table]
         if missing:
             raise LogError(f"replay_: the log moves parameters that are not there: {', '.join(missing[:8])}")
@@ -224,14 +250,14 @@ def _match(params: Params, log: ZoLog, moved: Mapping[int, Any], names: Mapping[
         if entry["id"] in tensors:
             t = tensors[entry["id"]]
             managed.check("replay_", entry["name"], t)
-            _fits(entry, list(t.shape), str(t.dtype).removeprefix("torch."))
+            _fits("replay_", entry, list(t.shape), str(t.dtype).removeprefix("torch."))
     return tensors
 
 
-def _fits(entry: Mapping[str, Any], shape: list[int], dtype: str) -> None:
+def _fits(where: object, entry: Mapping[str, Any], shape: list[int], dtype: str) -> None:
     if (entry["shape"], entry["dtype"]) != (shape, dtype):
         raise LogError(
-            f"replay_: parameter {entry['name']} must be {entry['dtype']} {entry['shape']}, got {dtype} {shape}"
+            f"{where}: parameter {entry['name']} must be {entry['dtype']} {entry['shape']}, got {dtype} {shape}"
         )
 
 
@@ -262,19 +288,22 @@ def replay_(
         names: the log's name of a parameter -> its name in ``params``, where they differ.
 
     Raises:
-        LogError: another definition of the noise; parameters that are missing or differ in shape or dtype.
+        LogError: a damaged log; another definition of the noise; parameters that are missing or differ in shape or
+            dtype.
+        ValueError: ``start`` or ``stop`` outside the run; ``names`` of no parameter of the log; tensors that overlap.
         Nothing is written when an error is raised.
     """
-    log = log if isinstance(log, ZoLog) else ZoLog.load(log)
+    log = _loaded("replay_", log)
     moved = _moved(log, programs(log, start, stop))
-    tensors = _match(params, log, moved, names)
-    alike: dict[tuple[int, bool], list[Slot]] = {}
     entries = {e["id"]: e["name"] for e in log.params()}
-    for i, t in tensors.items():
-        wide = t.dtype in (torch.float32, torch.float64)
-        alike.setdefault((id(moved[i]), wide), []).append(managed.slot("replay_", entries[i], i, t))
-    for slots in alike.values():
-        for part in by_device(slots):
+    slots = [managed.slot("replay_", entries[i], i, t) for i, t in _match(params, log, moved, names).items()]
+    managed.check_apart("replay_", ((s.name, s.local) for s in slots))
+    alike: dict[tuple[int, bool], list[Slot]] = {}
+    for s in slots:
+        wide = s.local.dtype in (torch.float32, torch.float64)
+        alike.setdefault((id(moved[s.tensor_id]), wide), []).append(s)
+    for together in alike.values():
+        for part in by_device(together):
             _run(part, moved[part[0].tensor_id], log.header, fused)
 
 
@@ -296,45 +325,46 @@ def replay_file(
     """:func:`replay_` from one safetensors file to another, a few million elements in memory at a time.
 
     Tensors that the log does not move are copied; the header, metadata included, stays as it is. Names, shapes and
-    dtypes are checked before anything is written, and the output appears whole or not at all.
-    ``progress(done, total)`` counts bytes.
+    dtypes are checked before anything is written, and the output appears whole or not at all. It may take the place of
+    ``base``. ``progress(done, total)`` counts bytes.
+
+    A weight that is used twice has one name in the log. A file may hold it again under another: a tensor that the log
+    does not know and that begins as a copy of one it moves is copied with a warning.
     """
-    log = log if isinstance(log, ZoLog) else ZoLog.load(log)
+    if isinstance(log, (str, os.PathLike)) and os.path.exists(out) and os.path.samefile(out, log):
+        raise ValueError(f"replay_file: out must be another file than the log, got {out}")
+    log = _loaded("replay_file", log)
     moved = _moved(log, programs(log))
-    preamble, table = _safetensors_header(Path(base))
+    preamble, table = read_header(base)
+    wanted = _named("replay_file", log, moved, names)
     updates: dict[str, tuple[int, list[Update]]] = {}
     for entry in log.params():
         if entry["id"] not in moved:
             continue
-        name = (names or {}).get(entry["name"], entry["name"])
+        name = wanted[entry["id"]]
         if name not in table:
             raise LogError(f"{base}: the log moves parameter {name}, which is not in the file")
-        dtype = next((k for k, v in _DTYPES.items() if v == table[name]["dtype"]), str(table[name]["dtype"]))
-        _fits(entry, list(table[name]["shape"]), dtype)
+        dtype = next((k for k, v in _DTYPES.items() if v == table[name]["dtype"]), table[name]["dtype"])
+        _fits(base, entry, table[name]["shape"], dtype)
         updates[name] = (entry["id"], moved[entry["id"]])
+    known = {(names or {}).get(e["name"], e["name"]) for e in log.params()}
+    for name, other in copies(base, len(preamble), table, updates, [n for n in table if n not in known]):
+        warnings.warn(
+            f"{base}: {other} is a copy of {name}, which the log moves, but is not in the log and stays as it is; "
+            "where it is the same weight under a second name, remove it",
+            stacklevel=2,
+        )
     total = sum(t["data_offsets"][1] - t["data_offsets"][0] for t in table.values())
-    target = Path(out)
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as writer, open(base, "rb") as reader:
-            writer.write(preamble)
-            reader.seek(len(preamble))
-            done = 0
-            for name, info in sorted(table.items(), key=lambda item: item[1]["data_offsets"]):
-                for data in _replayed(reader, info, updates.get(name), log.header, fused):
-                    writer.write(data)
-                    done += len(data)
-                    if progress is not None:
-                        progress(done, total)
-            writer.flush()
-            os.fsync(writer.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(out) as writer, open(base, "rb") as reader:
+        writer.write(preamble)
+        reader.seek(len(preamble))
+        done = 0
+        for name, info in sorted(table.items(), key=lambda item: item[1]["data_offsets"]):
+            for data in _replayed(reader, info, updates.get(name), log.header, fused):
+                writer.write(data)
+                done += len(data)
+                if progress is not None:
+                    progress(done, total)
 
 
 def _replayed(
@@ -356,29 +386,3 @@ def _replayed(
             with torch.no_grad():
                 _run([slot], update[1], header, fused)
         yield data
-
-
-def _safetensors_header(path: Path) -> tuple[bytes, dict[str, Any]]:
-    """The bytes before the data, and {name: dtype, shape, data_offsets}; the tensors must fill the file."""
-    with open(path, "rb") as file:
-        head = file.read(8)
-        size = int.from_bytes(head, "little")
-        if len(head) < 8 or size > min(path.stat().st_size, 100_000_000):
-            raise LogError(f"{path}: not a safetensors file")
-        text = file.read(size)
-    try:
-        table: dict[str, Any] = json.loads(text)
-        table.pop("__metadata__", None)
-        offsets = sorted(tuple(t["data_offsets"]) for t in table.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LogError(f"{path}: not a safetensors file: its header does not read ({error})") from error
-    end = 0
-    for first, last in offsets:
-        if first != end or last < first:
-            raise LogError(f"{path}: damaged: a tensor begins at byte {first} of the data, expected {end}")
-        end = last
-    if 8 + size + end != path.stat().st_size:
-        raise LogError(
-            f"{path}: truncated or damaged: {path.stat().st_size} bytes, its header announces {8 + size + end}"
-        )
-    return head + text, table

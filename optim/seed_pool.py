@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from leanops._checks import integer, integers, is_integer
 from leanops.optim import params as managed
 from leanops.optim import seeds as rule
 from leanops.optim.evaluate import Evaluator, Reduction
 from leanops.optim.noise import Noise, Seed
-from leanops.optim.params import Params
+from leanops.optim.params import Params, Slot
 from leanops.optim.update import apply_
 from leanops.zo import VERSION
 
@@ -27,6 +28,26 @@ _HEAD = struct.Struct("<QIBBBxdI")  # seed, size, distribution, rounding, kind o
 _DISTRIBUTIONS = ("gaussian", "rademacher")
 _ROUNDINGS = ("nearest", "stochastic")
 _PAIRS, _SUMS, _FULL = 0, 1, 2
+
+
+def _finite(op: str, name: str, value: Any, low: float = -math.inf) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):  # the last from a tensor of several elements
+        number = math.nan
+    if not low < number < math.inf:
+        raise ValueError(f"{op}: {name} must be a finite number{' > 0' if low == 0.0 else ''}, got {value!r}")
+    return number
+
+
+def _fp32(op: str, name: str, values: Any) -> NDArray[np.float32]:
+    """Rounded to fp32, the numbers that travel."""
+    wide = np.asarray(values, np.float64)
+    with np.errstate(over="ignore"):
+        rounded = wide.astype(np.float32)
+    if not np.isfinite(rounded).all():
+        raise ValueError(f"{op}: {name} must be finite in fp32, got {wide[~np.isfinite(rounded)][0]:g}")
+    return rounded
 
 
 class SeedPool:
@@ -67,20 +88,22 @@ class SeedPool:
         rounding: str = "nearest",
         clip: float = 1000.0,
     ) -> None:
-        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < 2**32:
+        if not is_integer(size) or not 1 <= size < 2**32:
             raise ValueError(f"SeedPool: size must be an integer in [1, 2^32), got {size!r}")
         if distribution not in _DISTRIBUTIONS:
             raise ValueError(f"SeedPool: distribution must be one of {', '.join(_DISTRIBUTIONS)}, got {distribution!r}")
         if rounding not in _ROUNDINGS:
             raise ValueError(f"SeedPool: rounding must be one of {', '.join(_ROUNDINGS)}, got {rounding!r}")
-        if not clip > 0:
-            raise ValueError(f"SeedPool: clip must be > 0, got {clip}")
-        self.size, self.seed = size, rule.check("SeedPool", seed)
+        if not isinstance(clip, (int, float, np.integer, np.floating)) or not clip > 0:
+            raise ValueError(f"SeedPool: clip must be a number > 0, got {clip!r}")
+        self.size, self.seed = int(size), rule.check("SeedPool", seed)
         self.distribution, self.rounding, self.clip = distribution, rounding, float(clip)
-        self.seeds: NDArray[np.int64] = rule.derive_many(self.seed, np.arange(size, dtype=np.uint64), stream=rule.POOL)
-        self.sums: NDArray[np.float32] = np.zeros(size, np.float32)  # a_k
-        self.amplitudes: NDArray[np.float32] = np.zeros(size, np.float32)  # sum over j of |clip g_kj|
-        self.counts: NDArray[np.uint32] = np.zeros(size, np.uint32)  # how many g_kj
+        self.seeds: NDArray[np.int64] = rule.derive_many(
+            self.seed, np.arange(self.size, dtype=np.uint64), stream=rule.POOL
+        )
+        self.sums: NDArray[np.float32] = np.zeros(self.size, np.float32)  # a_k
+        self.amplitudes: NDArray[np.float32] = np.zeros(self.size, np.float32)  # sum over j of |clip g_kj|
+        self.counts: NDArray[np.uint32] = np.zeros(self.size, np.uint32)  # how many g_kj
         self._evaluator: Evaluator | None = None
         self._pairs: list[tuple[int, float]] | None = []  # all that was added; None once something was merged
 
@@ -103,36 +126,53 @@ class SeedPool:
 
     def sample(self, n: int = 1, *, generator: np.random.Generator | int | None = None) -> list[int]:
         """n candidates, with replacement. ``generator``: NumPy's, or a number to seed one."""
-        if n < 0:
-            raise ValueError(f"SeedPool.sample: n must be >= 0, got {n}")
-        chosen = np.random.default_rng(generator).choice(self.size, size=n, p=self.probabilities())
+        op = "SeedPool.sample"
+        if not is_integer(n) or n < 0:
+            raise ValueError(f"{op}: n must be an integer >= 0, got {n!r}")
+        try:
+            rng = np.random.default_rng(generator)
+        except (TypeError, ValueError) as error:
+            text = f"generator must be NumPy's or a number that seeds one, got {generator!r}"
+            raise ValueError(f"{op}: {text}") from error
+        chosen = rng.choice(self.size, size=n, p=self.probabilities())
         return [int(k) for k in chosen]
 
     def add(self, k: int, g: float) -> None:
-        """A scalar measured along candidate k. It is rounded to fp32; NaN and infinity are refused."""
-        with np.errstate(over="ignore"):
-            value = np.float32(g)
-        if not 0 <= k < self.size:
-            raise ValueError(f"SeedPool.add: k must be in [0, {self.size}), got {k}")
-        if not np.isfinite(value):
-            raise ValueError(f"SeedPool.add: g must be finite, got {g}")
-        self.sums[k] += value
-        self.amplitudes[k] += min(abs(value), np.float32(self.clip))
+        """A scalar measured along candidate k. It is rounded to fp32; one that is not finite there, or with which the
+        sum is not, is refused."""
+        k = integer("SeedPool.add", "k", k, self.size)
+        self._note(k, *self._with("SeedPool.add", k, _finite("SeedPool.add", "g", g)))
+
+    def _with(self, op: str, k: int, g: float) -> tuple[float, float, float]:
+        """g in fp32, and candidate k's sum and amplitude after it."""
+        value = float(_fp32(op, "g", g))
+        bounded = float(np.float32(min(abs(value), self.clip)))
+        return (
+            value,
+            float(_fp32(op, f"the sum of candidate {k}", float(self.sums[k]) + value)),
+            float(_fp32(op, f"the amplitude of candidate {k}", float(self.amplitudes[k]) + bounded)),
+        )
+
+    def _note(self, k: int, value: float, total: float, amplitude: float) -> None:
+        self.sums[k], self.amplitudes[k] = total, amplitude
         self.counts[k] += 1
         if self._pairs is not None:
-            self._pairs.append((k, float(value)))
+            self._pairs.append((k, value))
 
     def merge(self, other: SeedPool, weight: float = 1.0) -> None:
         """a <- a + weight * other's a, and its amplitudes join the history, each as it was measured."""
+        op = "SeedPool.merge"
+        if not isinstance(other, SeedPool):
+            raise TypeError(f"{op}: other must be a SeedPool, got {type(other).__name__}")
         for name in ("size", "seed", "distribution", "clip"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
-                raise ValueError(f"SeedPool.merge: {name} must be {mine} in both pools, got {theirs}")
-        if not np.isfinite(weight):
-            raise ValueError(f"SeedPool.merge: weight must be finite, got {weight}")
-        self.sums = (self.sums.astype(np.float64) + weight * other.sums.astype(np.float64)).astype(np.float32)
-        self.amplitudes = self.amplitudes + other.amplitudes
-        self.counts = self.counts + other.counts
+                raise ValueError(f"{op}: {name} must be {mine} in both pools, got {theirs}")
+        weight = _finite(op, "weight", weight)
+        with np.errstate(over="ignore"):
+            sums = _fp32(op, "sums", self.sums.astype(np.float64) + weight * other.sums.astype(np.float64))
+        amplitudes = _fp32(op, "amplitudes", self.amplitudes.astype(np.float64) + other.amplitudes)
+        self.sums, self.amplitudes, self.counts = sums, amplitudes, self.counts + other.counts
         self._pairs = None
 
     @torch.no_grad()
@@ -145,22 +185,11 @@ class SeedPool:
             params: a module, a mapping, (name, tensor) pairs or tensors. Ids are positions, those that stay included.
             lr: η. tensor_ids: other ids, one a parameter.
         """
-        pairs, _ = managed.named(params)
-        ids = list(range(len(pairs))) if tensor_ids is None else list(tensor_ids)
-        if len(ids) != len(pairs):
-            raise ValueError(
-                f"SeedPool.apply_: tensor_ids must have one entry a parameter ({len(pairs)}), got {len(ids)}"
-            )
-        if not np.isfinite(lr):
-            raise ValueError(f"SeedPool.apply_: lr must be finite, got {lr}")
-        everything = not any(p.requires_grad for _, p in pairs)
-        moved = [(i, n, p) for i, (n, p) in zip(ids, pairs, strict=True) if everything or p.requires_grad]
-        for _, name, p in moved:
-            managed.check("SeedPool.apply_", name, p)
+        slots = self._slots("SeedPool.apply_", params, tensor_ids)
+        lr = _finite("SeedPool.apply_", "lr", lr)
         used = np.flatnonzero(self.sums)
-        if not used.size or not moved:
+        if not used.size or not slots:
             return
-        slots = [managed.slot("SeedPool.apply_", name, i, p) for i, name, p in moved]
         coeffs = (-lr * self.sums[used].astype(np.float64)).tolist()
         apply_(slots, list(map(Seed, self.seeds[used].tolist())), coeffs, 0.0, self._noise, self.rounding)
 
@@ -170,21 +199,39 @@ class SeedPool:
     ) -> float:
         """A client's step along candidate k: measure g, move the parameters by -lr g z, ``add(k, g)``; returns g.
 
-        The weights are exact during the two evaluations, as in :class:`leanops.optim.MeZO`. A loss that is not finite
-        raises FloatingPointError and changes nothing.
+        What moves is what :meth:`apply_` moves. The weights are exact during the two evaluations, as in
+        :class:`leanops.optim.MeZO`. A loss that is not finite raises FloatingPointError and changes nothing.
         """
-        pairs = [(i, n, p) for i, (n, p) in enumerate(managed.named(params)[0]) if p.requires_grad]
-        for _, name, p in pairs:
-            managed.check("SeedPool.step_", name, p)
-        slots = [managed.slot("SeedPool.step_", name, i, p) for i, name, p in pairs]
+        op = "SeedPool.step_"
+        slots = self._slots(op, params)
+        if not callable(closure):
+            raise TypeError(f"{op}: closure must be a function without arguments, got {type(closure).__name__}")
+        k, lr, eps = integer(op, "k", k, self.size), _finite(op, "lr", lr), _finite(op, "eps", eps, 0.0)
         seed = [Seed(int(self.seeds[k]) % 2**64)]
         evaluator = self._evaluator = self._evaluator or Evaluator("auto", self._noise, None, True)
-        (g,), _ = evaluator.estimate(closure, slots, seed, eps, "spsa", Reduction(None, "data", 1))
+        (g,), _ = evaluator.estimate(closure, slots, seed, eps, "spsa", Reduction(None, "data", 1), op)
         if not math.isfinite(g):
-            raise FloatingPointError("SeedPool.step_: a loss is not finite; nothing was changed")
+            raise FloatingPointError(
+                f"{op}: a loss, or the estimate from it in fp32, is not finite; nothing was changed"
+            )
+        after = self._with(op, k, g)
         apply_(slots, seed, [-lr * g], 0.0, self._noise, self.rounding)
-        self.add(k, g)
+        self._note(k, *after)
         return g
+
+    def _slots(self, op: str, params: Params, tensor_ids: Sequence[int] | None = None) -> list[Slot]:
+        """What moves: what requires grad, or everything where nothing does."""
+        pairs, _ = managed.named(op, params)
+        ids = list(range(len(pairs))) if tensor_ids is None else integers(op, "tensor_ids", tensor_ids, 2**32)
+        if len(ids) != len(pairs):
+            raise ValueError(f"{op}: tensor_ids must have one entry a parameter ({len(pairs)}), got {len(ids)}")
+        everything = not any(p.requires_grad for _, p in pairs)
+        moved = [(i, n, p) for i, (n, p) in zip(ids, pairs, strict=True) if everything or p.requires_grad]
+        for _, name, p in moved:
+            managed.check(op, name, p)
+        slots = [managed.slot(op, name, i, p) for i, name, p in moved]
+        managed.check_apart(op, ((s.name, s.local) for s in slots))
+        return slots
 
     # --- travelling ---------------------------------------------------------------------------------------------------
 
@@ -218,13 +265,15 @@ class SeedPool:
     @classmethod
     def from_bytes(cls, data: bytes) -> SeedPool:
         """The pool that :meth:`to_bytes` wrote; ValueError for anything else."""
+        op = "SeedPool.from_bytes"
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise TypeError(f"{op}: data must be bytes, got {type(data).__name__}")
+        data = bytes(data)
         start = len(_MAGIC) + 4 + _HEAD.size
         if data[: len(_MAGIC)] != _MAGIC or len(data) < start:
-            raise ValueError(
-                f"SeedPool.from_bytes: not a pool of this version ({VERSION}): it starts with {data[:8]!r}"
-            )
+            raise ValueError(f"{op}: not a pool of this version ({VERSION}): it starts with {data[:8]!r}")
         if struct.unpack_from("<I", data, len(_MAGIC))[0] != zlib.crc32(data[len(_MAGIC) + 4 :]):
-            raise ValueError("SeedPool.from_bytes: damaged: the checksum does not fit")
+            raise ValueError(f"{op}: damaged: the checksum does not fit")
         seed, size, distribution, rounding, kind, clip, count = _HEAD.unpack_from(data, len(_MAGIC) + 4)
         pool = cls(size, seed, distribution=_DISTRIBUTIONS[distribution], rounding=_ROUNDINGS[rounding], clip=clip)
         body = data[start:]
@@ -235,9 +284,9 @@ class SeedPool:
                 pool.add(k, g)
             return pool
         pool._pairs = None
-        pool.sums = np.frombuffer(body, "<f4", size).copy()
+        pool.sums = _fp32(op, "sums", np.frombuffer(body, "<f4", size))
         if kind == _FULL:
-            pool.amplitudes = np.frombuffer(body, "<f4", size, 4 * size).copy()
+            pool.amplitudes = _fp32(op, "amplitudes", np.frombuffer(body, "<f4", size, 4 * size))
             pool.counts = np.frombuffer(body, "<u4", size, 8 * size).copy()
         return pool
 

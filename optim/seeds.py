@@ -11,6 +11,7 @@ of words that are used as noise. The rule is named in every log (:data:`RULE`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,6 @@ def derive_many(
 
 def check(name: str, seed: int) -> int:
     """A 64-bit seed, negative numbers in two's complement."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not -(2**63) <= int(seed) < 2**64:
         raise ValueError(f"{name}: seed must be an integer in [-2^63, 2^64), got {seed!r}")
-    return seed % 2**64
+    return int(seed) % 2**64

@@ -68,7 +68,11 @@ def test_info_says_who_serves_each_operator_and_why_a_backend_is_absent(tmp_path
     done = leanops("info", "--json", cwd=tmp_path, LEANOPS_DISABLE="cpu")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert told["backends"]["cpu"] == {"loaded": False, "detail": "switched off by LEANOPS_DISABLE"}
+    assert told["backends"]["cpu"] == {
+        "loaded": False,
+        "state": "absent",
+        "detail": "switched off by LEANOPS_DISABLE",
+    }
     assert told["operators"]["zo_axpy_"]["cpu"] == "reference"
     for name in ("cpu", "cuda", "triton", "nvrtc"):
         assert told["backends"][name]["detail"]
@@ -225,7 +229,37 @@ def test_replay_gives_the_bits_of_the_run_and_a_bad_log_leaves_nothing(tmp_path,
     end = files.load_file("end.safetensors")
     for name, p in model.named_parameters():
         assert torch.equal(end[name], p)
-    (tmp_path / "run.zolog").write_bytes(b"no log")
-    status = cli.main(["replay", "base.safetensors", "run.zolog", "-o", "other.safetensors"])
-    one_line_error(status, *capsys.readouterr())
-    assert not (tmp_path / "other.safetensors").exists()
+    there = sorted(tmp_path.iterdir())
+    for arguments, message in (
+        (["-o", "run.zolog"], "out must be another file than the log, got run.zolog"),
+        (["-o", "."], "Is a directory: '.'"),
+        (["-o", "missing/end.safetensors"], "No such file or directory: 'missing/end.safetensors'"),
+        (["-o", "other.safetensors", "--name", "weight"], "--name must be LOG=BASE, got weight"),
+        (["-o", "other.safetensors", "--name", "typo=weight"], "names must be of parameters of the log, got typo"),
+    ):
+        status = cli.main(["replay", "base.safetensors", "run.zolog", *arguments])
+        assert message in one_line_error(status, *capsys.readouterr())
+    good = (tmp_path / "run.zolog").read_bytes()
+    for bad in (b"no log", good[:-16], good[:-20] + bytes([good[-20] ^ 1]) + good[-19:]):
+        (tmp_path / "run.zolog").write_bytes(bad)
+        status = cli.main(["replay", "base.safetensors", "run.zolog", "-o", "other.safetensors"])
+        one_line_error(status, *capsys.readouterr())
+    assert sorted(tmp_path.iterdir()) == there
+
+
+def test_replay_maps_names_and_tells_of_an_unfinished_log_in_one_line(tmp_path, monkeypatch, capsys):
+    files = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Linear(7, 3)
+    renamed = {"head.weight": model.weight.detach(), "head.bias": model.bias.detach()}
+    files.save_file(renamed, "base.safetensors")
+    optimizer = MeZO(model.parameters(), lr=1e-2, model=model, log_file="run.zolog")
+    for _ in range(2):
+        optimizer.step(lambda: model(torch.ones(7)).square().mean())
+    names = ["--name", "weight=head.weight", "--name", "bias=head.bias"]
+    assert cli.main(["replay", "base.safetensors", "run.zolog", "-o", "end.safetensors", *names]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "close" in line]
+    assert told == ["leanops: run.zolog: the run did not close its log; 2 steps were recovered"]
+    end = files.load_file("end.safetensors")
+    assert torch.equal(end["head.weight"], model.weight)
+    assert torch.equal(end["head.bias"], model.bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,19 @@ def test_fused_replay_is_the_same_sum(options: dict[str, Any]) -> None:
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("mode", ["store", "recompute"])
+def test_fused_replay_goes_past_a_step_that_decays_to_nothing(mode: str) -> None:
+    """At lr * weight_decay = 1 a step keeps nothing of the weights; what it and later steps add stays."""
+    p = nn.Parameter(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    start = p.detach().clone()
+    opt = MeZO([p], lr=1.0, momentum=0.5, momentum_mode=mode, eps=0.1)
+    for decay in (0.1, 1.0, 0.1, 0.2):
+        opt.param_groups[0]["weight_decay"] = decay
+        opt.step(lambda: p.square().sum())
+    replay_([start], opt.log, fused=True)
+    torch.testing.assert_close(start, p.detach(), rtol=1e-12, atol=1e-13)
+
+
 def test_a_step_costs_four_bytes_a_direction() -> None:
     for directions in (1, 3):
         p = nn.Parameter(torch.zeros(2))
@@ -109,6 +123,9 @@ def test_changes_are_recorded_when_they_happen() -> None:
     assert steps[4].frozen == {1}
     assert [s.index for s in steps if s.scalars is None] == [2]
     assert [s.index for s in steps if s.restart] == [4, 6]
+    for field, value in (("lr", -1.0), ("momentum", 1.0), ("weight_decay", float("nan")), ("eps", 1e-3)):
+        with pytest.raises(ValueError, match=f"ZoLog.set: field must be .* got '{field}' and {value}"):
+            opt.log.set(0, field, value)
 
 
 def test_groups_that_join_replay_too() -> None:
@@ -137,13 +154,18 @@ def test_a_file_grows_with_the_run_and_survives_its_end(tmp_path: Path) -> None:
         assert len(ZoLog.from_bytes(cut)) == 4
     opt.log.close()
     assert ZoLog.load(path).to_bytes() == opt.log.to_bytes()
+    for _ in range(2):
+        opt.step(lambda: p.sum())
+        opt.log.save(path)  # onto its own file: complete, and the next step continues it
+        assert ZoLog.load(path).to_bytes() == opt.log.to_bytes()
+    assert len(opt.log) == 7
     with pytest.raises(FileExistsError, match="a log is there already"):
         MeZO([p], log_file=path).step(lambda: p.sum())
     resumed = MeZO([p], lr=1e-2, log_file=path)
     resumed.load_state_dict(opt.state_dict())
     resumed.step(lambda: p.sum())
     resumed.log.close()
-    assert len(ZoLog.load(path)) == 6
+    assert len(ZoLog.load(path)) == 8
 
 
 def test_damage_is_noticed(tmp_path: Path) -> None:
@@ -160,13 +182,46 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
         with pytest.raises(LogError, match="truncated"):
             ZoLog.from_bytes(good[:end])
     start = len(good) - len(opt.log._body) - 16
-    for at in [20, *range(start, len(good), 3)]:
-        data = bytearray(good)
-        data[at] ^= 0x40
-        with pytest.raises(LogError):
-            ZoLog.from_bytes(bytes(data))
+    for at in [20, *range(start, len(good))]:
+        for bit in range(8):
+            with pytest.raises(LogError):
+                ZoLog.from_bytes(flipped(good, at, bit))
     with pytest.raises(LogError, match="after the end"):
         ZoLog.from_bytes(good + b"more")
+    with pytest.raises(LogError, match="all 11 steps are there, the checksum after them is not"):
+        ZoLog.from_bytes(good[:-4])
+
+
+def flipped(data: bytes, at: int, bit: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :]
+
+
+@pytest.mark.filterwarnings("ignore:.*did not close its log")
+def test_damage_of_an_unfinished_log_is_noticed_or_reads_as_a_run(tmp_path: Path) -> None:
+    """No checksum stands after the last steps, so another number can pass, but nothing else than numbers."""
+    a, b = (nn.Parameter(torch.ones(n)) for n in (3, 2))
+    opt = MeZO([a], lr=1e-2, momentum=0.5, log_file=tmp_path / "run.zolog")
+    for step in range(4):
+        if step == 2:
+            opt.add_param_group({"params": [b], "lr": 0.5})
+        a.requires_grad_(step != 1)
+        opt.step(lambda: a.sum() + b.sum())
+    opt.log.close()
+    good = (tmp_path / "run.zolog").read_bytes()[:-16]
+    start = len(good) - len(opt.log._body)
+    refused = 0
+    for at in range(start, len(good)):
+        for bit in range(8):
+            try:
+                log = ZoLog.from_bytes(flipped(good, at, bit))
+            except LogError:
+                refused += 1
+                continue
+            assert len(replay_module.programs(log)) <= 2
+            assert {e["group"] for e in log.params()} <= {0, 1}
+            values = log.scalars()
+            assert (values.dtype, values.shape) == ("float32", (len(log), 1))
+    assert refused > 4 * (len(good) - start)
 
 
 def test_replay_refuses_other_parameters_and_changes_nothing() -> None:
@@ -183,6 +238,24 @@ def test_replay_refuses_other_parameters_and_changes_nothing() -> None:
         replay_({**named, "3.bias": torch.zeros(1, dtype=torch.float64)}, opt.log)
     with pytest.raises(ValueError, match="start and stop"):
         replay_(start, opt.log, start=3, stop=99)
+    with pytest.raises(ValueError, match=r"must be integers in order within \[0, 11\], got 0.5 and None"):
+        replay_(start, opt.log, start=0.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="replay_: log must be a ZoLog or the name of its file, got int"):
+        replay_(start, 3)  # type: ignore[arg-type]
+    for params in (torch.ones(3), None, [1, 2, 3, 4], {"0.weight": 1}):
+        with pytest.raises(TypeError, match="replay_: params must"):
+            replay_(params, opt.log)  # type: ignore[arg-type]
+    for names, error, message in (
+        ({"typo": "0.weight"}, ValueError, "replay_: names must be of parameters of the log, got typo"),
+        (3, TypeError, "replay_: names must be a mapping from the log's names, got 3"),
+        ({"0.bias": "0.weight"}, LogError, r"must have a name each, got 0\.weight for several"),
+    ):
+        with pytest.raises(error, match=message):
+            replay_(start, opt.log, names=names)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="names need params that have names"):
+        replay_(list(named.values()), opt.log, names={"0.bias": "0.bias"})
+    with pytest.raises(ValueError, match=r"replay_: parameter 0\.bias must not overlap itself"):
+        replay_({**named, "0.bias": torch.zeros(1).expand(4)}, opt.log)
     other = ZoLog({**opt.log.header, "zo": "zo/9"})
     with pytest.raises(LogError, match="zo/9"):
         replay_(start, other)
@@ -207,10 +280,81 @@ def test_file_errors_leave_no_output(tmp_path: Path) -> None:
     base.write_bytes(base.read_bytes()[:-3])
     with pytest.raises(LogError, match="truncated"):
         replay_file(base, opt.log, out)
-    base.write_bytes(b"no safetensors at all")
-    with pytest.raises(LogError, match="not a safetensors file"):
-        replay_file(base, opt.log, out)
+    for data in (b"no safetensors at all", b"", (2).to_bytes(8, "little") + b"[]"):
+        base.write_bytes(data)
+        with pytest.raises(LogError, match="not a safetensors file"):
+            replay_file(base, opt.log, out)
+    save_file(tensors, base)
+    with pytest.raises(ValueError, match="replay_file: names must be of parameters of the log, got typo"):
+        replay_file(base, opt.log, out, names={"typo": "0.weight"})
+    with pytest.raises(IsADirectoryError, match=f"{tmp_path}'"):
+        replay_file(base, opt.log, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"'/nowhere/out\.safetensors'"):
+        replay_file(base, opt.log, "/nowhere/out.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"'/nowhere/run\.zolog'"):
+        opt.log.save("/nowhere/run.zolog")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base.safetensors"]
+    opt.log.save(tmp_path / "run.zolog")
+    with pytest.raises(ValueError, match="replay_file: out must be another file than the log"):
+        replay_file(base, tmp_path / "run.zolog", tmp_path / "run.zolog")
+    assert len(ZoLog.load(tmp_path / "run.zolog")) == 11
+
+
+def moved_by(count: int, table: dict[str, Any]) -> None:
+    """The first tensor ends, and the second begins, so many bytes later."""
+    first, second = sorted(table, key=lambda name: table[name]["data_offsets"])[:2]
+    table[first]["data_offsets"][1] += count
+    table[second]["data_offsets"][0] += count
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: t["0.bias"].pop("dtype"), r"tensor 0\.bias must have a dtype, a shape and two data_offsets"),
+        (lambda t: t["0.bias"].pop("shape"), r"tensor 0\.bias must have a dtype"),
+        (lambda t: t["0.bias"].update(dtype=5), r"tensor 0\.bias must have a dtype"),
+        (lambda t: t["0.bias"].update(shape="ab"), r"tensor 0\.bias must have a dtype"),
+        (lambda t: t["0.bias"].update(shape=[-4]), r"tensor 0\.bias must have a dtype"),
+        (lambda t: t["0.bias"].update(data_offsets=[0.0, 16.0]), r"tensor 0\.bias must have a dtype"),
+        (lambda t: t["0.bias"].update(data_offsets=[0]), r"tensor 0\.bias must have a dtype"),
+        (lambda t: t.update({"0.bias": 3}), r"tensor 0\.bias must have a dtype"),
+        (lambda t: moved_by(4, t), r"tensor 0\.bias must have the 16 bytes of F32 \[4\], got 20"),
+        (lambda t: moved_by(1, t), r"tensor 0\.bias must have the 16 bytes of F32 \[4\], got 17"),
+        (lambda t: t.pop("0.bias"), "begins at byte 16 of the data, expected 0"),
+    ],
+)
+def test_a_damaged_header_of_a_file_is_refused(damage: Any, message: str, tmp_path: Path) -> None:
+    start, _, opt = run(torch.float32)
+    base = tmp_path / "base.safetensors"
+    save_file({n: p.detach() for n, p in start.named_parameters()}, base)
+    data = base.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    table = json.loads(data[8 : 8 + size])
+    damage(table)
+    text = json.dumps(table).encode()
+    base.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    with pytest.raises(LogError, match=message):
+        replay_file(base, opt.log, tmp_path / "out.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["base.safetensors"]
+
+
+def test_files_of_tied_weights(tmp_path: Path) -> None:
+    """The log has one name for them; a file has either, or both with a copy each."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[1].weight = model[0].weight
+    start = model[0].weight.detach().clone()
+    opt = MeZO(model.parameters(), lr=0.1, model=model)
+    opt.step(lambda: model(torch.ones(3)).sum())
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    save_file({"1.weight": start}, base)
+    replay_file(base, opt.log, out, names={"0.weight": "1.weight"})
+    assert torch.equal(load_file(out)["1.weight"], model[0].weight)
+    save_file({"0.weight": start, "1.weight": start.clone(), "other": start + 1}, base)
+    with pytest.warns(UserWarning, match=r"1\.weight is a copy of 0\.weight, .* stays as it is") as told:
+        replay_file(base, opt.log, out)
+    assert len(told) == 1
+    assert torch.equal(load_file(out)["1.weight"], start)
 
 
 def test_seeds_follow_the_stated_rule() -> None:

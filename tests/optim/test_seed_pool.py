@@ -139,7 +139,77 @@ def test_bad_input_is_refused() -> None:
         (lambda: pool.apply_([torch.zeros(2)], 1.0, tensor_ids=[1, 2]), "tensor_ids"),
         (lambda: SeedPool.from_bytes(b"something else"), "not a pool"),
         (lambda: SeedPool.from_bytes(pool.to_bytes()[:-1] + b"\xff"), "damaged"),
+        (lambda: SeedPool(4, clip="x"), r"SeedPool: clip must be a number > 0, got 'x'"),
+        (lambda: pool.add(1.5, 1.0), r"SeedPool\.add: k must be an integer, got 1\.5"),
+        (lambda: pool.add(True, 1.0), r"SeedPool\.add: k must be an integer, got True"),
+        (lambda: pool.add(1, "x"), r"SeedPool\.add: g must be a finite number, got 'x'"),
+        (lambda: pool.add(1, torch.ones(2)), r"SeedPool\.add: g must be a finite number"),
+        (lambda: pool.sample(1.5), r"SeedPool\.sample: n must be an integer >= 0, got 1\.5"),
+        (lambda: pool.sample(1, generator="x"), r"SeedPool\.sample: generator must be .* got 'x'"),
+        (lambda: pool.merge(3), r"SeedPool\.merge: other must be a SeedPool, got int"),
+        (lambda: pool.merge(SeedPool(8), None), r"SeedPool\.merge: weight must be a finite number, got None"),
+        (lambda: pool.apply_([torch.zeros(2)], "x"), r"SeedPool\.apply_: lr must be a finite number, got 'x'"),
+        (lambda: pool.apply_([torch.zeros(2)], 1.0, tensor_ids=[-1]), r"SeedPool\.apply_: tensor_ids\[0\] .* got -1"),
+        (lambda: pool.apply_([torch.zeros(2)], 1.0, tensor_ids=3), r"SeedPool\.apply_: tensor_ids must .* got 3"),
+        (lambda: pool.apply_([torch.zeros(1).expand(2)], 1.0), r"SeedPool\.apply_: parameter 0 must not overlap"),
+        (lambda: pool.apply_(torch.ones(3), 1.0), r"SeedPool\.apply_: params must be a module, .* got Tensor"),
+        (lambda: pool.apply_({"a": 1}, 1.0), r"SeedPool\.apply_: params must hold tensors, .* got \('a', 1\)"),
+        (lambda: pool.step_(None, float, 1), r"SeedPool\.step_: params must be a module, .* got NoneType"),
+        (lambda: SeedPool.from_bytes("x"), r"SeedPool\.from_bytes: data must be bytes, got str"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             call()
     assert not pool.counts.any()
+
+
+def test_a_step_with_bad_input_changes_nothing() -> None:
+    pool, model, x = SeedPool(8), nn.Linear(3, 1), torch.ones(2, 3)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def loss() -> torch.Tensor:
+        return model(x).sum()
+
+    for closure, k, options, message in (
+        (loss, -1, {}, r"k must be in \[0, 8\), got -1"),
+        (loss, 8, {}, r"k must be in \[0, 8\), got 8"),
+        (loss, 1.5, {}, r"k must be an integer, got 1\.5"),
+        (loss, None, {}, "k must be an integer, got None"),
+        (loss, 1, {"lr": float("nan")}, "lr must be a finite number, got nan"),
+        (loss, 1, {"lr": float("inf")}, "lr must be a finite number, got inf"),
+        (loss, 1, {"lr": "x"}, "lr must be a finite number, got 'x'"),
+        (loss, 1, {"eps": 0}, "eps must be a finite number > 0, got 0"),
+        (loss, 1, {"eps": -1e-3}, r"eps must be a finite number > 0, got -0\.001"),
+        (None, 1, {}, "closure must be a function without arguments, got NoneType"),
+        (lambda: model(x), 1, {}, r"closure must return a real scalar, got torch\.float32 of shape \[2, 1\]"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=rf"SeedPool\.step_: {message}"):
+            pool.step_(model, closure, k, **options)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert not pool.counts.any()
+
+
+def test_sums_stay_within_fp32() -> None:
+    pool, other = SeedPool(4), SeedPool(4)
+    pool.add(0, 3e38)
+    other.add(0, 3e38)
+    before = pool.to_bytes()
+    with pytest.raises(ValueError, match=r"SeedPool\.add: the sum of candidate 0 must be finite in fp32, got 6e\+38"):
+        pool.add(0, 3e38)
+    with pytest.raises(ValueError, match=r"SeedPool\.merge: sums must be finite in fp32, got 6e\+38"):
+        pool.merge(other)
+    p, z = torch.ones(3).double(), lo.zo_noise(3, int(pool.seeds[0]), dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"SeedPool\.step_: the sum of candidate 0 must be finite in fp32, got 4e\+38"):
+        pool.step_([p], lambda: 1e38 * (p @ z) / (z @ z), 0, lr=1e-38)
+    assert torch.equal(p, torch.ones(3).double())
+    assert pool.to_bytes() == before
+
+
+def test_a_step_moves_what_applying_moves() -> None:
+    """Where nothing requires grad, everything."""
+    moved, applied = torch.ones(3), torch.ones(3)
+    pool = SeedPool(8)
+    g = pool.step_([moved], lambda: moved.square().sum(), np.int64(2), lr=0.1)
+    assert g != 0.0
+    pool.apply_([applied], 0.1)
+    assert torch.equal(moved, applied)
+    assert not torch.equal(moved, torch.ones(3))
