@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,6 +72,8 @@ class FusedBackward(Optimizer):
             for name, p in zip(names, group["params"], strict=True):
                 if p.grad is not None:
                     raise ValueError(f"fuse_into_backward: {name} has a gradient already; call zero_grad() before")
+                if _is_fused(p):
+                    raise ValueError(f"fuse_into_backward: {name} moves in the backward pass already; call remove()")
             settings = _settings(group)
             # its position, for an optimizer whose random bits follow from it (SM3's): they are those of one optimizer
             own = {
@@ -85,14 +88,11 @@ class FusedBackward(Optimizer):
         self._known.append(settings)
         for name, p in zip(names, group["params"], strict=True):
             if p.requires_grad:
-                self._hooks.append(p.register_post_accumulate_grad_hook(self._hook(name)))
+                self._hooks.append(p.register_post_accumulate_grad_hook(partial(self._use, name)))
 
-    def _hook(self, name: str) -> Callable[[Tensor], None]:
-        def step(p: Tensor) -> None:
-            self._move(p)
-            p.grad = Used(p.detach(), name)
-
-        return step
+    def _use(self, name: str, p: Tensor) -> None:
+        self._move(p)
+        p.grad = Used(p.detach(), name)
 
     def _move(self, p: Tensor) -> None:
         self._share_options(self._group[p])
@@ -206,6 +206,12 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in group.items() if k not in ("params", "param_names")}
 
 
+def _is_fused(p: Tensor) -> bool:
+    """Whether a hook of a :class:`FusedBackward` is on the parameter."""
+    hooks = (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()
+    return any(isinstance(getattr(getattr(h, "func", None), "__self__", None), FusedBackward) for h in hooks)
+
+
 def _groups_of(model_or_params: Any) -> list[dict[str, Any]]:
     """Parameter groups, of a module with the names of its parameters."""
     if isinstance(model_or_params, nn.Module):
@@ -214,7 +220,7 @@ def _groups_of(model_or_params: Any) -> list[dict[str, Any]]:
                 "fuse_into_backward: DistributedDataParallel averages gradients after the hook has used them; use "
                 "fully_shard, or one process"
             )
-        return [{"params": list(model_or_params.named_parameters())}]
+        model_or_params = model_or_params.named_parameters()
     if isinstance(model_or_params, Tensor) or not isinstance(model_or_params, Iterable):
         raise TypeError(
             "fuse_into_backward: model_or_params must be a module or an iterable of parameters, (name, parameter) "
@@ -267,9 +273,12 @@ def fuse_into_backward(optimizer_class: type[Optimizer], model_or_params: Any, *
     ``max_grad_norm=0``); a subclass whose ``_get_grad_norm`` returns None does not.
 
     Raises:
-        ValueError: a DistributedDataParallel module, parameters that have a gradient, an optimizer whose ``step`` needs
-            a closure. TypeError: neither a module nor parameters.
+        ValueError: a DistributedDataParallel module, no parameters, parameters that have a gradient or move in the
+            backward pass already, an optimizer whose ``step`` needs a closure. TypeError: no class of optimizers, or
+            neither a module nor parameters.
     """
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
+        raise TypeError(f"fuse_into_backward: optimizer_class must be a class of optimizers, got {optimizer_class!r}")
     closure = inspect.signature(optimizer_class.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(

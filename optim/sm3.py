@@ -11,22 +11,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from leanops.optim import seeds
-from leanops.optim.sm3_calls import Group, Plan, check_parameter, name_of, numbers
+from leanops.optim.sm3_calls import Group, Plan, check_parameter, check_rate, momentum_dtype, name_of, numbers
 from leanops.optim.sm3_compiled import enlist, traced_step
-from leanops.optim.sm3_state import MOMENTUM_DTYPES, Kept, loaded, loaded_group, saved, saved_group
+from leanops.optim.sm3_state import Kept, loaded, loaded_group, saved, saved_group
 
 
 def _check_group(group: Group) -> None:
     """ValueError for an option that no step could use."""
     numbers(group)
     lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"SM3: Tensor lr must be 1-element, got shape {list(lr.shape)}")
+    check_rate(lr)
     if not 0 <= lr < float("inf"):
         raise ValueError(f"SM3: lr must be a finite number >= 0, got {lr}")
-    if group["momentum_dtype"] is not None and group["momentum_dtype"] not in MOMENTUM_DTYPES:
-        names = ", ".join(map(str, (None, *MOMENTUM_DTYPES)))
-        raise ValueError(f"SM3: momentum_dtype must be one of {names}, got {group['momentum_dtype']}")
+    momentum_dtype(group)
     seeds.check("SM3", group["seed"])
     if group["differentiable"]:
         raise ValueError("SM3: differentiable=True is not supported: the step is one operator that writes in place")
@@ -53,8 +50,8 @@ class SM3(Optimizer):
 
     without bias correction. One fused pass over the weights, one operator call a parameter group and device
     (:func:`leanops.sm3_step_`). For ``n_0 x n_1`` weights the state is ``n_0 + n_1`` numbers and the momentum: 4 bytes
-    a parameter in fp32, 2 in bf16, about 1.02 in int8, and none at all with ``momentum=0`` (.003 bytes a parameter for
-    the weights of a 1B model).
+    a parameter in fp32, 2 in bf16, about 1.02 in int8 (of long rows, see ``momentum_dtype``), and none at all with
+    ``momentum=0`` (.003 bytes a parameter for the weights of a 1B model).
 
     Args:
         params: parameters, (name, parameter) pairs or groups with options of their own, as in torch.optim: float32,
@@ -64,10 +61,12 @@ class SM3(Optimizer):
         eps: ε >= 0, added to ν in fp32 whatever the gradient's dtype. weight_decay: λ >= 0.
         decoupled: decay the weights, as above; False: add λ w to the gradient.
         momentum_dtype: None or torch.float32: fp32 for every dtype of weights; torch.bfloat16; torch.int8: codes in
-            blocks of 256 with one fp32 scale each. int8 holds for parameters of two and more axes; vectors and scalars
-            keep fp32, a trifle, so that no block depends on how a parameter is sharded.
+            blocks of 256 with one fp32 scale each, which do not go beyond a row of axis 0: with ``C`` elements a row,
+            ``1 + 4 ceil(C / 256) / C`` bytes a parameter (1.06 at 64, 1.5 at 8). Vectors, scalars and matrices of one
+            column keep fp32, so that no block depends on how a parameter is sharded.
         stochastic_rounding: round bf16 and fp16 weights stochastically. In bf16, nearest rounding loses every update
-            that is below 1/256 of its weight. seed: of the rounding bits, which follow from it, the parameter's
+            that is below 1/256 of its weight. The mean is kept also at the end of the range, where the next number is
+            an infinity. seed: of the rounding bits, which follow from it, the parameter's
             position and the number of steps taken: a resumed run repeats them.
         maximize: step against the gradient's sign reversed; ``.grad`` stays as it is.
         capturable: keep ``step`` on the parameters' device, so that nothing in a step waits for it (CUDA graphs).
@@ -84,7 +83,7 @@ class SM3(Optimizer):
     **GradScaler** works as with torch's fused optimizers: gradients are unscaled in the step, and a step whose
     gradients hold an infinity changes nothing. Where ``step`` is on another device, counting it waits for the device.
 
-    **torch.compile(optimizer.step)** has no graph breaks and does not compile anew when the rate changes (with
+    **torch.compile(optimizer.step)** has no graph breaks and does not compile anew when rate or momentum change (with
     ``fullgraph=True``, compile before a scheduler is made: it wraps ``step`` in what torch does not trace).
 
     **FSDP2, DTensor.** Parameters sharded by rows (``Shard(0)`` on one axis of the mesh) or replicated. The covers of
@@ -95,8 +94,9 @@ class SM3(Optimizer):
 
     Raises:
         ValueError: an option out of its range, parameters that are complex, not dense, or sharded in another way; a
-            gradient of another dtype or shape; a saved state that does not fit. RuntimeError: sparse gradients.
-            Nothing is changed then.
+            gradient of another dtype or shape; a saved state that does not fit. RuntimeError: sparse gradients, state
+            of inference mode outside of it. TypeError: an lr that is no number. No weight and no value of the state is
+            changed then.
 
     Sources: Anil et al., "Memory-Efficient Adaptive Optimization" (1901.11150), SM3-II; averages as in the code of
     google-research/sm3.

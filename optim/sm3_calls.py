@@ -1,25 +1,28 @@
 """The operator calls of an SM3 step: one a group and device, made once and used again while nothing has changed.
 
 Gathering a thousand parameters anew, and refusing what does not fit, costs more than the kernel's work on small ones.
-So a call keeps its lists, and each step only looks whether parameters, state and gradients are still those: 0.3 us a
-parameter. Whatever a user replaces (a parameter's memory, an entry of the state, ...) is noticed and gathered again.
+So a call keeps its lists, and each step only looks whether parameters, state and gradients are still those: 0.6 us a
+parameter. Whatever a user replaces (a parameter's memory or strides, an entry of the state, ...) is noticed and
+gathered again.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from leanops import _registry
 from leanops.optim import params as managed
 from leanops.optim import seeds
-from leanops.optim.sm3_state import Part, State, complete, part_of
+from leanops.optim.sm3_state import MOMENTUM_DTYPES, Part, State, complete, part_of
+from leanops.sm3.checks import LARGEST
 
 OPERATOR = _registry.spec("sm3_step_")
 _SMALL = 1 << 14  # elements; a step takes about 10 us for them
@@ -43,10 +46,11 @@ class Numbers(NamedTuple):
     stochastic_rounding: bool
 
 
-def numbers(group: Group) -> Numbers:
-    """A group's numbers; ValueError for one out of its range (an infinity is not below infinity, a NaN fails both)."""
+def numbers(group: Group, momentum: float | None = None) -> Numbers:
+    """A group's numbers, of which the momentum may be given; ValueError for one out of its range: NaN is in none, and
+    what is infinite in float32 is not finite."""
     n = Numbers(
-        float(group["momentum"]),
+        float(group["momentum"] if momentum is None else momentum),
         float(group["beta"]),
         float(group["eps"]),
         float(group["weight_decay"]),
@@ -59,17 +63,34 @@ def numbers(group: Group) -> Numbers:
     if not 0 < n.beta <= 1:
         raise ValueError(f"SM3: beta must be in (0, 1], got {n.beta}")
     for name in ("eps", "weight_decay"):
-        if not 0 <= getattr(n, name) < float("inf"):
+        if not 0 <= getattr(n, name) <= LARGEST:
             raise ValueError(f"SM3: {name} must be a finite number >= 0, got {getattr(n, name)}")
     return n
 
 
+def momentum_dtype(group: Group) -> torch.dtype | None:
+    """That of the group's new momenta."""
+    dtype: torch.dtype | None = group["momentum_dtype"]
+    if dtype is not None and dtype not in MOMENTUM_DTYPES:
+        names = ", ".join(map(str, (None, *MOMENTUM_DTYPES)))
+        raise ValueError(f"SM3: momentum_dtype must be one of {names}, got {dtype}")
+    return dtype
+
+
+def check_rate(lr: Any) -> None:
+    """Refuse what is not one number."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"SM3: Tensor lr must be 1-element, got shape {list(lr.shape)}")
+    elif not hasattr(lr, "__float__"):
+        raise TypeError(f"SM3: lr must be a number or a one-element tensor, got {lr!r}")
+
+
 def rate(lr: Any, device: torch.device) -> Tensor:
     """lr as the operator takes it: one element of float32 or float64, on the CPU or on the parameters' device."""
+    check_rate(lr)
     if not isinstance(lr, Tensor):
         return torch.tensor(lr, dtype=torch.float64)
-    if lr.numel() != 1:
-        raise ValueError(f"SM3: Tensor lr must be 1-element, got shape {list(lr.shape)}")
     wide = lr if lr.dtype in (torch.float32, torch.float64) else lr.double()
     return beside(wide, device)
 
@@ -116,13 +137,21 @@ def check_parameter(name: str, p: Tensor) -> None:
         raise ValueError(f"SM3: parameter {name} must be dense, got layout {p.layout}")
 
 
+def _plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether none is a wrapper, a subclass with a dispatch of its own, whose values lie elsewhere."""
+    types: set[type[Tensor]] = set(map(type, tensors))
+    return all(t.__torch_dispatch__ is Tensor.__torch_dispatch__ for t in types)
+
+
 def check_step(name: str, p: Tensor, g: Tensor) -> None:
     """Refuse what this step cannot move."""
     check_parameter(name, p)
     if p.dtype not in managed.FLOATS:
         raise ValueError(f"SM3: parameter {name} must be float32, bfloat16, float16 or float64, got {p.dtype}")
-    if not managed.is_sharded(p) and type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if not _plain((p,)) and not managed.is_sharded(p) and not isinstance(p, FakeTensor):
         raise ValueError(f"SM3: parameter {name} must be a plain tensor or a DTensor, got {type(p).__name__}")
+    if p.is_neg():
+        raise ValueError(f"SM3: parameter {name} must not be a negated view; use its resolve_neg()")
     if p.device.type == "meta":
         raise ValueError(f"SM3: parameter {name} must have data, but it is on the meta device")
     if g.layout != torch.strided:
@@ -163,7 +192,7 @@ class Call:
         self._states = [i.state for i in items]
         self._momentum = bool(group["momentum"])
         for state, local in zip(self._states, self._locals, strict=True):
-            complete(state, local, self._momentum, group["momentum_dtype"])
+            complete(state, local, self._momentum, momentum_dtype(group))
         self._covers = [s["cover"] for s in self._states]
         self._momenta = [s["momentum_buffer"] for s in self._states] if self._momentum else []
         self._scales: list[Tensor] = []
@@ -175,16 +204,24 @@ class Call:
         self._steps = torch.stack(taken)
         for state, view in zip(self._states, self._steps.unbind(), strict=True):
             state["step"] = view
-        self._entries = list(chain.from_iterable(map(dict.values, self._states)))
-        self._pointers = list(map(Tensor.data_ptr, self._locals))
+        self._entries = [*chain.from_iterable(map(dict.values, self._states)), None]
         self._kept = (self._covers, self._momenta, self._scales)
+        kept = list(chain.from_iterable(self._kept))
+        if any(map(Tensor.is_inference, kept)) and not torch.is_inference_mode_enabled():
+            raise RuntimeError("SM3: state that torch.inference_mode() made cannot be written outside of it; clone it")
+        self.plain = _plain(self._locals) and _plain(kept)
         # As long as C++ holds a tensor, too, letting go of it after a call does not take the interpreter's lock, which
         # on thousands of small tensors costs a third of a step. C++ must not hold a parameter (one with an attribute
         # that leads here would never be freed) nor the memory of a large one, which its owner may want to move between
         # steps.
-        self._give([t.detach() if t.numel() <= _SMALL else t for t in self._locals])
-        aliases = [t for t, local in zip(self._given, self._locals, strict=True) if t is not local]
-        self._held = [torch.ScriptList(tensors) for tensors in (aliases, *self._kept) if tensors]
+        small = self.plain and not self._sharded
+        self._give([t.detach() if small and t.numel() <= _SMALL else t for t in self._locals])
+        pairs = list(zip(self._locals, self._given, strict=True))
+        self._small, self._aliases = [t for t, a in pairs if t is not a], [a for t, a in pairs if t is not a]
+        self._large = [t for t, a in pairs if t is a]
+        if self.plain:
+            self._geometries = list(map(_geometry, self._large))
+            self._held = [torch.ScriptList(tensors) for tensors in (self._aliases, *self._kept) if tensors]
         self._dtypes = list(map(_dtype, self._locals))
         self._no_seed = torch.zeros((), dtype=torch.int64)
 
@@ -199,22 +236,25 @@ class Call:
 
     def fits(self, group: Group, grads: Sequence[Tensor]) -> bool:
         """Whether the call is what would be gathered now, for these gradients of its parameters."""
+        if not self.plain or (self._steps.is_inference() and not torch.is_inference_mode_enabled()):
+            return False
         if bool(group["momentum"]) != self._momentum or home_of_step(group, self.device) != self._home:
             return False
-        if sum(map(len, self._states)) != len(self._entries):
-            return False
-        if not all(map(operator.is_, chain.from_iterable(map(dict.values, self._states)), self._entries)):
+        entries = chain.from_iterable(map(dict.values, self._states))
+        if not all(map(operator.is_, chain(entries, (None,)), self._entries)):
             return False
         if self._sharded:
-            self._locals = list(map(managed.local, self._params))
-            self._give(self._locals)
-        if list(map(Tensor.data_ptr, self._locals)) != self._pointers or list(map(_dtype, grads)) != self._dtypes:
+            self._large = list(map(managed.local, self._params))
+            self._give(self._large)
+        if not all(map(Tensor.is_set_to, self._small, self._aliases)):
+            return False
+        if list(map(_geometry, self._large)) != self._geometries or list(map(_dtype, grads)) != self._dtypes:
             return False
         return [g.layout for g in grads].count(torch.strided) == len(grads)
 
     def arguments(self, group: Group, grads: Sequence[Any], grad_scale: Any, found_inf: Any) -> tuple[Any, ...]:
         """What the operator takes."""
-        if self._sharded:
+        if self._sharded or not _plain(grads):
             grads = [_local_gradient(p, g) for p, g in zip(self._params, grads, strict=True)]
         n = numbers(group)
         return (
@@ -232,11 +272,11 @@ class Call:
 
     def run(self, arguments: tuple[Any, ...], found_inf: Any) -> None:
         """Move the parameters and count the step, unless the gradients were found to be infinite."""
-        if self.fresh:
-            OPERATOR.op(*arguments)  # looks for shared memory, too
+        if self.plain:
+            OPERATOR.launch(self.device, *arguments, written=self._counted)
             self.fresh = False
         else:
-            OPERATOR.launch(self.device, *arguments, written=self._counted)
+            OPERATOR.op(*arguments)
         self._steps.add_(1 if found_inf is None else (found_inf.to(self._home).reshape(()) == 0).float())
 
     def columns(self) -> Iterator[tuple[Any, Tensor, bool]]:
@@ -248,13 +288,22 @@ class Call:
                 yield part.group, cover.view(torch.int32)[rows:], rows == 0
 
 
+def _geometry(t: Tensor) -> tuple[Any, ...]:
+    return t.data_ptr(), t.shape, t.stride()
+
+
 def _local_gradient(p: Any, g: Any) -> Tensor:
-    if not managed.is_sharded(p):
+    """This process's part of a gradient. A wrapper gives its values up, or raises, before anything is written."""
+    if managed.is_sharded(p):
+        if g.placements != p.placements:
+            g = g.redistribute(p.device_mesh, p.placements)
+        g = g.to_local()
+    if _plain((g,)) or isinstance(g, FakeTensor):
         return g
-    if g.placements != p.placements:
-        g = g.redistribute(p.device_mesh, p.placements)
-    local = g.to_local()
-    return local.wait() if hasattr(local, "wait") else local
+    values: Tensor = g.wait() if hasattr(g, "wait") else g.clone()
+    if not _plain((values,)):
+        raise ValueError(f"SM3: a gradient must be a plain tensor or a DTensor, got {type(g).__name__}")
+    return values
 
 
 class Plan:
@@ -271,6 +320,8 @@ class Plan:
         position = 0
         for index, (group, gs) in enumerate(zip(optimizer.param_groups, grads, strict=True)):
             numbers(group)
+            check_rate(group["lr"])
+            momentum_dtype(group)
             first = group.get("tensor_id", position)
             by_device: dict[torch.device, list[tuple[int, int, Part]]] = {}
             for place, (p, g) in enumerate(zip(group["params"], gs, strict=True)):
@@ -314,10 +365,11 @@ class Plan:
 
     def run(self, groups: Sequence[Group], grads: Grads, grad_scale: Any, found_inf: Any) -> None:
         """One step. Nothing is written when it refuses a gradient, a number or the state."""
+        found_inf = None if found_inf is None else torch.as_tensor(found_inf, dtype=torch.float32)
         ready = [(c, c.arguments(groups[i], c.pick(grads[i]), grad_scale, found_inf)) for i, c in self._calls]
         for call, arguments in ready:
-            if call.fresh:
-                OPERATOR.check(*arguments)
+            if call.fresh and call.plain:
+                OPERATOR.refuse(*arguments)
         for call, arguments in ready:
             call.run(arguments, found_inf)
         for group, tails, blanks in self._columns.values():

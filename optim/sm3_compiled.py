@@ -1,4 +1,4 @@
-"""SM3's step as torch.compile traces it: the operator in the graph, and a learning rate that is read when it runs."""
+"""SM3's step as torch.compile traces it: the operator in the graph, and numbers that are read when it runs."""
 
 from __future__ import annotations
 
@@ -10,38 +10,78 @@ import torch
 from torch import Tensor
 
 from leanops.optim import params as managed
-from leanops.optim.sm3_calls import check_step, home_of_step, name_of, numbers, rate, rounding_start, scaler
+from leanops.optim.sm3_calls import (
+    OPERATOR,
+    check_step,
+    home_of_step,
+    momentum_dtype,
+    name_of,
+    numbers,
+    rate,
+    rounding_start,
+    scaler,
+)
 from leanops.optim.sm3_state import complete
 
-_live: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_live: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _keys = itertools.count()
 
-# A number that a graph reads as a constant is guarded, and each new one compiles anew. This operator reads a group's lr
-# when the graph runs, whoever has set it since.
+# A number that a graph reads as a constant is guarded, and each new one compiles anew. These operators read what
+# schedules change, a group's lr and momentum, when the graph runs, whoever has set them since; and its seed, for an
+# integer that is another one in the next optimizer is no constant to the tracer. The momentum reaches sm3_step_ through
+# an operator that takes it as a tensor.
 _library = torch.library.Library("leanops", "FRAGMENT")
-_library.define("_sm3_lr(Tensor like, int optimizer, int group) -> Tensor")
+_library.define("_sm3_compiled_step_" + OPERATOR.schema.replace("float momentum", "Tensor momentum"))
 
 
-def _lr(like: Tensor, optimizer: int, group: int) -> Tensor:
-    value = _live[optimizer].param_groups[group]["lr"]
-    return torch.as_tensor(value, dtype=torch.float64, device="cpu").reshape(())
+def _lr(like: Tensor, optimizer: str, group: int) -> Tensor:
+    value = rate(_live[optimizer].param_groups[group]["lr"], like.device)
+    return value.to("cpu", torch.float64, copy=True).reshape(())
 
 
-_library.impl("_sm3_lr", _lr, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "leanops::_sm3_lr", lambda like, optimizer, group: torch.empty((), dtype=torch.float64), lib=_library
-)
+def _momentum(like: Tensor, optimizer: str, group: int) -> Tensor:
+    return torch.tensor(numbers(_live[optimizer].param_groups[group]).momentum, dtype=torch.float64)
 
 
-def enlist(optimizer: Any) -> int:
-    """A number by which a graph finds the optimizer again."""
-    key = next(_keys)
+def _start(like: Tensor, optimizer: str, group: int) -> Tensor:
+    return torch.tensor(rounding_start(_live[optimizer].param_groups[group]["seed"]), dtype=torch.int64)
+
+
+def _step(
+    params: list[Tensor], grads: list[Tensor], covers: list[Tensor], momenta: list[Tensor], scales: list[Tensor],
+    lr: Tensor, seed: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None, tensor_ids: list[int],
+    offsets: list[int], momentum: Tensor, *rest: Any
+) -> None:  # fmt: skip
+    """``sm3_step_``; where the momentum has become 0, what was traced with one leaves the momenta as they are."""
+    share = momentum.item()
+    kept = (momenta, scales) if share else ([], [])
+    OPERATOR.op(params, grads, covers, *kept, lr, seed, grad_scale, found_inf, tensor_ids, offsets, share, *rest)
+
+
+for _name, _read, _dtype in (
+    ("_sm3_lr", _lr, torch.float64),
+    ("_sm3_momentum", _momentum, torch.float64),
+    ("_sm3_start", _start, torch.int64),
+):
+    _library.define(f"{_name}(Tensor like, str optimizer, int group) -> Tensor")
+    _library.impl(_name, _read, "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        f"leanops::{_name}", lambda like, optimizer, group, dtype=_dtype: torch.empty((), dtype=dtype), lib=_library
+    )
+_library.impl("_sm3_compiled_step_", _step, "CompositeExplicitAutograd")
+torch.library.register_fake("leanops::_sm3_compiled_step_", lambda *args: None, lib=_library)
+
+
+def enlist(optimizer: Any) -> str:
+    """A name by which a graph finds the optimizer again. A second integer would be no constant to the tracer."""
+    key = str(next(_keys))
     _live[key] = optimizer
     return key
 
 
-def _prepare(key: int, index: int) -> bool:
-    """While a group's step is traced: refuse what does not fit, make the state. Whether the lr is a tensor."""
+def _prepare(key: str, index: int) -> tuple[bool, bool]:
+    """While a group's step is traced: refuse what does not fit, make the state. Whether the lr is a tensor, and whether
+    there is momentum."""
     optimizer = _live[key]
     group = optimizer.param_groups[index]
     numbers(group)
@@ -56,23 +96,18 @@ def _prepare(key: int, index: int) -> bool:
         check_step(name_of(group, place, position + place), p, p.grad)
     for _, p in moved:
         state = optimizer.state.setdefault(p, {})
-        complete(state, p.detach(), bool(group["momentum"]), group["momentum_dtype"])
+        complete(state, p.detach(), bool(group["momentum"]), momentum_dtype(group))
         # each on its own: views of one tensor, as eager steps leave them, would be compared pair by pair
         state["step"] = torch.as_tensor(state["step"]).detach().to(home_of_step(group, p.device), copy=True)
-    return isinstance(group["lr"], Tensor)
+    return isinstance(group["lr"], Tensor), bool(group["momentum"])
 
 
-def _start(seed: int) -> int:
-    return rounding_start(seed)
-
-
-# what torch.compiler.assume_constant_result sets, which would import the compiler with this package: the functions run
-# while a graph is traced, and their results are constants in it
+# what torch.compiler.assume_constant_result sets, which would import the compiler with this package: the function runs
+# while a graph is traced, and its results are constants in it
 _prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_start._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def traced_step(optimizer: Any, key: int, like: Tensor) -> None:
+def traced_step(optimizer: Any, key: str, like: Tensor) -> None:
     """The step of an optimizer on plain tensors, written for the tracer: lists, and one operator a group and device."""
     # not optimizer.param_groups: the tracer would guard every value in it, the learning rate among them
     groups = optimizer.__dict__["param_groups"]
@@ -81,14 +116,18 @@ def traced_step(optimizer: Any, key: int, like: Tensor) -> None:
     moved = [[(i, p, p.grad) for i, p in enumerate(g["params"]) if p.grad is not None] for g in groups]
     position = 0
     for index, group in enumerate(groups):
-        lr = group["lr"] if fixed[index] else torch.ops.leanops._sm3_lr(like, key, index)
+        is_tensor, moves = fixed[index]
+        lr = group["lr"] if is_tensor else torch.ops.leanops._sm3_lr(like, key, index)
+        momentum = torch.ops.leanops._sm3_momentum(like, key, index) if moves else None
+        start = torch.ops.leanops._sm3_start(like, key, index) if group["stochastic_rounding"] else None
         first = group.get("tensor_id", position)
         devices: list[torch.device] = []
         for _, p, _ in moved[index]:
             if p.device not in devices:
                 devices.append(p.device)
         for device in devices:
-            _traced_call(optimizer, group, [m for m in moved[index] if m[1].device == device], first, device, lr)
+            items = [m for m in moved[index] if m[1].device == device]
+            _traced_call(optimizer, group, items, first, device, lr, momentum, start)
         position += len(group["params"])
 
 
@@ -99,9 +138,13 @@ def _traced_call(
     first: int,
     device: torch.device,
     lr: Tensor,
+    momentum: Tensor | None,
+    start: Tensor | None,
 ) -> None:
+    """``momentum``: None where it is 0, which is then a constant of the graph. ``start``: of the seeds of stochastic
+    rounding."""
     params, grads, covers, momenta, scales, ids, steps = [], [], [], [], [], [], []
-    n = numbers(group)
+    n = numbers(group) if momentum is None else numbers(group, 0.0)
     for place, p, g in moved:
         state = optimizer.state[p]
         params.append(p)
@@ -109,15 +152,13 @@ def _traced_call(
         covers.append(state["cover"])
         steps.append(state["step"])
         ids.append(first + place)
-        if n.momentum:
+        if momentum is not None:
             momenta.append(state["momentum_buffer"])
             scales.append(state["momentum_scale"] if "momentum_scale" in state else state["cover"].new_empty(0))
     found_inf = scaler(getattr(optimizer, "found_inf", None), device)
-    if n.stochastic_rounding:
-        seed = torch.stack(steps).amax().to(torch.int64) + _start(group["seed"])
-    else:
-        seed = torch.zeros((), dtype=torch.int64)
-    torch.ops.leanops.sm3_step_(
+    seed = torch.zeros((), dtype=torch.int64) if start is None else torch.stack(steps).amax().to(torch.int64) + start
+    step = torch.ops.leanops.sm3_step_ if momentum is None else torch.ops.leanops._sm3_compiled_step_
+    step(
         params,
         grads,
         covers,
@@ -129,7 +170,8 @@ def _traced_call(
         found_inf,
         ids,
         [0] * len(ids),
-        *n,
+        n.momentum if momentum is None else momentum,
+        *n[1:],
     )
     if found_inf is None:
         torch._foreach_add_(steps, 1)

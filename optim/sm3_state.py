@@ -10,12 +10,13 @@ does not depend on the mesh that it comes from, nor on the one that it is loaded
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from leanops.optim import params as managed
 from leanops.sm3 import sm3_cover, sm3_cover_axes, sm3_momentum
@@ -79,9 +80,17 @@ def complete(state: State, local: Tensor, momentum: bool, dtype: torch.dtype | N
     state.setdefault("step", torch.zeros((), dtype=torch.float32))
     if "cover" not in state:
         state["cover"] = sm3_cover(local)
-    if momentum and "momentum_buffer" not in state:
-        # int8 needs rows: cut into blocks, a vector would depend on where its shards begin
-        kind = torch.float32 if dtype is None or (dtype == torch.int8 and local.dim() < 2) else dtype
+    if not momentum:
+        return
+    m = state.get("momentum_buffer")
+    coded = m is not None and m.dtype == torch.int8
+    if not coded:
+        state.pop("momentum_scale", None)  # of codes that are gone
+    if m is None or (coded and "momentum_scale" not in state):
+        # int8 needs rows: cut into blocks, a vector would depend on where its shards begin; in rows of one element
+        # codes and scales would take more than fp32
+        short = math.prod(local.shape[1:]) == 1
+        kind = torch.float32 if dtype is None or (dtype == torch.int8 and short) else dtype
         state["momentum_buffer"], scale = sm3_momentum(local, kind)
         if kind == torch.int8:
             state["momentum_scale"] = scale
@@ -96,6 +105,8 @@ def _whole(local: Tensor, p: Any, shape: Sequence[int], by_rows: bool) -> Any:
 
     placements = p.placements if by_rows else [Replicate()] * p.device_mesh.ndim
     stride = tuple(math.prod(shape[k + 1 :]) for k in range(len(shape)))
+    if local.storage_offset():  # which the DTensor would inherit, and with it could not be saved or copied
+        local = from_dlpack(local)
     return DTensor.from_local(local, p.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
@@ -131,11 +142,21 @@ def _here(op: str, name: str, what: str, value: Any, shape: Sequence[int], part:
             f"{op}: {what} of parameter {name} must have shape {list(shape)} for a parameter of shape "
             f"{list(part.param.shape)}, got {list(value.shape)}"
         )
+    if value.is_meta:
+        raise ValueError(f"{op}: {what} of parameter {name} must have data, got a meta tensor")
     if managed.is_sharded(value):
         value = value.full_tensor()  # type: ignore[attr-defined]
     if by_rows and part.group is not None:
         value = value[part.first : part.first + part.local.shape[0]]
     return value.detach().to(part.local.device, copy=True).contiguous()
+
+
+def _steps(op: str, name: str, step: Any) -> Tensor:
+    number = isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1 and not step.is_meta)
+    if not number:
+        seen = f"shape {list(step.shape)} on {step.device}" if isinstance(step, Tensor) else repr(step)
+        raise ValueError(f"{op}: the step of parameter {name} must be one number, got {seen}")
+    return torch.as_tensor(step)
 
 
 def loaded(op: str, name: str, p: Tensor, state: State, step_on_device: bool) -> State:
@@ -144,12 +165,14 @@ def loaded(op: str, name: str, p: Tensor, state: State, step_on_device: bool) ->
     Raises ValueError for a state that is not SM3's, or is that of a parameter of another shape.
     """
     part = part_of(op, name, p)
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{op}: the state of parameter {name} must be a dict, got {type(state).__name__}")
     out = dict(state)
-    cover, step = state.get("cover"), state.get("step")
-    if not isinstance(cover, dict) or step is None:
+    cover = state.get("cover")
+    if not isinstance(cover, dict) or "step" not in state:
+        seen = ", ".join(sorted(f"{key}: {type(value).__name__}" for key, value in state.items()))
         raise ValueError(
-            f"{op}: the state of parameter {name} must have 'step' and the axes of 'cover', "
-            f"got {sorted(map(str, state))}"
+            f"{op}: the state of parameter {name} must have 'step' and in 'cover' a dict of axes, got {seen}"
         )
     if set(cover) != {str(k) for k in range(len(part.shape))}:
         raise ValueError(
@@ -161,7 +184,7 @@ def loaded(op: str, name: str, p: Tensor, state: State, step_on_device: bool) ->
     ]
     out["cover"] = torch.cat(axes)
     home = part.local.device if step_on_device else torch.device("cpu")
-    out["step"] = torch.as_tensor(step).detach().to(home, torch.float32, copy=True).reshape(())
+    out["step"] = _steps(op, name, state["step"]).detach().to(home, torch.float32, copy=True).reshape(())
     if "momentum_buffer" in state:
         m = _here(op, name, "momentum_buffer", state["momentum_buffer"], p.shape, part, True)
         if m.dtype not in MOMENTUM_DTYPES:

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <optional>
 #include <sstream>
@@ -43,36 +44,36 @@ class View {
   int64_t numel() const { return asked(aoti_torch_get_numel); }
   bool is_contiguous() const {
     bool answer;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle_, &answer));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle_, &answer));
     return answer;
   }
   Sizes sizes() const { return line(aoti_torch_get_sizes); }
   Sizes strides() const { return line(aoti_torch_get_strides); }
   const void* const_data_ptr() const {
     const void* data;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_, &data));
+    TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_, &data));
     return data;
   }
   void* mutable_data_ptr() const {
     void* data;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_, &data));
+    TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_, &data));
     return data;
   }
   Tensor keep() const {
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle_, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle_, &handle));
     return Tensor(handle);
   }
 
  private:
   int64_t asked(AOTITorchError (*question)(AtenTensorHandle, int64_t*)) const {
     int64_t answer;
-    STABLE_TORCH_ERROR_CODE_CHECK(question(handle_, &answer));
+    TORCH_ERROR_CODE_CHECK(question(handle_, &answer));
     return answer;
   }
   Sizes line(AOTITorchError (*question)(AtenTensorHandle, int64_t**)) const {
     int64_t* first;
-    STABLE_TORCH_ERROR_CODE_CHECK(question(handle_, &first));
+    TORCH_ERROR_CODE_CHECK(question(handle_, &first));
     return Sizes(first, static_cast<size_t>(dim()));
   }
 
@@ -83,7 +84,7 @@ class View {
 class TensorList {
  public:
   explicit TensorList(StableListHandle list) : list_(list) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list_, &size_));
+    TORCH_ERROR_CODE_CHECK(torch_list_size(list_, &size_));
   }
   ~TensorList() {
     for (size_t i = 0; i < size_; ++i) aoti_torch_delete_tensor_object((*this)[i].get());
@@ -95,7 +96,7 @@ class TensorList {
   size_t size() const { return size_; }
   View operator[](size_t i) const {
     StableIValue item;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list_, i, &item));
+    TORCH_ERROR_CODE_CHECK(torch_list_get_item(list_, i, &item));
     return View(torch::stable::detail::to<AtenTensorHandle>(item));
   }
 
@@ -137,7 +138,7 @@ bool same(Sizes a, Sizes b) { return a.size() == b.size() && std::equal(a.begin(
 
 int32_t dtype_of(View t) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   return dtype;
 }
 
@@ -145,7 +146,7 @@ int32_t dtype_of(View t) {
 // is contiguous.)
 int32_t on_cpu(Name name, View t, std::initializer_list<int32_t> dtypes) {
   int32_t device;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device));
   STD_TORCH_CHECK(device == kCodes.cpu, "sm3_step_: ", name, " must be on the CPU, got device type ", device);
   const int32_t dtype = dtype_of(t);
   for (int32_t wanted : dtypes) {

@@ -14,8 +14,9 @@ from leanops.sm3.reference import axes_of, scale_shape
 _OP = "sm3_step_"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MOMENTA = (torch.float32, torch.bfloat16, torch.int8)
-_ID = 2**32
-_INDEX = 2**63
+IDS = 2**32
+INDICES = 2**63
+LARGEST = torch.finfo(torch.float32).max
 _SHAPE, _DTYPE, _DEVICE, _LAYOUT = map(attrgetter, ("shape", "dtype", "device", "layout"))
 
 
@@ -117,14 +118,14 @@ def step_(
     maximize: bool,
     stochastic_rounding: bool,
 ) -> None:
-    # comparisons that a NaN fails; an infinity is not below infinity
+    # comparisons that a NaN fails
     if not 0 <= momentum < 1:
         raise ValueError(f"{_OP}: momentum must be in [0, 1), got {momentum}")
     if not 0 < beta <= 1:
         raise ValueError(f"{_OP}: beta must be in (0, 1], got {beta}")
     for name, value in (("eps", eps), ("weight_decay", weight_decay)):
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{_OP}: {name} must be finite and at least 0, got {value}")
+        if not 0 <= value <= LARGEST:
+            raise ValueError(f"{_OP}: {name} must be at least 0 and finite in float32, got {value}")
     n = len(params)
     for name, values in (("grads", grads), ("covers", covers), ("tensor_ids", tensor_ids), ("offsets", offsets)):
         if len(values) != n:
@@ -142,7 +143,7 @@ def step_(
     _number("seed", seed, (torch.int64,), device)
     _number("grad_scale", grad_scale, (torch.float32,), device)
     _number("found_inf", found_inf, (torch.float32,), device)
-    if not all(0 <= i < _ID for i in tensor_ids) or any(offsets):
+    if not all(0 <= i < IDS for i in tensor_ids) or any(offsets):
         for i, (p, tensor_id, offset) in enumerate(zip(params, tensor_ids, offsets, strict=True)):
-            in_range(_OP, f"tensor_ids[{i}]", tensor_id, 0, _ID)
-            in_range(_OP, f"offsets[{i}]", offset, 0, _INDEX - p.numel())
+            in_range(_OP, f"tensor_ids[{i}]", tensor_id, 0, IDS)
+            in_range(_OP, f"offsets[{i}]", offset, 0, INDICES - p.numel())

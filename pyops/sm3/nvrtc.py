@@ -52,6 +52,7 @@ def _place(call: np.ndarray[Any, Any], name: str, value: Tensor | None) -> None:
         call[name] = value.data_ptr()
 
 
+@plan.checked
 def sm3_step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from leanops._checks import one_of
+from leanops._checks import integers, one_of, require
+from leanops.sm3.checks import IDS, INDICES
 from leanops.sm3.reference import axes_of, scale_shape
 from leanops.zo.ops import seed_tensor
 
 _ops = torch.ops.leanops
 
 
-def _list(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+def _list(name: str, tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """One or many; the dispatcher refuses what is no tensor without a word where."""
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    require(
+        isinstance(tensors, Iterable),
+        f"sm3_step_: {name} must be a tensor or a sequence of tensors, got {tensors!r}",
+        TypeError,
+    )
+    items = list(tensors)
+    for i, t in enumerate(items):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"sm3_step_: {name}[{i}] must be a tensor, got {type(t).__name__}")
+    return items
+
+
+def _rate(lr: float | Tensor) -> Tensor:
+    if isinstance(lr, Tensor):
+        return lr
+    require(hasattr(lr, "__float__"), f"sm3_step_: lr must be a number or a one-element tensor, got {lr!r}", TypeError)
+    require(0 <= lr < float("inf"), f"sm3_step_: lr must be finite and at least 0, got {lr}")
+    return torch.tensor(lr, dtype=torch.float64)
 
 
 def sm3_step_(
@@ -62,7 +83,7 @@ def sm3_step_(
             int8, as :func:`sm3_momentum` makes it.
         scales: none where no momentum is int8; else one for each momentum, float32: for int8 the scales of its blocks,
             for others ``[0]``.
-        lr: learning rate :math:`\eta`, a number or a one-element tensor of float32 or float64.
+        lr: learning rate :math:`\eta`, a number :math:`\ge 0` or a one-element tensor of float32 or float64.
         momentum: :math:`\beta_m` in [0, 1). beta: :math:`\beta` in (0, 1]; 1 sums, less than 1 averages.
         eps: :math:`\epsilon \ge 0`. weight_decay: :math:`\lambda \ge 0`. decoupled: how the decay is applied.
         maximize: step against the gradient's sign reversed; ``grads`` stay as they are.
@@ -78,24 +99,24 @@ def sm3_step_(
     Raises:
         ValueError: lengths, shapes, dtypes, devices or layouts that do not fit, a number out of its range, overlapping
             memory.
-        RuntimeError: a tensor that requires grad while grad is enabled.
+        RuntimeError: a tensor that requires grad while grad is enabled. TypeError: what is no tensor, or no number.
         Nothing is written when an error is raised.
 
     Source: Anil et al., "Memory-Efficient Adaptive Optimization" (1901.11150), SM3-II.
     """
-    written = _list(params)
+    written = _list("params", params)
     _ops.sm3_step_(
         written,
-        _list(grads),
-        _list(covers),
-        _list(momenta),
-        _list(scales),
-        lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
-        seed_tensor(seed, "sm3_step_"),
+        _list("grads", grads),
+        _list("covers", covers),
+        _list("momenta", momenta),
+        _list("scales", scales),
+        _rate(lr),
+        seed_tensor(seed, "sm3_step_", "seed"),
         grad_scale,
         found_inf,
-        list(range(len(written))) if tensor_ids is None else list(tensor_ids),
-        [0] * len(written) if offsets is None else list(offsets),
+        list(range(len(written))) if tensor_ids is None else integers("sm3_step_", "tensor_ids", tensor_ids, IDS),
+        [0] * len(written) if offsets is None else integers("sm3_step_", "offsets", offsets, INDICES),
         momentum,
         beta,
         eps,

@@ -5,15 +5,17 @@ Tensors of equal types make one launch. A table on the device tells it of each t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from leanops.sm3 import checks
 
 THREADS, LANE, STEPS, BLOCK = 256, 8, 8, 256
 FLAT, ALIGNED = 1, 2
@@ -25,6 +27,17 @@ SLOT = np.dtype(
 )
 _SLOT_WORDS = SLOT.itemsize // 8
 KINDS = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.int8: 3}  # of momenta
+
+
+def checked(launcher: Callable[..., None]) -> Callable[..., None]:
+    """A launcher that refuses by itself what the operator's check would: an optimizer's kept call passes that by."""
+
+    @wraps(launcher)
+    def kernel(*args: Any) -> None:
+        checks.step_(*args)
+        launcher(*args)
+
+    return kernel
 
 
 class Item(NamedTuple):

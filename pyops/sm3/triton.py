@@ -279,6 +279,7 @@ def _there(value: Tensor | None) -> bool:
     return value is not None and value.device.type != "cpu"
 
 
+@plan.checked
 def sm3_step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -337,7 +338,7 @@ def sm3_step_(
                 FOUND_THERE=_there(found_inf),
                 DTYPE=_DTYPE[p.dtype],
                 MOMENTUM=plan.KINDS[None if m is None else m.dtype],
-                STOCHASTIC=stochastic_rounding,
+                STOCHASTIC=stochastic_rounding and p.dtype.itemsize == 2,  # wider types ignore it
                 **TILE_SIZES,
                 **LAUNCH,
                 enable_fp_fusion=False,

@@ -140,3 +140,20 @@ def test_a_table_on_the_device_is_read_as_one_beside_the_parameters(emulator, mo
     monkeypatch.setattr(nvrtc, "_INLINE_WORDS", 0)
     nvrtc.sm3_step_(*copy)
     assert_same_bits(SPEC.mutated(copy), SPEC.mutated(args))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_triton_compiles_one_step_for_types_that_ignore_stochastic_rounding(monkeypatch, dtype):
+    pytest.importorskip("triton.language", reason="Triton is not installed: pip install 'leanops[triton]'")
+    from leanops.sm3 import triton
+
+    asked = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *numbers, **constants: asked.append(constants["STOCHASTIC"])
+
+    monkeypatch.setattr(triton, "step_kernel", Kernel())
+    for stochastic in (False, True):
+        triton.sm3_step_(*agreement.make([(9, 7)], dtype, Options(stochastic_rounding=stochastic), "cpu"))
+    assert asked == [False, dtype.itemsize == 2]

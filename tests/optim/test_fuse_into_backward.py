@@ -260,13 +260,19 @@ def test_what_cannot_work_is_refused() -> None:
         fuse_into_backward(SM3, model, wieght_decay=1.0)
     with pytest.raises(ValueError, match="momentum must be in"):
         fuse_into_backward(SM3, model, momentum=2.0)
-    with pytest.raises(ValueError, match="empty parameter list"):
-        fuse_into_backward(SM3, [])
+    for empty in ([], nn.Sequential()):
+        with pytest.raises(ValueError, match="empty parameter list"):
+            fuse_into_backward(SM3, empty)
+    for wrong in ("SM3", SM3(model.parameters()), nn.Linear):
+        with pytest.raises(TypeError, match="optimizer_class must be a class of optimizers, got"):
+            fuse_into_backward(wrong, model)  # type: ignore[arg-type]
     loss_of(model).backward()
     with pytest.raises(ValueError, match=r"0.weight has a gradient already; call zero_grad\(\)"):
         fuse_into_backward(SM3, model)
     model.zero_grad()
     opt = fuse_into_backward(SM3, model)
+    with pytest.raises(ValueError, match=r"0.weight moves in the backward pass already; call remove\(\)"):
+        fuse_into_backward(SM3, model)
     for copier in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match=r"use state_dict\(\)"):
             copier(opt)
@@ -279,6 +285,39 @@ def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(ValueError, match="has a gradient already"):
         opt.add_param_group({"params": [("p", p)]})
     assert len(opt.param_groups) == 1
+    opt.remove()
+    fuse_into_backward(SM3, model).remove()
+
+
+def test_an_optimizer_that_steps_beside_it_is_told_whose_gradients_they_are() -> None:
+    """The optimizer of before, which has made steps and still has its lists."""
+    model, other = model_of(), nn.Linear(3, 3)
+    old = SM3([{"params": other.parameters()}, {"params": model.parameters()}])
+    for _ in range(2):
+        loss_of(model).backward()
+        other(torch.ones(3)).sum().backward()
+        old.step()
+        old.zero_grad()
+    fuse_into_backward(SM3, model)
+    loss_of(model).backward()
+    other(torch.ones(3)).sum().backward()
+    before = [p.detach().clone() for p in (*model.parameters(), *other.parameters())]
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match=r"fuse_into_backward: the gradient of 0.weight was used and freed"):
+            old.step()
+    assert all(map(torch.equal, before, (*model.parameters(), *other.parameters())))
+
+
+def test_a_negated_gradient_keeps_its_sign() -> None:
+    p, q = [[nn.Parameter(torch.full((), x)) for x in (0.3, -0.2)] for _ in range(2)]
+    fused, ref = fuse_into_backward(SM3, p), SM3(q)
+    for _ in range(3):
+        for opt, (a, b) in ((fused, p), (ref, q)):
+            opt.zero_grad()
+            (torch.complex(a, b).conj() - (1 + 2j)).abs().backward()
+        q[1].grad = q[1].grad.resolve_neg().clone()
+        ref.step()
+        assert [a.item() for a in p] == [a.item() for a in q]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed; another has")

@@ -239,6 +239,19 @@ def test_bytes_of_state_a_parameter(options: dict[str, Any], most: float) -> Non
     assert sum(seen.values()) / sum(p.numel() for p in params) <= most
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (3, 300), (50, 2), (50, 1), (7,), ()])
+def test_bytes_of_an_int8_momentum_follow_from_a_rows_length(shape: tuple[int, ...]) -> None:
+    """A scale a row at least: (1 + 4 ceil(C / 256) / C) bytes a parameter, and no more than fp32's 4."""
+    p = nn.Parameter(torch.zeros(shape))
+    p.grad = torch.ones(shape)
+    opt = SM3([p], momentum_dtype=I8)
+    opt.step()
+    state = opt.state[p]
+    taken = sum(state[k].nbytes for k in ("momentum_buffer", "momentum_scale") if k in state)
+    row = math.prod(shape[1:])
+    assert taken == (p.numel() * 4 if row == 1 else p.numel() + p.numel() // row * 4 * -(-row // 256))
+
+
 # --- defects of other ports -------------------------------------------------------------------------------------------
 
 

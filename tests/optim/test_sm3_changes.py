@@ -140,6 +140,49 @@ def test_a_parameter_that_comes_twice_moves_once() -> None:
     assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("size", [6, 300])
+@pytest.mark.parametrize("turn", [torch.t, lambda t: t.view(t.shape[1], t.shape[0])], ids=["strides", "shape"])
+def test_a_weight_that_is_seen_in_another_way_moves_as_it_is_seen(size: int, turn: Any) -> None:
+    """The same memory under other strides; of a matrix that is not square, under another shape."""
+    square = turn is torch.t
+    w = torch.randn(size, size if square else 2 * size)
+    p, q = nn.Parameter(w.clone()), nn.Parameter(w.clone())
+    opt, ref = SM3([p]), SM3([q])
+    for step in range(4):
+        if step == 2:
+            p.grad = q.grad = None
+            p.data, q.data = turn(p.data), turn(q.data).clone()
+            if not square:
+                opt.state.clear()
+                ref.state.clear()
+        set_grads([p, q], step)
+        q.grad = p.grad.clone()
+        opt.step()
+        ref.step()
+        assert torch.equal(p, q), step
+
+
+def test_state_whose_momentum_or_scales_were_taken_out_starts_anew() -> None:
+    for entry in ("momentum_buffer", "momentum_scale"):
+        params, others = parameters(), parameters()
+        opt, ref = SM3(params, momentum_dtype=I8), SM3(others, momentum_dtype=I8)
+        for step in range(3):
+            if step == 2:
+                del opt.state[params[0]][entry]
+                for key in ("momentum_buffer", "momentum_scale"):
+                    ref.state[others[0]][key].zero_()
+            for o, ps in ((opt, params), (ref, others)):
+                set_grads(ps, step)
+                o.step()
+        assert all(map(torch.equal, params, others))
+        assert equal(snapshot(opt), snapshot(ref))
+        del opt.state[params[0]]["momentum_buffer"]
+        opt.param_groups[0]["momentum_dtype"] = BF16
+        opt.step()
+        assert opt.state[params[0]]["momentum_buffer"].dtype == BF16
+        assert "momentum_scale" not in opt.state[params[0]]
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -158,6 +201,7 @@ def test_a_parameter_that_comes_twice_moves_once() -> None:
         ({"weight_decay": -1.0}, "weight_decay"),
         ({"weight_decay": math.nan}, "weight_decay"),
         ({"momentum_dtype": F16}, "momentum_dtype must be one of None, torch.float32.*got torch.float16"),
+        ({"weight_decay": 1e300}, "weight_decay must be a finite number >= 0, got 1e.300"),
         ({"seed": 2**64}, "seed must be an integer"),
         ({"differentiable": True}, "differentiable=True is not supported"),
     ],
@@ -209,7 +253,7 @@ def test_steps_that_are_refused_change_nothing() -> None:
     set_grads(params, 0)
     opt.step()
 
-    def expect(error: type[Exception], message: str) -> None:
+    def expect(error: type[Exception] | tuple[type[Exception], ...], message: str) -> None:
         with nothing_changes(opt, params), pytest.raises(error, match=message):
             opt.step()
 
@@ -228,6 +272,14 @@ def test_steps_that_are_refused_change_nothing() -> None:
     opt.state[params[3]]["cover"] = cover.double()
     expect(ValueError, r"covers\[0\] .*float32.*float64")
     opt.state[params[3]]["cover"] = cover
+
+    group["momentum_dtype"] = F16
+    expect(ValueError, "momentum_dtype must be one of None, torch.float32.*got torch.float16")
+    group["momentum_dtype"] = None
+
+    opt.found_inf = torch.zeros(2)
+    expect((ValueError, RuntimeError), "found_inf must be one number")
+    del opt.found_inf
 
     params[5].grad = None
     params[5].grad_dtype = None  # torch then takes a gradient of any dtype
@@ -252,6 +304,64 @@ def test_parameters_that_share_memory_are_refused() -> None:
     with pytest.raises(ValueError, match=r"params\[0\] and params\[1\] must not overlap"):
         opt.step()
     assert not base.any()
+
+
+@pytest.mark.parametrize("size", [6, 300])
+def test_what_a_later_group_refuses_leaves_the_earlier_ones_as_they_are(size: int) -> None:
+    a, b, c = (nn.Parameter(torch.ones(size, size)) for _ in range(3))
+    opt = SM3([{"params": [a]}, {"params": [b, c]}])
+    set_grads([a, b, c], 0)
+    opt.step()
+    own, c.data = c.data, b.data
+    for _ in range(2):
+        with nothing_changes(opt, [a, b, c]), pytest.raises(ValueError, match=r"params\[0\] and params\[1\] must not"):
+            opt.step()
+    c.grad, c.data = None, own[: size // 2]  # at the same address
+    c.grad = torch.ones_like(c)
+    for _ in range(2):
+        with nothing_changes(opt, [a, b, c]), pytest.raises(ValueError, match=r"covers\[1\] must have shape"):
+            opt.step()
+
+
+def test_marks_of_a_scaler_may_be_numbers() -> None:
+    p = nn.Parameter(torch.ones(3))
+    opt = SM3([p], lr=0.1, momentum=0.0)
+    opt.grad_scale, opt.found_inf = 2.0, 0.0
+    for _ in range(2):
+        p.grad = torch.ones(3)
+        opt.step()
+    assert float(opt.state[p]["step"]) == 2
+    opt.found_inf = 1.0
+    with nothing_changes(opt, [p]):
+        opt.step()
+
+
+def test_state_of_inference_mode_is_not_written_outside_of_it() -> None:
+    params = parameters()
+    opt = SM3(params)
+    set_grads(params, 0)
+    with torch.inference_mode():
+        opt.step()
+    for _ in range(2):
+        with nothing_changes(opt, params), pytest.raises(RuntimeError, match="inference_mode"):
+            opt.step()
+    with torch.inference_mode():
+        opt.step()
+    opt.load_state_dict(opt.state_dict())
+    opt.step()
+    assert all(float(s["step"]) == 3 for s in opt.state.values())
+
+
+def test_rates_that_are_no_numbers_are_refused() -> None:
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    opt = SM3([p])
+    for lr in (None, "high", 1j):
+        with pytest.raises(TypeError, match="SM3: lr must be a number or a one-element tensor, got"):
+            SM3([p], lr=lr)  # type: ignore[arg-type]
+        opt.param_groups[0]["lr"] = lr
+        with nothing_changes(opt, [p]), pytest.raises(TypeError, match="SM3: lr must be a number"):
+            opt.step()
 
 
 def test_backward_notices_that_a_weight_moved_under_it() -> None:

@@ -1,4 +1,4 @@
-"""torch.compile(opt.step): one graph with the public operator in it, which no learning rate compiles anew."""
+"""torch.compile(opt.step): one graph, which no learning rate and no momentum compiles anew."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_one_graph_without_breaks_for_every_learning_rate(options: dict[str, Any
         assert all(map(torch.equal, params, others)), i
         assert same(opt, plain)
     assert len(backend.graphs) == 1
-    assert backend.operators()[0].count("leanops.sm3_step_") == 2  # one a group
+    assert backend.operators()[0].count("leanops._sm3_compiled_step_") == 2  # one a group
 
 
 def test_a_schedule_that_was_there_first_costs_no_graph_either() -> None:
@@ -104,7 +104,42 @@ def test_a_schedule_that_was_there_first_costs_no_graph_either() -> None:
         set_grads(params, i)
         step()
         schedule.step()
-    assert backend.operators() == [["leanops._sm3_lr", "leanops.sm3_step_"] * 2]
+    assert backend.operators() == [["leanops._sm3_lr", "leanops._sm3_momentum", "leanops._sm3_compiled_step_"] * 2]
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")  # compiled before it looked
+def test_a_schedule_of_the_momentum_costs_no_graph() -> None:
+    params, opt, others, plain = pair(momentum_dtype=I8)
+    backend = Backend()
+    step = torch.compile(opt.step, fullgraph=True, backend=backend)
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(o, 0.5, total_steps=9) for o in (opt, plain)]
+    for i in range(7):
+        if i == 4:  # none for a step, and by hand
+            for o in (opt, plain):
+                o.param_groups[0]["momentum"] = 0.0
+        set_grads(params, i)
+        set_grads(others, i)
+        step()
+        plain.step()
+        assert all(map(torch.equal, params, others)), i
+        assert same(opt, plain)
+        for s in schedules:
+            s.step()
+    assert len(backend.graphs) == 1
+
+
+def test_a_momentum_that_begins_later_is_another_graph() -> None:
+    params, opt, others, plain = pair(momentum=0.0)
+    backend = Backend()
+    step = torch.compile(opt.step, fullgraph=True, backend=backend)
+    for i, momentum in enumerate((0.0, 0.0, 0.5, 0.9)):
+        for ps, o in ((params, opt), (others, plain)):
+            set_grads(ps, i)
+            o.param_groups[1]["momentum"] = momentum
+            o.step() if o is plain else step()
+        assert all(map(torch.equal, params, others)), i
+        assert same(opt, plain)
+    assert len(backend.graphs) == 2
 
 
 def test_inductor_gives_the_same_bits_from_one_compilation() -> None:
@@ -179,6 +214,20 @@ def test_compiled_and_plain_steps_may_alternate() -> None:
     assert len(backend.graphs) == 1
 
 
+def test_more_than_one_optimizer_can_be_compiled() -> None:
+    for options in OPTIONS:
+        for seed in (0, 1):
+            params, opt, others, plain = pair(**options, seed=seed)
+            step = torch.compile(opt.step, fullgraph=True, backend=Backend())
+            for i in range(3):
+                set_grads(params, i)
+                set_grads(others, i)
+                step()
+                plain.step()
+                assert all(map(torch.equal, params, others)), (options, seed, i)
+            assert same(opt, plain)
+
+
 def test_a_gradient_scaler_works_through_a_compiled_step() -> None:
     params, opt, others, plain = pair()
     compiled = torch.compile(opt.step, fullgraph=True, backend=Backend())
@@ -226,3 +275,21 @@ def test_what_a_plain_step_refuses_a_compiled_one_refuses() -> None:
     with pytest.raises(Exception, match="SM3 does not support sparse gradients; parameter 0"):
         torch.compile(opt.step, fullgraph=True, backend=Backend())()
     assert torch.equal(table.weight, before)
+
+    w = nn.Parameter(torch.ones(3))
+    w.grad = torch.ones(3)
+    opt = SM3([w])
+    step = torch.compile(opt.step, fullgraph=True, backend=Backend())
+    step()
+    before = w.detach().clone()
+    for name, value, error in (
+        ("lr", torch.zeros(2), "lr must be 1-element, got shape .2."),
+        ("lr", "high", "lr must be a number or a one-element tensor, got 'high'"),
+        ("momentum", 1.5, r"momentum must be in \[0, 1\), got 1.5"),
+    ):
+        kept, opt.param_groups[0][name] = opt.param_groups[0][name], value
+        # a graph that raises leaves the mode of gradients as the step has set it
+        with torch.enable_grad(), pytest.raises(Exception, match=f"SM3: (Tensor )?{error}"):
+            step()
+        opt.param_groups[0][name] = kept
+        assert torch.equal(w, before)

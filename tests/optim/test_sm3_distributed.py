@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -199,6 +200,27 @@ def states_go_between_one_process_and_shards(rank: int, folder: str) -> None:
     assert equal(full(fresh.state_dict()["state"]), a.state_dict()["state"])
 
 
+def saved_states_can_be_kept(rank: int, folder: str) -> None:
+    """Written, copied and staged as they are: a DTensor with an offset into its storage could not."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = sharded(model_of())
+    opt = SM3(model.parameters(), momentum_dtype=I8)
+    train(model, opt, 2)
+    state = opt.state_dict()
+    torch.save(state, f"{folder}/{rank}.pt")
+    for kept in (torch.load(f"{folder}/{rank}.pt", weights_only=False), copy.deepcopy(state)):
+        assert equal(full(kept["state"]), full(state["state"]))
+    named = {"opt": get_optimizer_state_dict(model, opt)}
+    dcp.async_save(named, checkpoint_id=f"{folder}/async").result()
+    for entry in opt.state.values():
+        entry["cover"].add_(1)
+    assert all((axis.full_tensor() >= 1).all() for s in state["state"].values() for axis in s["cover"].values())
+    dcp.load(named, checkpoint_id=f"{folder}/async")  # in place
+    assert equal(full(opt.state_dict()["state"]), full(kept["state"]))
+
+
 def a_by_name(model: nn.Module, opt: SM3) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
@@ -271,6 +293,11 @@ def test_four_processes_in_a_mesh_of_two_axes() -> None:
 )
 def test_two_processes(job: Callable[[int], None]) -> None:
     spawn(job)
+
+
+def test_saved_states_can_be_kept() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(saved_states_can_be_kept, folder)
 
 
 def test_saved_state_does_not_depend_on_the_mesh() -> None:

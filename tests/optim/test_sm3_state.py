@@ -174,6 +174,20 @@ def test_states_that_do_not_fit_are_refused_and_nothing_changes() -> None:
     expect(entry + "the cover of parameter 2 must have one entry an axis", lambda s: s["state"][2]["cover"].pop("1"))
     expect(entry + "the state of parameter 0 must have 'step'", lambda s: s["state"][0].pop("step"))
     expect(
+        entry + "the state of parameter 0 must have 'step' and in 'cover' a dict of axes, got cover: NoneType",
+        lambda s: s["state"][0].update(cover=None),
+    )
+    expect(entry + "the state of parameter 0 must be a dict, got int", lambda s: s["state"].update({0: 3}))
+    for step, seen in ((None, "None"), ("a", "'a'"), (torch.zeros(2), r"shape \[2\] on cpu")):
+        expect(
+            entry + f"the step of parameter 0 must be one number, got {seen}",
+            lambda s, step=step: s["state"][0].update(step=step),
+        )
+    expect(
+        entry + "axis 1 of the cover of parameter 2 must have data, got a meta tensor",
+        lambda s: s["state"][2]["cover"].update({"1": torch.zeros(12, device="meta")}),
+    )
+    expect(
         entry + r"momentum_buffer of parameter 2 must have shape \[5, 12\]",
         lambda s: s["state"][2].update(momentum_buffer=torch.zeros(5, 13)),
     )

@@ -291,5 +291,32 @@ def test_state_helpers_refuse_what_does_not_fit():
         lo.sm3_cover_axes(torch.zeros(6), (3, 4))
     with pytest.raises(ValueError, match=r"sm3_momentum: dtype must be one of .*int8, got torch\.float16"):
         lo.sm3_momentum(torch.zeros(3), torch.float16)
-    with pytest.raises(ValueError, match=r"sm3_step_: a seed must be an integer .*got 1\.5"):
+    with pytest.raises(ValueError, match=r"sm3_step_: seed must be an integer .*got 1\.5"):
         lo.sm3_step_(torch.zeros(3), torch.zeros(3), torch.zeros(3), lr=0.1, seed=[1.5])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"params": None}, TypeError, "params must be a tensor or a sequence of tensors, got None"),
+        ({"grads": 3.0}, TypeError, "grads must be a tensor or a sequence of tensors, got 3.0"),
+        ({"covers": [None]}, TypeError, r"covers\[0\] must be a tensor, got NoneType"),
+        ({"momenta": [torch.zeros(3).numpy()]}, TypeError, r"momenta\[0\] must be a tensor, got ndarray"),
+        ({"scales": 1}, TypeError, "scales must be a tensor or a sequence of tensors, got 1"),
+        ({"seed": 1.5}, ValueError, r"seed must be an integer in .*, got 1\.5"),
+        ({"tensor_ids": 5}, ValueError, "tensor_ids must be a sequence of integers, got 5"),
+        ({"offsets": [0.5]}, ValueError, r"offsets\[0\] must be an integer, got 0.5"),
+        ({"lr": None}, TypeError, "lr must be a number or a one-element tensor, got None"),
+        ({"lr": "high"}, TypeError, "lr must be a number or a one-element tensor, got 'high'"),
+        ({"lr": torch.nan}, ValueError, "lr must be finite and at least 0, got nan"),
+        ({"lr": torch.inf}, ValueError, "lr must be finite and at least 0, got inf"),
+        ({"lr": -0.1}, ValueError, "lr must be finite and at least 0, got -0.1"),
+    ],
+    ids=str,
+)
+def test_a_step_names_the_argument_that_it_cannot_take(change, error, message):
+    w = torch.zeros(3)
+    arguments = {"params": w, "grads": torch.ones(3), "covers": torch.zeros(3), "lr": 0.1} | change
+    with pytest.raises(error, match=f"sm3_step_: {message}"):
+        lo.sm3_step_(**arguments)
+    assert not w.any()

@@ -1,0 +1,104 @@
+"""Tensors whose memory does not hold their values, as SM3 meets them: negated, on their way, zero, simulated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sm3_parameters import parameters, set_grads
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from leanops.optim import SM3
+
+I8 = torch.int8
+
+
+def test_a_negated_gradient_keeps_its_sign() -> None:
+    """autograd leaves the imaginary part of a conjugate as a view with the negative bit, of which a kernel sees the
+    memory alone."""
+    p, q = [[nn.Parameter(torch.full((), x)) for x in (0.3, -0.2)] for _ in range(2)]
+    opt, ref = SM3(p), SM3(q)
+    for _ in range(3):
+        for o, (a, b) in ((opt, p), (ref, q)):
+            o.zero_grad()
+            (torch.complex(a, b).conj() - (1 + 2j)).abs().backward()
+        assert p[1].grad.is_neg()
+        q[1].grad = q[1].grad.resolve_neg().clone()
+        opt.step()
+        ref.step()
+        assert [a.item() for a in p] == [a.item() for a in q]
+
+    params, others = parameters(), parameters()
+    opt, ref = SM3(params), SM3(others)
+    for step in range(3):
+        set_grads(params, step)
+        for a, b in zip(params, others, strict=True):
+            a.grad = torch._neg_view(a.grad)
+            b.grad = a.grad.resolve_neg()
+        opt.step()
+        ref.step()
+        assert all(map(torch.equal, params, others)), step
+
+
+@pytest.mark.parametrize("size", [3, 300])
+def test_gradients_without_memory_of_their_own(size: int) -> None:
+    functional = pytest.importorskip("torch.distributed._functional_collectives")
+    makers = {"late": functional.AsyncCollectiveTensor, "zero": lambda g: torch._efficientzerotensor(g.shape)}
+    for name, make in makers.items():
+        p, q = nn.Parameter(torch.ones(size, size)), nn.Parameter(torch.ones(size, size))
+        opt, ref = SM3([p]), SM3([q])
+        for step in range(4):
+            g = torch.full_like(p, step + 1.0)
+            p.grad = make(g) if step else g
+            q.grad = torch.zeros_like(g) if step and name == "zero" else g
+            opt.step()
+            ref.step()
+            assert torch.equal(p, q), (name, step)
+
+
+def test_parameters_of_a_simulation_move_in_it() -> None:
+    """As torch.distributed._tools.MemTracker has them."""
+    with FakeTensorMode():
+        model = nn.Linear(3, 4)
+        opt = SM3(model.parameters(), momentum_dtype=I8)
+        for _ in range(3):
+            model(torch.zeros(2, 3)).sum().backward()
+            opt.step()
+        assert [tuple(s["momentum_buffer"].shape) for s in opt.state.values()] == [(4, 3), (4,)]
+
+
+def test_a_negated_weight_is_refused() -> None:
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch._neg_view(torch.ones(3)))
+    opt = SM3([{"params": [p]}, {"params": [q]}])
+    p.grad = q.grad = torch.ones(3)
+    with pytest.raises(ValueError, match=r"SM3: parameter 1 must not be a negated view; use its resolve_neg\(\)"):
+        opt.step()
+    assert p.tolist() == [1.0] * 3
+    assert not opt.state
+
+
+class Pair(torch.Tensor):
+    """A wrapper that no kernel can read."""
+
+    @staticmethod
+    def __new__(cls, like: torch.Tensor) -> Pair:
+        return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def, override]
+        return Pair(args[0])
+
+
+def test_wrappers_that_do_not_give_up_their_values_are_refused() -> None:
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    opt = SM3([{"params": [p]}, {"params": [q]}])
+    for step in range(3):
+        p.grad, q.grad = torch.ones(3), torch.ones(3)
+        if step != 1:
+            q.grad = Pair(q)
+            before = p.tolist()
+            with pytest.raises(ValueError, match="SM3: a gradient must be a plain tensor or a DTensor, got Pair"):
+                opt.step()
+            assert p.tolist() == before
+        else:
+            opt.step()
