@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -49,9 +49,24 @@ class BackwardFlops:
         mask = sum(1 << i for i, name in enumerate(self.names) if name in trainable)
         return self.fixed + sum(flops for group, flops in self.groups if group & mask)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, strings and lists; sets of tensors in hexadecimal, for ``torch.load`` reads no integer that long."""
+        lists = {name: list(getattr(self, name)) for name in ("names", "dw", "dy")}
+        return {**asdict(self), **lists, "groups": [[hex(group), flops] for group, flops in self.groups]}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> BackwardFlops:
+        """Raises KeyError, TypeError or ValueError for what :meth:`state_dict` did not make."""
+        forward, fixed = int(state["forward"]), int(state["fixed"])
+        names = tuple(map(str, state["names"]))
+        dw, dy = (tuple(map(int, state[name])) for name in ("dw", "dy"))
+        if not len(names) == len(dw) == len(dy):
+            raise ValueError(f"names, dw and dy must have one length, got {len(names)}, {len(dw)} and {len(dy)}")
+        return cls(forward, names, dw, dy, fixed, tuple((int(group, 16), int(n)) for group, n in state["groups"]))
+
 
 def measure(op: str, closure: Callable[[], Any], params: Mapping[str, Tensor]) -> BackwardFlops:
-    """Take the backward pass of ``closure()`` apart; all params must require grad.
+    """Take the backward pass of ``closure()`` apart; all params must require grad. Within :func:`undisturbed`.
 
     The graph is run backward once, and torch's counter read before and after each of its nodes. A node that costs FLOPs
     and passes gradients on along several edges (a product does, to its weight and to its input) is then run alone for
@@ -62,12 +77,9 @@ def measure(op: str, closure: Callable[[], Any], params: Mapping[str, Tensor]) -
     Gradients are dropped as they appear: at no time is there more than one.
     """
     with _counter() as counter:
-        loss = closure()
+        loss, root = _loss(op, closure, params)
     forward = counter.get_total_flops()
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.grad_fn is None:
-        got = f"{list(loss.shape)}, grad_fn {loss.grad_fn}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"{op}: closure must return a scalar loss that has a graph, and not call backward, got {got}")
-    nodes = _nodes(loss.grad_fn)
+    nodes = _nodes(root)
     flops, shapes, order = _run(loss, nodes, params)
     names = {id(p): name for name, p in params.items()}
     leaves = {names[id(v)] for v in (getattr(n, "variable", None) for n in nodes) if id(v) in names}
@@ -75,7 +87,7 @@ def measure(op: str, closure: Callable[[], Any], params: Mapping[str, Tensor]) -
     if missing:
         raise RuntimeError(
             f"{op}: the gradient of {missing[0]} does not come through the graph of the loss; measure without "
-            "reentrant checkpointing"
+            "activation checkpointing"
         )
     order += sorted(leaves.difference(order))  # in the graph, and no gradient arrived
     behind = _behind(nodes, {id(params[name]): i for i, name in enumerate(order)})
@@ -93,19 +105,39 @@ def measure(op: str, closure: Callable[[], Any], params: Mapping[str, Tensor]) -
     return BackwardFlops(forward, tuple(order), tuple(dw), tuple(dy), fixed, free)
 
 
-def count(closure: Callable[[], Any], params: Mapping[str, Tensor]) -> tuple[int, int]:
-    """FLOPs of the forward and of the backward pass as things are; gradients are dropped."""
+def count(op: str, closure: Callable[[], Any], params: Mapping[str, Tensor]) -> tuple[int, int]:
+    """FLOPs of the forward and of the backward pass as things are. Within :func:`undisturbed`."""
     with _counter() as forward:
-        loss = closure()
+        loss, _ = _loss(op, closure, params)
     with _counter() as backward, _dropped(params):
         loss.backward()
     return forward.get_total_flops(), backward.get_total_flops()
 
 
+def gradients(
+    op: str, closure: Callable[[], Any], params: Mapping[str, Tensor], seen: Callable[[str, Tensor], None]
+) -> None:
+    """One backward pass; ``seen(name, parameter)`` is called when a gradient is complete, which is dropped then."""
+    loss, _ = _loss(op, closure, params)
+    with _dropped(params, seen):
+        loss.backward()
+
+
+def _loss(op: str, closure: Callable[[], Any], params: Mapping[str, Tensor]) -> tuple[Tensor, Node]:
+    """The loss and the root of its graph, which no backward pass has used."""
+    loss = closure()
+    used = [name for name, p in params.items() if p.grad is not None]
+    if used:
+        raise ValueError(f"{op}: closure must return the loss and not call backward, got a gradient of {used[0]}")
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.grad_fn is None:
+        got = f"{list(loss.shape)}, grad_fn {loss.grad_fn}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"{op}: closure must return a scalar loss that has a graph, got {got}")
+    return loss, loss.grad_fn
+
+
 @contextmanager
 def _dropped(params: Mapping[str, Tensor], seen: Callable[[str, Tensor], None] | None = None) -> Iterator[None]:
-    """Gradients of a backward pass are shown to ``seen`` and dropped; those that were there before are kept."""
-    before = {name: p.grad for name, p in params.items()}
+    """Gradients of a backward pass are shown to ``seen`` and dropped."""
 
     def hook(name: str) -> Callable[[Tensor], None]:
         def drop(p: Tensor) -> None:
@@ -115,43 +147,42 @@ def _dropped(params: Mapping[str, Tensor], seen: Callable[[str, Tensor], None] |
 
         return drop
 
-    handles = []
-    for name, p in params.items():
-        p.grad = None
-        if p.requires_grad:
-            handles.append(p.register_post_accumulate_grad_hook(hook(name)))
+    handles = [p.register_post_accumulate_grad_hook(hook(n)) for n, p in params.items() if p.requires_grad]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for name, p in params.items():
-            p.grad = before[name]
 
 
 @contextmanager
-def undisturbed(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
-    """What a measurement moves comes back: buffers (running statistics), random generators and what requires grad."""
+def undisturbed(model: nn.Module, params: Mapping[str, Tensor], trainable: Collection[str]) -> Iterator[None]:
+    """These train for a while, and none has a gradient at first. What a measurement moves comes back: gradients,
+    buffers (running statistics; also those that the forward pass binds anew), random generators, what requires grad."""
+    slots = [(m._buffers, dict(m._buffers.items())) for m in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    needs = {name: p.requires_grad for name, p in params.items()}
+    before = {name: (p.requires_grad, p.grad) for name, p in params.items()}
     devices = {p.device for p in params.values() if p.device.type != "cpu"}
     kind = next((d.type for d in devices), "cuda")
     try:
+        for name, p in params.items():
+            p.requires_grad_(name in trainable)
+            p.grad = None
         with torch.random.fork_rng([d for d in devices if d.type == kind], device_type=kind), torch.enable_grad():
             yield
     finally:
         for name, p in params.items():
-            p.requires_grad_(needs[name])
+            needs, p.grad = before[name]
+            p.requires_grad_(needs)
+        for held, bound in slots:
+            for name in [n for n, _ in held.items() if n not in bound]:
+                del held[name]
+            for name, buffer in bound.items():
+                if name not in held or held[name] is not buffer:
+                    held[name] = buffer
         with torch.no_grad():
             for buffer, saved in buffers:
                 buffer.copy_(saved)
-
-
-def gradients(closure: Callable[[], Any], params: Mapping[str, Tensor], seen: Callable[[str, Tensor], None]) -> None:
-    """One backward pass; ``seen(name, parameter)`` is called when a gradient is complete, which is dropped then."""
-    loss = closure()
-    with _dropped(params, seen):
-        loss.backward()
 
 
 # --- the graph ------------------------------------------------------------------------------------------------------

@@ -75,6 +75,10 @@ class HalfFineTuning(Rounds):
         super().__init__(model, optimizer, period, seed)
         module, params = self._freezer.model, self._freezer.params
         self._always = find_params("HalfFineTuning", "always", module, params.keys(), always)
+        if categories is not None and not isinstance(categories, Mapping):
+            raise ValueError(
+                f"HalfFineTuning: categories must map names to regular expressions, got {type(categories).__name__}"
+            )
         patterns = {}
         for name, text in (CATEGORIES if categories is None else categories).items():
             try:

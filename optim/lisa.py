@@ -32,7 +32,9 @@ class LISA(Rounds):
     Args:
         model: any module. Parameters that do not require grad when LISA is made stay out of it, so that adapters and
             models that are frozen in part work as they are.
-        optimizer: any torch optimizer that holds all parameters that do; make it before LISA.
+        optimizer: any torch optimizer that keeps its state by parameter and holds all parameters that do; make it
+            before LISA. Where it counts steps by parameter group (``group["step"]``), blocks that train again do not
+            start as in a new one, and a warning says so.
         active: γ, published: 2 (of 32), up to 8.
         period: K, published: 3 to 50 draws over a run, that is tens to hundreds of steps.
         blocks: what is drawn from: None for the entries of the longest ``nn.ModuleList``, a container's name
@@ -52,7 +54,8 @@ class LISA(Rounds):
     Raises:
         TypeError: model or optimizer of the wrong kind.
         ValueError: more active blocks than there are; blocks or always that match nothing, or blocks that cannot be
-            told; an optimizer without one of the trainable parameters. Nothing is frozen then.
+            told; an optimizer without one of the trainable parameters; a model that LISA, HalfFineTuning or
+            TensorSelector has frozen and not released. Nothing is frozen then.
 
     Source: LISA (2403.17919), algorithm 1.
     """

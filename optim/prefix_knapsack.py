@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ def prefix_knapsack(importance: ArrayLike, dw: ArrayLike, dy: ArrayLike, budget:
     Args:
         importance: I, [n], finite; a tensor that is not above 0 is never chosen.
         dw, dy: [n], whole numbers >= 0 (FLOPs), each sum below 2^62.
-        budget: B, in the same unit. Negative: nothing fits.
+        budget: B, an integer of any size, in the same unit. Negative: nothing fits.
 
     Returns:
         The solution. Costs are integers, the budget is kept exactly. ``exact``: no other choice has an importance that
@@ -60,12 +61,16 @@ def prefix_knapsack(importance: ArrayLike, dw: ArrayLike, dy: ArrayLike, budget:
         still limits what was missed.
 
     Raises:
-        ValueError: lengths that differ, importances that are not finite, costs that are negative or not whole.
+        ValueError: lengths that differ, importances that are not finite, costs that are negative or not whole, a budget
+            that is no integer.
 
     Source: the selection problem of GreenTrainer (2309.13192), whose own dynamic program keeps one solution for each
     depth and budget and so misses the optimum.
     """
     v, w, way = _checked(importance, dw, dy)
+    if isinstance(budget, bool) or not isinstance(budget, Integral):
+        raise ValueError(f"prefix_knapsack: budget must be an integer, got {budget!r}")
+    budget = max(-1, min(int(budget), int(w.sum()) + int(way.sum())))  # what makes a difference, and fits 64 bits
     cap = budget - np.cumsum(way)  # of each choice of the deepest tensor, what is left for gradients of weights
     items = np.flatnonzero((v > 0) & (w <= cap))
     if not len(items):

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from leanops.optim.mezo import MeZO
+from leanops.optim.params import is_sharded
 from leanops.optim.selection import holder
 from leanops.optim.sm3 import SM3
 
-# what a fresh entry holds; of torch's optimizers and SM3. A string names the option of the group that it starts from.
+# what a fresh entry holds, in both parts if it is complex; of torch's optimizers and SM3. A string names the option of
+# the group that it starts from.
 _START: dict[str, float | str] = {
     "step": 0,
     # Adam, AdamW, RAdam, NAdam, Adamax, SparseAdam
@@ -53,11 +55,15 @@ def reset_momentum_(optimizer: Any, *, covers: bool = False) -> None:
     published for low-rank pre-training, also after weights were rewritten (a refactorization), when old moments belong
     to coordinates that are gone.
 
+    A count that lies in the parameter group (``group["step"]``, as in pytorch_optimizer) is set to 0 as well; whatever
+    else an optimizer counts or estimates there (schedule-free averages, Prodigy's d) stays.
+
     Every entry is set in place (addresses stay, so captured graphs stay valid): exp_avg, exp_avg_sq, max_exp_avg_sq,
     exp_inf, momentum_buffer and its scale, square_avg, grad_avg, acc_delta, row_var, col_var, variance, prev, ax and
     step to 0; mu_product and mu to 1; sum to ``initial_accumulator_value``; eta and step_size to lr. Entries that are
-    None stay so. **A parameter with an entry that is not among these** loses its state altogether, and the optimizer
-    makes it anew at the next step; nothing of it is kept by half.
+    None stay so. **A parameter with an entry that is not among these**, or of a tensor type of its own (torchao's
+    quantized moments), loses its state altogether, and the optimizer makes it anew at the next step; nothing of it is
+    kept by half.
 
     Args:
         optimizer: a torch optimizer.
@@ -81,24 +87,49 @@ def reset_momentum_(optimizer: Any, *, covers: bool = False) -> None:
             f"reset_momentum_: covers must be False for an optimizer without covers, got True for "
             f"{type(optimizer).__name__}"
         )
+    plan, owners = [], {id(optimizer): optimizer}
     for group in optimizer.param_groups:
         for p in group["params"]:
             own = holder(optimizer, p)
-            state = own.state.get(p)
-            if not state:
-                continue
-            if not all(key in _START or _is_cover(key) for key in state):
-                del own.state[p]
-                continue
-            for key, value in state.items():
-                if value is None or (_is_cover(key) and not covers) or (key == "step" and isinstance(own, SM3)):
-                    continue
-                start = _START.get(key, 0)
-                start = float(group[start]) if isinstance(start, str) else start
-                if isinstance(value, Tensor):
-                    value.fill_(start)
-                else:
-                    state[key] = type(value)(start)
+            owners[id(own)] = own
+            if own.state.get(p):
+                plan.append((own, p, _starts(own, group, own.state[p], covers)))
+    for own, p, starts in plan:
+        if starts is None:
+            del own.state[p]
+        else:
+            _set(own.state[p], starts)
+    for own in owners.values():
+        for group in own.param_groups:
+            if isinstance(group.get("step"), int | float | Tensor):  # counted once for the whole group
+                _set(group, {"step": 0})
+
+
+def _starts(own: Optimizer, group: dict[str, Any], state: dict[str, Any], covers: bool) -> dict[str, float] | None:
+    """Where the entries to reset start, or None where that is not known of each, or cannot be set in place."""
+    found: dict[str, float] = {}
+    for key, value in state.items():
+        start = 0 if _is_cover(key) else _START.get(key)
+        start = group.get(start) if isinstance(start, str) else start
+        if start is None or not (value is None or isinstance(value, int | float) or _is_plain(value)):
+            return None
+        if value is not None and (covers or not _is_cover(key)) and not (key == "step" and isinstance(own, SM3)):
+            found[key] = float(start)
+    return found
+
+
+def _set(entries: dict[str, Any], starts: dict[str, float]) -> None:
+    for key, start in starts.items():
+        value = entries[key]
+        if isinstance(value, Tensor):
+            (torch.view_as_real(value) if value.is_complex() else value).fill_(start)
+        else:
+            entries[key] = type(value)(start)
+
+
+def _is_plain(value: Any) -> bool:
+    local = value.to_local() if is_sharded(value) else value
+    return type(local) in (Tensor, nn.Parameter, nn.Buffer)
 
 
 def _is_cover(key: Any) -> bool:

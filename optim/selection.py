@@ -9,12 +9,14 @@ the optimizer starts it anew, as at its first step.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from leanops.optim import seeds
 from leanops.optim.fused_backward import FusedBackward
@@ -73,7 +75,7 @@ def find_blocks(op: str, model: nn.Module, blocks: Blocks) -> dict[str, nn.Modul
             found = {n: m for n, m in modules.items() if n and pattern.fullmatch(n)}
     else:
         found = {}
-        for item in blocks.children() if isinstance(blocks, nn.Module) else blocks:
+        for item in blocks.children() if isinstance(blocks, nn.Module) else _items(op, "blocks", blocks):
             name = item if isinstance(item, str) else names.get(id(item))
             if name is None or name not in modules:
                 what = repr(item) if isinstance(item, str) else f"a {type(item).__name__} that is not in the model"
@@ -107,6 +109,12 @@ def _pattern(op: str, name: str, text: str) -> re.Pattern[str]:
         raise ValueError(f"{op}: {name} must be a name or a regular expression, got {text!r} ({error})") from error
 
 
+def _items(op: str, name: str, given: object) -> Iterable[Any]:
+    if not isinstance(given, Iterable):
+        raise ValueError(f"{op}: {name} must be a regular expression, a module or a list, got {given!r}")
+    return given
+
+
 Named = str | nn.Module | Tensor | Sequence[nn.Module | Tensor | str]
 
 
@@ -120,7 +128,7 @@ def find_params(op: str, argument: str, model: nn.Module, names: Collection[str]
         return found
     by_id = {id(p): n for n, p in model.named_parameters() if n in names}
     found = set()
-    for item in [which] if isinstance(which, nn.Module | Tensor) else which:
+    for item in [which] if isinstance(which, nn.Module | Tensor) else _items(op, argument, which):
         if isinstance(item, str):
             found |= find_params(op, argument, model, names, item)
             continue
@@ -143,6 +151,9 @@ def holder(optimizer: Optimizer, p: Tensor) -> Optimizer:
     return optimizer.optimizer_of(p) if isinstance(optimizer, FusedBackward) else optimizer
 
 
+_frozen = WeakIdKeyDictionary()  # parameters that a Freezer has frozen, and its name
+
+
 class Freezer:
     """The parameters that take part, by name: those that require grad when it is made. Others are left alone."""
 
@@ -159,6 +170,12 @@ class Freezer:
         if isinstance(inner, MeZO) and inner.log.header["momentum_mode"] == "store":
             raise ValueError(f"{op}: optimizer must not be MeZO with momentum_mode='store': its log would not replay")
         self.optimizer = inner
+        for name, p in self.model.named_parameters():
+            if not p.requires_grad and p in _frozen:
+                raise ValueError(
+                    f"{op}: model must be released first, got {name} as {_frozen[p]} froze it; call its release(), or "
+                    "let all that is to take part require grad"
+                )
         self.params: dict[str, Tensor] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         if not self.params:
             raise ValueError(f"{op}: model must have parameters that require grad, got none")
@@ -190,13 +207,17 @@ class Freezer:
             train = name in trainable
             if p.requires_grad != train:
                 p.requires_grad_(train)
-            if not train:
+            if train:
+                _frozen.pop(p, None)
+            else:
+                _frozen[p] = self.op
                 p.grad = None
-            elif self._eager and p not in (state := holder(self.optimizer, p).state):
+            if train and self._eager and p not in (state := holder(self.optimizer, p).state):
                 state[p] = self.fresh(p)
 
     def free(self) -> None:
         """Drop the optimizer's state of all that is frozen."""
+        counting: Optimizer | None = None
         for p in self.params.values():
             if not p.requires_grad:
                 optimizer = holder(self.optimizer, p)
@@ -204,6 +225,14 @@ class Freezer:
                     optimizer.free_state(p)
                 else:
                     optimizer.state.pop(p, None)
+                if any("step" in group for group in optimizer.param_groups):
+                    counting = optimizer
+        if counting is not None:
+            warnings.warn(
+                f"{self.op}: {type(counting).__name__} counts steps by parameter group, so what trains again starts "
+                "with moments of 0 beside an old count, and its first updates are of another size",
+                stacklevel=4,
+            )
 
 
 class Rounds:
@@ -222,6 +251,7 @@ class Rounds:
         self._freezer = Freezer(self._op, model, optimizer)
         self._steps, self._round = 0, 0
         self._stale = True  # the optimizer may hold state of frozen parameters
+        self._released = False
         self._hook: Any = None
 
     def _draw(self, round_: int) -> set[str]:
@@ -253,6 +283,8 @@ class Rounds:
         self._advance()
 
     def _advance(self) -> None:
+        if self._released:
+            return
         self._steps += 1
         if self.period is not None:
             self._enter(self._steps // self.period)
@@ -261,20 +293,19 @@ class Rounds:
             self._stale = False
 
     def _enter(self, round_: int) -> None:
-        if round_ != self._round:
+        if round_ != self._round or self._released:
             self._round = round_
             self._apply()
 
     def _apply(self) -> None:
         self._freezer.apply(self._draw(self._round))
-        self._stale = True
+        self._stale, self._released = True, False
 
     def seek(self, steps: int) -> None:
         """Go to where ``steps`` steps lead. State of what is frozen there is freed at the next step."""
         at_least(f"{self._op}.seek", "steps", steps, 0)
         self._steps = steps
-        if self.period is not None:
-            self._enter(steps // self.period)
+        self._enter(self._round if self.period is None else steps // self.period)
 
     def attach(self) -> Any:
         """Count the optimizer's steps by a hook instead of calls of :meth:`step`; returns the hook's handle."""
@@ -284,11 +315,21 @@ class Rounds:
         return self._hook
 
     def release(self) -> None:
-        """Let all parameters train again, and count no more steps by a hook."""
+        """Let all parameters train again, and count no more steps; :meth:`seek` and :meth:`load_state_dict` resume."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-        self._freezer.apply(self._freezer.params)
+        if not self._released:
+            self._freezer.apply(self._freezer.params)
+            self._released = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hook": self._hook is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _hook=None)
+        if state["_hook"]:  # a copy's optimizer has no hooks
+            self.attach()
 
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("period", "seed", *self._SETTINGS)}

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leanops.optim.backward_flops import BackwardFlops, count, gradients, measure, undisturbed
 from leanops.optim.fused_backward import FusedBackward
+from leanops.optim.mezo import MeZO
 from leanops.optim.prefix_knapsack import prefix_knapsack
 from leanops.optim.selection import Freezer
 
@@ -25,9 +27,11 @@ class TensorSelection:
     """What was selected, and what it costs; FLOPs of one step on the measured batch.
 
     ``budget``: what the backward pass may cost. ``cost``: what the knapsack counts for it, at most the budget.
-    ``backward``: what the selection's backward pass costs as measured, at most ``cost`` (the knapsack takes every way
-    down to the deepest tensor for needed). ``rho``: the share of full training's FLOPs, both passes, that this is.
-    ``exact``: whether the selection is proven to be the best; see :func:`prefix_knapsack`.
+    ``backward``: what the selection's backward pass costs, at most the budget, and mostly less than ``cost`` (the
+    knapsack takes every way down to the deepest tensor for needed): counted with this selection where ``select`` had a
+    closure, if its forward pass has the measured FLOPs, otherwise by :class:`BackwardFlops`. ``rho``: the share of full
+    training's FLOPs, both passes, that this is. ``exact``: whether the selection is proven to be the best; see
+    :func:`prefix_knapsack`.
     """
 
     names: tuple[str, ...]
@@ -63,6 +67,9 @@ class TensorSelector:
     **FLOPs are measured**, by ``torch.utils.flop_counter`` on the autograd graph of a batch: ``dw_k`` is what the
     gradient of tensor k costs, ``dy_k`` what gradients of activations cost that k needs and none above it; see
     :class:`BackwardFlops`. What the counter does not count (elementwise work, fused attention on a CPU) is free.
+    Measure without activation checkpointing, and without hooks that make activations require grad, such as
+    transformers' ``enable_input_require_grads()``: a selection is counted before it is made, and refused where it costs
+    more than the budget all the same.
 
     **Importance** is the first-order estimate of how far the next step of this optimizer, with its state, learning rate
     and weight decay, lowers the loss through this tensor alone:
@@ -92,7 +99,8 @@ class TensorSelector:
     follows from the numbers alone.
 
     Raises:
-        TypeError, ValueError: see :class:`LISA`; rho out of range.
+        TypeError, ValueError: see :class:`LISA`; rho out of range; an optimizer that steps in the backward pass or
+            without one (MeZO); a model sharded by FSDP, whose graph does not lead to its parameters.
 
     Source: GreenTrainer (2309.13192). Its dynamic program is not exact, it takes FLOPs from formulas by model, and its
     importance is the gradient after the tried step times that step.
@@ -107,6 +115,10 @@ class TensorSelector:
                 "TensorSelector: optimizer must not step inside of the backward pass, as fuse_into_backward's does: "
                 "measuring takes backward passes that move nothing"
             )
+        if isinstance(self._freezer.optimizer, MeZO):
+            raise ValueError("TensorSelector: optimizer must step by gradients, got MeZO, which has no backward pass")
+        if any(map(_is_fsdp, self._freezer.model.modules())):
+            raise ValueError("TensorSelector: model must not be sharded by FSDP: its graph ends before its parameters")
         self.rho = float(rho)
         self.flops: BackwardFlops | None = None
         self.selection: TensorSelection | None = None
@@ -124,9 +136,7 @@ class TensorSelector:
         Worth repeating when the batch's shape changes by much. About three times the work of a step.
         """
         params = self._freezer.params
-        with undisturbed(self._freezer.model, params):
-            for p in params.values():
-                p.requires_grad_(True)
+        with undisturbed(self._freezer.model, params, params):
             self.flops = measure("TensorSelector.profile", closure, params)
         return self.flops
 
@@ -140,17 +150,18 @@ class TensorSelector:
             assert p.grad is not None
             found[name] = -(p.grad * self._trial(p, p.grad, groups[id(p)])).sum().double()
 
-        with undisturbed(self._freezer.model, params):
-            for p in params.values():
-                p.requires_grad_(True)
-            gradients(closure, params, see)
+        with undisturbed(self._freezer.model, params, params):
+            gradients("TensorSelector.importance", closure, params, see)
         return {name: float(found[name]) if name in found else 0.0 for name in params}
 
     def measure(self, closure: Loss) -> tuple[int, int]:
         """FLOPs of the forward and the backward pass of ``closure()`` with the tensors that train now, as counted."""
+        return self._count("TensorSelector.measure", closure, self.trainable)
+
+    def _count(self, op: str, closure: Loss, trainable: Collection[str]) -> tuple[int, int]:
         params = self._freezer.params
-        with undisturbed(self._freezer.model, params):
-            return count(closure, params)
+        with undisturbed(self._freezer.model, params, trainable):
+            return count(op, closure, params)
 
     @torch.no_grad()
     def _trial(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
@@ -175,23 +186,46 @@ class TensorSelector:
 
         Args:
             closure: returns the loss of a batch, and does not call backward. Not needed with ``importance`` once FLOPs
-                are measured.
+                are measured; without it the selection is not counted.
             importance: of every tensor, instead of measuring it.
 
         Raises:
-            ValueError: no closure where one is needed; importance that is not finite, or not of all tensors; a rho that
-                leaves room for no tensor; nothing with an importance above 0. Nothing is changed then.
+            ValueError: no closure where one is needed, or one that calls backward; importance that is not finite, or
+                not of all tensors; a rho that leaves room for no tensor; nothing with an importance above 0; a backward
+                pass that is counted with the selection and costs more than the budget. Nothing is changed then.
         """
         op = "TensorSelector.select"
         if closure is None and (self.flops is None or importance is None):
             raise ValueError(f"{op}: closure must be given to measure FLOPs or importance, got None")
-        flops = self.flops
+        flops, known = self.flops, self.flops is not None
         if flops is None:
             assert closure is not None
             flops = self.profile(closure)
         if importance is None:
             assert closure is not None
             importance = self.importance(closure)
+        selection = self._best(op, flops, importance)
+        if closure is not None:
+            forward, backward = self._count(op, closure, selection.names)
+            if known and forward <= flops.forward and backward > selection.budget:
+                # measured on another batch, perhaps with other FLOPs (experts)
+                flops = self.profile(closure)
+                selection = self._best(op, flops, importance)
+                forward, backward = self._count(op, closure, selection.names)
+            if forward <= flops.forward and backward > selection.budget:
+                raise ValueError(
+                    f"{op}: closure must have a backward pass of at most {selection.budget:,} FLOPs with what was "
+                    f"selected, got {backward:,}; measure without activation checkpointing and without hooks that make "
+                    "activations require grad (enable_input_require_grads)"
+                )
+            if forward == flops.forward:
+                selection = replace(selection, backward=backward)
+        self.selection = selection
+        self._freezer.apply(selection.names)
+        self._freezer.free()
+        return selection
+
+    def _best(self, op: str, flops: BackwardFlops, importance: Mapping[str, float]) -> TensorSelection:
         if set(importance) != set(self._freezer.params):
             odd = sorted(set(importance) ^ set(self._freezer.params))
             raise ValueError(f"{op}: importance must have an entry for each tensor alone, got a difference, {odd}")
@@ -215,7 +249,7 @@ class TensorSelector:
                 f"(the forward pass is {flops.forward / total:.4f}), got {self.rho}"
             )
         names = tuple(flops.names[k] for k in chosen.selected)
-        self.selection = TensorSelection(
+        return TensorSelection(
             names=names,
             importance=chosen.importance,
             forward=flops.forward,
@@ -225,9 +259,6 @@ class TensorSelector:
             cost=chosen.cost + flops.fixed,
             exact=chosen.exact,
         )
-        self._freezer.apply(names)
-        self._freezer.free()
-        return self.selection
 
     def release(self) -> None:
         """Let all tensors train again."""
@@ -240,12 +271,13 @@ class TensorSelector:
         return {
             "rho": self.rho,
             "tensors": list(self._freezer.params),
-            "flops": None if self.flops is None else asdict(self.flops),
+            "flops": None if self.flops is None else self.flops.state_dict(),
             "selection": None if self.selection is None else asdict(self.selection),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume: the saved selection trains. It may come before or after the optimizer's ``load_state_dict``.
+        """Resume: the saved selection trains, and state of what is frozen is freed. It may come before or after the
+        optimizer's ``load_state_dict``.
 
         Raises ValueError, and changes nothing, where the saved run has other tensors or another rho.
         """
@@ -255,7 +287,22 @@ class TensorSelector:
                 raise ValueError(f"{op}: state_dict must be one of TensorSelector, got one without {name!r}")
             if state_dict[name] != mine:
                 raise ValueError(f"{op}: {name} must be the saved run's, {state_dict[name]!r}, got {mine!r}")
-        flops, selection = state_dict["flops"], state_dict["selection"]
-        self.flops = None if flops is None else BackwardFlops(**flops)
-        self.selection = None if selection is None else TensorSelection(**selection)
-        self._freezer.apply(self._freezer.params if self.selection is None else self.selection.names)
+        try:
+            flops, selection = state_dict["flops"], state_dict["selection"]
+            flops = None if flops is None else BackwardFlops.from_state_dict(flops)
+            selection = None if selection is None else TensorSelection(**{**selection, "names": (*selection["names"],)})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{op}: state_dict must be one of TensorSelector, got {error!r} in reading it") from error
+        for name, found in (("flops", flops), ("selection", selection)):
+            if found is not None and not self._freezer.params.keys() >= set(found.names):
+                odd = sorted(set(found.names).difference(self._freezer.params))
+                raise ValueError(f"{op}: {name} must be of the tensors, got {odd}")
+        self.flops, self.selection = flops, selection
+        self._freezer.apply(self._freezer.params if selection is None else selection.names)
+        self._freezer.free()
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    """Of either kind. None exists where torch's module was never imported."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule | fsdp.FullyShardedDataParallel)

@@ -16,7 +16,7 @@ def trainer_callback(kind: type[Rounds], **options: Any) -> Any:
 
     The position is the trainer's own ``global_step``, so ``resume_from_checkpoint`` continues with the same draws, in
     the middle of a round too, and saves nothing of its own. ``callback.selection`` is the object while it trains; at
-    the end all parameters require grad again.
+    the end, and at the start of a run after one that was interrupted, all parameters require grad again.
 
     Args:
         kind: :class:`LISA` or :class:`HalfFineTuning`.
@@ -36,6 +36,8 @@ def trainer_callback(kind: type[Rounds], **options: Any) -> Any:
         selection: Rounds | None = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.selection is not None:
+                self.selection.release()  # a run that was interrupted has not
             self.selection = kind(kwargs["model"], kwargs["optimizer"], **options)
             self.selection.seek(state.global_step)
 

@@ -32,8 +32,8 @@ def test_blocks_of_known_models_are_found() -> None:
         assert lisa.blocks == [f"{prefix}.{i}" for i in range(3)]
 
 
-def trained(folder: Path, stop: int | None, resume: bool) -> tuple[Net, list[list[str]]]:
-    drawn = []
+def make_trainer(folder: Path, drawn: list[list[str]], max_steps: int, more: list[Any]) -> tuple[Any, Any]:
+    """A trainer with LISA's callback, which notes what trains in each step."""
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -52,7 +52,7 @@ def trained(folder: Path, stop: int | None, resume: bool) -> tuple[Net, list[lis
     callback = trainer_callback(LISA, active=2, period=4, seed=7)
     args = transformers.TrainingArguments(
         output_dir=str(folder),
-        max_steps=9,
+        max_steps=max_steps,
         per_device_train_batch_size=2,
         save_steps=6,
         save_strategy="steps",
@@ -62,19 +62,19 @@ def trained(folder: Path, stop: int | None, resume: bool) -> tuple[Net, list[lis
         disable_tqdm=True,
         seed=1,
     )
-    model = Model()
-    callbacks = [callback]
-    if stop is not None:
+    return transformers.Trainer(Model(), args, train_dataset=rows, callbacks=[callback, *more]), callback
 
-        class Stop(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                control.should_training_stop = state.global_step >= stop
 
-        callbacks.append(Stop())
-    trainer = transformers.Trainer(model, args, train_dataset=rows, callbacks=callbacks)
+def trained(folder: Path, stop: int | None, resume: bool) -> tuple[Net, list[list[str]]]:
+    class Stop(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step >= stop
+
+    drawn: list[list[str]] = []
+    trainer, _ = make_trainer(folder, drawn, max_steps=9, more=[] if stop is None else [Stop()])
     trainer.train(resume_from_checkpoint=resume)
-    assert all(p.requires_grad for p in model.parameters())  # released at the end
-    return model.net, drawn
+    assert all(p.requires_grad for p in trainer.model.parameters())  # released at the end
+    return trainer.model.net, drawn
 
 
 def test_the_trainer_resumes_in_the_middle_of_a_round(tmp_path: Path) -> None:
@@ -84,6 +84,24 @@ def test_the_trainer_resumes_in_the_middle_of_a_round(tmp_path: Path) -> None:
     resumed, after = trained(tmp_path / "parts", None, True)
     assert after == drawn[6:]
     assert_same([p.detach() for p in resumed.parameters()], [p.detach() for p in whole.parameters()])
+
+
+def test_a_run_after_an_interrupted_one_draws_from_all_blocks(tmp_path: Path) -> None:
+    class Interrupted(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+        pending = True
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if self.pending and state.global_step == 2:
+                self.pending = False
+                raise KeyboardInterrupt
+
+    trainer, callback = make_trainer(tmp_path, [], max_steps=3, more=[Interrupted()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not all(p.requires_grad for p in trainer.model.parameters())
+    trainer.train()
+    assert len(callback.selection.blocks) == 5
+    assert all(p.requires_grad for p in trainer.model.parameters())
 
 
 def test_the_callback_refuses_what_it_cannot_run() -> None:

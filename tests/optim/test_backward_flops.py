@@ -99,6 +99,6 @@ def test_reentrant_checkpointing_hides_the_graph_and_is_refused() -> None:
 
     selector = TensorSelector(model, torch.optim.SGD(model.parameters()))
     with pytest.raises(
-        RuntimeError, match=r"TensorSelector.profile: the gradient of layers\.0.* reentrant checkpointing"
+        RuntimeError, match=r"TensorSelector.profile: the gradient of layers\.0.* without activation checkpointing"
     ):
         selector.profile(closure)

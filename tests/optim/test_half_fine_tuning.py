@@ -144,6 +144,7 @@ def test_what_always_trains_is_in_no_category() -> None:
     for _ in range(10):
         assert set(hft.always) <= set(hft.trainable)
         hft.next_round()
+    hft.release()
     assert halves(model, always=[model.embed]).always == ["embed.weight"]
 
 
@@ -256,6 +257,8 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing(other: dict[str, 
         ({"blocks": "decoder"}, "HalfFineTuning: blocks must name modules of the model, got 'decoder'"),
         ({"always": "decoder"}, "HalfFineTuning: always must match a trainable parameter's name, got 'decoder'"),
         ({"categories": {"a": "("}}, r"HalfFineTuning: categories must hold regular expressions, got '\(' for 'a'"),
+        ({"categories": ["a"]}, "HalfFineTuning: categories must map names to regular expressions, got list"),
+        ({"blocks": 5}, "HalfFineTuning: blocks must be a regular expression, a module or a list, got 5"),
         ({"categories": {"a": 3}}, "HalfFineTuning: categories must hold regular expressions, got 3 for 'a'"),
     ],
 )
@@ -264,6 +267,17 @@ def test_bad_options_are_refused_and_nothing_is_frozen(options: dict[str, Any], 
     with pytest.raises(ValueError, match=message):
         halves(model, **options)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_round_after_release_freezes_again() -> None:
+    _, _, hft = make()
+    trains = hft.trainable
+    hft.release()
+    hft.seek(0)
+    assert hft.trainable == trains
+    hft.release()
+    hft.next_round()
+    assert hft.trainable == [n for n in hft._freezer.params if n in hft._draw(1)]
 
 
 def test_next_round_is_refused_where_a_period_decides() -> None:

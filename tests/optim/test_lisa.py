@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
 import math
+import pickle
+import warnings
 import weakref
 from collections import Counter
 from itertools import combinations, pairwise
@@ -27,7 +30,7 @@ from selecting import (
 )
 from torch import Tensor, nn
 
-from leanops.optim import LISA, MeZO
+from leanops.optim import LISA, HalfFineTuning, MeZO, TensorSelector
 
 
 def make(name: str = "AdamW", **options: Any) -> tuple[Net, torch.optim.Optimizer, LISA]:
@@ -286,6 +289,7 @@ def test_what_always_trains_can_be_chosen() -> None:
     model = net()
     lisa = LISA(model, torch.optim.SGD(model.parameters()), always=[model.head, model.final.bias, "layers.0.norm"])
     assert lisa.always == ["final.bias", "head.weight", "layers.0.norm.bias", "layers.0.norm.weight"]
+    lisa.release()
     for one in (model.head, model.head.weight):
         assert LISA(model, torch.optim.SGD(model.parameters()), always=one).always == ["head.weight"]
         for p in model.parameters():
@@ -326,6 +330,58 @@ def test_a_hook_counts_what_calls_would() -> None:
     assert counted.steps == 8
 
 
+@pytest.mark.parametrize("attached", [True, False])
+def test_copies_count_their_own_optimizers_steps(attached: bool) -> None:
+    def train_on(model: Net, optimizer: torch.optim.Optimizer, lisa: LISA) -> list[Any]:
+        for step in range(4, 9):
+            loss_of(model, step).backward()
+            optimizer.step()
+            if not attached:
+                lisa.step()
+            optimizer.zero_grad()
+        return [lisa.state_dict(), snapshot(model, optimizer)]
+
+    model, optimizer, lisa = make()
+    train(model, optimizer, lisa, 0, 4)
+    if attached:
+        lisa.attach()
+    copies = [copy.deepcopy((model, optimizer, lisa)), pickle.loads(pickle.dumps((model, optimizer, lisa)))]
+    expected = train_on(model, optimizer, lisa)
+    assert lisa.steps == 9
+    for copied in copies:
+        assert_same(train_on(*copied), expected)
+
+
+def test_nothing_is_frozen_after_release_until_a_position_is_given() -> None:
+    model, optimizer, lisa = make(period=2)
+    train(model, optimizer, lisa, 0, 3)
+    position, trains = lisa.state_dict(), lisa.trainable
+    lisa.release()
+    train(model, optimizer, lisa, 3, 9)
+    assert all(p.requires_grad for p in model.parameters())
+    assert lisa.steps == 3
+    model.embed.weight.requires_grad_(False)  # of no concern to who has released it
+    lisa.release()
+    assert not model.embed.weight.requires_grad
+    for resume in (lambda: lisa.seek(3), lambda: lisa.load_state_dict(position)):
+        resume()
+        assert lisa.trainable == trains
+        lisa.release()
+
+
+def test_an_optimizer_that_counts_steps_by_group_is_warned_of_by_name() -> None:
+    peers = pytest.importorskip("pytorch_optimizer", reason="pip install 'leanops[dev]'")
+    model = net()
+    optimizer = peers.AdamP(model.parameters(), lr=1e-3)
+    lisa = LISA(model, optimizer, active=2, period=3)
+    with pytest.warns(UserWarning, match=r"LISA: AdamP counts steps by parameter group, so what trains again") as seen:
+        train(model, optimizer, lisa, 0, 1)
+    assert seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(*make(), 0, 4)
+
+
 def test_compiled_blocks_train_as_they_do_uncompiled() -> None:
     model, optimizer, lisa = make()
     compiled, opt, sampler = make()
@@ -352,6 +408,8 @@ def test_compiled_blocks_train_as_they_do_uncompiled() -> None:
         ({"blocks": "decoder"}, "LISA: blocks must name modules of the model, got 'decoder', which matches none"),
         ({"blocks": "("}, r"LISA: blocks must be a name or a regular expression, got '\('"),
         ({"blocks": [nn.Linear(1, 1)]}, "LISA: blocks must be modules of the model or their names, got a Linear that"),
+        ({"blocks": 5}, "LISA: blocks must be a regular expression, a module or a list, got 5"),
+        ({"always": 5}, "LISA: always must be a regular expression, a module or a list, got 5"),
         ({"blocks": ["layers.9"]}, "LISA: blocks must be modules of the model or their names, got 'layers.9'"),
         ({"blocks": r"layers\.0.*"}, "LISA: blocks must not lie within one another, got layers.0 and layers.0.norm"),
         ({"always": "decoder"}, "LISA: always must match a trainable parameter's name, got 'decoder'"),
@@ -363,6 +421,19 @@ def test_bad_options_are_refused_and_nothing_is_frozen(options: dict[str, Any], 
     with pytest.raises(ValueError, match=message):
         LISA(model, torch.optim.SGD(model.parameters()), **options)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_model_that_another_has_frozen_is_refused() -> None:
+    model, optimizer, lisa = make()
+    before = snapshot(model, optimizer)
+    for kind in (LISA, HalfFineTuning, TensorSelector):
+        with pytest.raises(
+            ValueError, match=rf"{kind.__name__}: model must be released first, got .* as LISA froze it"
+        ):
+            kind(model, optimizer)
+    assert_same(snapshot(model, optimizer), before)
+    lisa.release()
+    assert LISA(model, optimizer).blocks == lisa.blocks
 
 
 def test_bad_models_and_optimizers_are_refused() -> None:

@@ -138,6 +138,81 @@ def test_sm3_keeps_its_covers_unless_they_are_to_go(dtype: torch.dtype | None) -
         steps(model, optimizer, 4, 5)
 
 
+@pytest.mark.parametrize("name", ["AdamP", "AdaBelief", "StableAdamW", "Adan"])
+def test_a_step_count_of_the_group_starts_anew_too(name: str) -> None:
+    kind = getattr(pytest.importorskip("pytorch_optimizer", reason="pip install 'leanops[dev]'"), name)
+    p = nn.Parameter(torch.ones(4, 4))
+    optimizer = kind([p], lr=1e-3)
+
+    def update(optimizer: Optimizer) -> Tensor:
+        before = p.detach().clone()
+        p.grad = torch.full_like(p, 0.5)
+        optimizer.step()
+        return p.detach() - before
+
+    for _ in range(300):
+        update(optimizer)
+    reset_momentum_(optimizer)
+    with torch.no_grad():
+        start = p.clone()
+        after = update(optimizer)
+        p.copy_(start)
+    assert torch.equal(after, update(kind([p], lr=1e-3)))
+
+
+@pytest.mark.parametrize("count", [7, 7.0, torch.tensor(7.0)])
+def test_a_step_count_of_the_group_may_be_any_number(count: Any) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+    optimizer.param_groups[0]["step"] = count
+    reset_momentum_(optimizer)
+    assert optimizer.param_groups[0]["step"] == 0
+    assert type(optimizer.param_groups[0]["step"]) is type(count)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW-amsgrad", "Adagrad", "Rprop", "NAdam", "ASGD", "RMSprop"])
+def test_complex_parameters_start_as_in_a_new_optimizer(name: str) -> None:
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(6, dtype=torch.complex64))
+    grads = torch.randn(7, 6, dtype=torch.complex64)
+
+    def moved(optimizer: Optimizer, grads: Tensor) -> Tensor:
+        for g in grads:
+            p.grad = g.clone()
+            optimizer.step()
+        return p.detach().clone()
+
+    optimizer = OPTIMIZERS[name]([p])
+    start = moved(optimizer, grads[:4])
+    reset_momentum_(optimizer)
+    after = moved(optimizer, grads[4:])
+    with torch.no_grad():
+        p.copy_(start)
+    assert torch.equal(after, moved(OPTIMIZERS[name]([p]), grads[4:]))
+
+
+class Quantized(Tensor):
+    """A tensor type of its own, which cannot be filled; as torchao's moments of 8 bits."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.fill_:
+            raise NotImplementedError(f"{func}")
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_a_parameter_with_a_tensor_type_of_its_own_starts_anew_as_a_whole() -> None:
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([p, q], lr=0.1)
+    p.grad = q.grad = torch.ones(2)
+    optimizer.step()
+    optimizer.state[q]["exp_avg_sq"] = optimizer.state[q]["exp_avg_sq"].as_subclass(Quantized)
+    reset_momentum_(optimizer)
+    assert q not in optimizer.state
+    assert not any(v.any() for v in optimizer.state[p].values())
+    optimizer.step()
+    assert_same(optimizer.state[q], optimizer.state[p])
+
+
 class Strange(Optimizer):
     """An optimizer with an entry whose start nobody else can know."""
 
@@ -176,6 +251,14 @@ def test_numbers_and_missing_entries_are_handled() -> None:
     assert isinstance(optimizer.state[p]["step"], int)
     assert optimizer.state[p]["momentum_buffer"] is None
     assert q not in optimizer.state  # nothing is made
+
+
+def test_an_entry_that_starts_from_an_option_of_another_name_is_unknown() -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    optimizer.state[p] = {"exp_avg": torch.ones(2), "sum": torch.ones(2)}  # no initial_accumulator_value
+    reset_momentum_(optimizer)
+    assert p not in optimizer.state
 
 
 def test_before_the_first_step_there_is_nothing_to_do() -> None:

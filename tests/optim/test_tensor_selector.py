@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from gloo import distributed, spawn
 from selecting import (
     BLOCK_DW,
     OPTIMIZERS,
@@ -23,9 +25,10 @@ from selecting import (
 )
 from selecting_models import MODELS, Adapter
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from leanops.optim import SM3, TensorSelection, TensorSelector
+from leanops.optim import SM3, MeZO, TensorSelection, TensorSelector
 
 MEASURABLE = [name for name in OPTIMIZERS if not name.endswith("in-backward")]  # see test_steps_inside_of_the_backward
 
@@ -118,6 +121,31 @@ def test_measuring_changes_nothing(name: str) -> None:
     assert called == [1]
 
 
+def test_buffers_that_the_forward_pass_binds_anew_are_restored() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+            self.register_buffer("seen", torch.zeros(()))
+            self.register_buffer("last", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = self.seen + 1
+            self.last = x.mean().detach()
+            if "late" not in self._buffers:
+                self.register_buffer("late", x.detach())
+            return self.lin(x)
+
+    model = Counts()
+    seen = model.seen
+    selector = TensorSelector(model, torch.optim.SGD(model.parameters()), rho=0.9)
+    selector.select(lambda: model(torch.ones(2, 4)).square().mean())
+    assert model.seen is seen
+    assert seen == 0
+    assert model.last is None
+    assert set(model._buffers) == {"seen", "last"}
+
+
 # --- the selection --------------------------------------------------------------------------------------------------
 
 
@@ -145,6 +173,57 @@ def test_the_budget_is_kept_and_reported(name: str, rho: float) -> None:
     assert f"{report.rho:.1%} of full training" in str(report)
     if rho == 1.0:
         assert set(report.names) == {n for n, i in selector.importance(lambda: loss_of(model)).items() if i > 0}
+
+
+def test_a_selection_that_would_cost_more_than_the_budget_is_refused() -> None:
+    """Once the embedding is frozen, the hook makes its output a leaf, and the whole way down is computed anyway."""
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    loss_of(model).backward()
+    optimizer.step()
+    model.embed.register_forward_hook(lambda m, x, out: out.requires_grad_(True))  # enable_input_require_grads()
+    selector = TensorSelector(model, optimizer, rho=0.5)
+    before = snapshot(model, optimizer)
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"closure must have a backward pass of at most [\d,]+ FLOPs .*, got [\d,]"
+        ):
+            selector.select(lambda: loss_of(model))
+        assert_same(snapshot(model, optimizer), before)
+        assert selector.selection is None
+
+
+@pytest.mark.parametrize("rho", [0.5, 0.7])
+def test_what_is_recomputed_is_counted(rho: float) -> None:
+    model = net()
+
+    def closure() -> Tensor:
+        x = model.embed(torch.arange(11))
+        for layer in model.layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return model.head(x).square().mean()
+
+    selector = TensorSelector(model, torch.optim.AdamW(model.parameters()), rho=rho)
+    report = selector.select(closure)
+    assert (report.forward, report.backward) == selector.measure(closure)
+    assert report.backward <= report.budget
+
+
+def test_flops_are_measured_anew_where_another_batch_would_miss_the_budget() -> None:
+    """Two experts share ten tokens: as many FLOPs forward, and each costs what it gets."""
+    experts = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)})
+    x, unit = torch.randn(10, 4), 2 * 4 * 4
+
+    def batch(first: int) -> Tensor:
+        return experts["a"](x[:first]).square().mean() + experts["b"](x[first:]).square().mean()
+
+    selector = TensorSelector(experts, torch.optim.SGD(experts.parameters()), rho=0.75)
+    importance = {"a.weight": 1.0, "b.weight": 1.0}
+    report = selector.select(lambda: batch(9), importance=importance)
+    assert (report.names, report.backward, report.budget) == (("b.weight",), unit, 5 * unit)
+    report = selector.select(lambda: batch(1), importance=importance)
+    assert (report.names, report.backward) == (("a.weight",), unit)
+    assert selector.trainable == ["a.weight"]
 
 
 def test_the_backward_budget_is_the_published_one() -> None:
@@ -231,6 +310,39 @@ def test_a_run_resumes_to_the_same_bits_between_selections(name: str) -> None:
         assert other.state_dict() == selector.state_dict()
 
 
+def test_a_state_of_thousands_of_tensors_is_read_as_weights_and_as_json() -> None:
+    model = nn.ParameterList(torch.ones(1, 1) for _ in range(2100))
+
+    def make() -> TensorSelector:
+        for p in model:
+            p.requires_grad_(True)
+        return TensorSelector(model, torch.optim.SGD(model, lr=0.1), rho=0.8)
+
+    selector = make()
+    selector.select(lambda: sum(torch.ones(1, 1) @ p for p in model).sum())
+    file = io.BytesIO()
+    torch.save(selector.state_dict(), file)
+    file.seek(0)
+    for state in (torch.load(file, weights_only=True), json.loads(json.dumps(selector.state_dict()))):
+        again = make()
+        again.load_state_dict(state)
+        assert again.flops == selector.flops
+        assert again.selection == selector.selection
+        assert set(again.trainable) == set(selector.selection.names)
+
+
+def test_loading_frees_the_state_of_a_running_optimizer() -> None:
+    model = net()
+    selector = TensorSelector(model, torch.optim.AdamW(model.parameters()))
+    selector.select(lambda: loss_of(model))
+    other = net()
+    optimizer = torch.optim.AdamW(other.parameters())
+    loss_of(other).backward()
+    optimizer.step()
+    TensorSelector(other, optimizer).load_state_dict(selector.state_dict())
+    assert state_bytes(optimizer) == sum(8 * p.numel() + 4 for p in other.parameters() if p.requires_grad)
+
+
 def test_tensors_without_a_gradient_are_not_selected() -> None:
     model = net()
     selector = TensorSelector(model, torch.optim.AdamW(model.parameters()), rho=1.0)
@@ -266,6 +378,43 @@ def test_steps_inside_of_the_backward_pass_are_refused() -> None:
     model = net()
     with pytest.raises(ValueError, match="TensorSelector: optimizer must not step inside of the backward pass"):
         TensorSelector(model, OPTIMIZERS["AdamW-in-backward"][0](model.parameters()))
+
+
+def test_steps_without_a_backward_pass_are_refused() -> None:
+    model = net()
+    with pytest.raises(ValueError, match="TensorSelector: optimizer must step by gradients, got MeZO"):
+        TensorSelector(model, MeZO(model.parameters()))
+
+
+@distributed
+def test_sharded_models_are_refused() -> None:
+    def job(rank: int) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        model = net()
+        fully_shard(model.layers[0])
+        with pytest.raises(ValueError, match="TensorSelector: model must not be sharded by FSDP"):
+            TensorSelector(model, torch.optim.SGD(model.parameters()))
+
+    spawn(job, world=1)
+
+
+def test_a_closure_that_calls_backward_is_refused_and_leaves_no_gradient() -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    loss_of(model).backward()
+    before = snapshot(model, optimizer)
+    selector = TensorSelector(model, optimizer)
+
+    def closure() -> Tensor:
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    for measuring in (selector.profile, selector.importance, selector.measure, selector.select):
+        with pytest.raises(ValueError, match=r"closure must return the loss and not call backward, got a gradient of"):
+            measuring(closure)
+        assert_same(snapshot(model, optimizer), before)
 
 
 def test_bad_selections_are_refused_and_change_nothing() -> None:
@@ -318,4 +467,16 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing(other: str) -> No
         selector.load_state_dict(saved)
     with pytest.raises(ValueError, match="state_dict must be one of TensorSelector, got one without 'rho'"):
         selector.load_state_dict({})
+    mine = selector.state_dict()
+    for flops in ({"forward": 1}, 3, {**mine["flops"], "dy": []}, {**mine["flops"], "groups": [[1, 2]]}):
+        with pytest.raises(ValueError, match=r"load_state_dict: state_dict must be one of TensorSelector, got "):
+            selector.load_state_dict({**mine, "flops": flops})
+    for selection in ({"names": ["a"]}, {**mine["selection"], "more": 1}):
+        with pytest.raises(ValueError, match=r"load_state_dict: state_dict must be one of TensorSelector, got "):
+            selector.load_state_dict({**mine, "selection": selection})
+    with pytest.raises(ValueError, match=r"load_state_dict: state_dict must be one of TensorSelector, got KeyError"):
+        selector.load_state_dict({k: mine[k] for k in ("rho", "tensors")})
+    with pytest.raises(ValueError, match=r"load_state_dict: selection must be of the tensors, got \['a'\]"):
+        selector.load_state_dict({**mine, "selection": {**mine["selection"], "names": ["a"]}})
+    assert selector.state_dict() == mine
     assert_same(snapshot(different, optimizer), before)
