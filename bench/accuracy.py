@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from leanops._registry import OpSpec
-from leanops.bench.peers import Args, Probe, Subject
+from leanops.bench.peers import Args, Probe, Subject, results
 
 PEER_FACTOR = 2.0  # the error may be so many times that of plain PyTorch in the same dtype
 
@@ -33,19 +33,13 @@ def _double(values: Any) -> Any:
     return type(values)(map(_double, values)) if isinstance(values, (list, tuple)) else values
 
 
-def _results(spec: OpSpec, args: Args, returned: Any) -> list[Tensor]:
-    if spec.mutates:
-        return spec.mutated(args)
-    return [returned] if isinstance(returned, Tensor) else list(returned)
-
-
 def expected(spec: OpSpec, probes: Sequence[Probe]) -> list[list[Tensor]]:
     """The reference's results at the probes: in the operator's dtype where it is exact, in float64 where it is not."""
-    results = []
+    values = []
     for probe in probes:
         args = probe.reference_args if spec.exact else _double(probe.reference_args)
-        results.append(probe.wanted(_results(spec, args, spec.reference(*args))))
-    return results
+        values.append(probe.wanted(results(spec, args, spec.reference(*args))))
+    return values
 
 
 def error(actual: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:

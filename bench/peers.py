@@ -2,23 +2,26 @@
 
 A :class:`Subject` holds what a benchmark needs to know of an operator beyond its OpSpec: peers over the same inputs,
 where to look whether the result is right, inputs that are all dispatch, and cases on real weights. A family adds
-its subjects in a file ``peers_<family>.py`` that :func:`subject` imports.
+its subjects in a file ``peers_<family>.py`` that :func:`subjects` finds; an operator without one is measured alone.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
+import pkgutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from leanops._registry import Case
+from leanops import _registry, bench
+from leanops._registry import Case, OpSpec
 
 Args = tuple[Any, ...]
-FAMILIES = ("zo", "sm3")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Subject:
     call: Callable[[Args], Callable[[], object]] | None = None
     called: str = ""
     quick: Callable[[str], bool] = lambda case: True  # whether a case belongs to a run of two minutes
+    reference_limit: float = 1 << 18  # elements x seeds: beyond this the reference is too slow to be timed
 
 
 def wanted(label: str, parts: Sequence[str] | None) -> bool:
@@ -93,7 +97,30 @@ def add(subject: Subject) -> None:
 
 
 def subjects() -> dict[str, Subject]:
-    """Every subject by the name of its operator."""
-    for family in FAMILIES:
-        importlib.import_module(f"leanops.bench.peers_{family}")
-    return dict(_subjects)
+    """Every subject by the name of its operator: those with a case for benchmarks."""
+    for module in pkgutil.iter_modules(bench.__path__, "leanops.bench."):
+        if module.name.startswith("leanops.bench.peers_"):
+            importlib.import_module(module.name)
+    others = [s for s in _registry.specs() if s.name not in _subjects and any(c.bench for c in s.cases)]
+    return _subjects | {spec.name: alone(spec) for spec in others}
+
+
+def results(spec: OpSpec, args: Args, returned: Any) -> list[Tensor]:
+    """What a call wrote or returned."""
+    if spec.mutates:
+        return spec.mutated(args)
+    return [returned] if isinstance(returned, Tensor) else list(returned)
+
+
+def alone(spec: OpSpec) -> Subject:
+    """An operator of which no more is known than its OpSpec: no peers, and the gate compares the whole result."""
+
+    def probes(args: Args) -> list[Probe]:
+        before = tree_map_only(Tensor, Tensor.clone, args)
+        return [Probe(before, lambda returned: results(spec, args, returned))]
+
+    def tiny(device: torch.device, dtype: torch.dtype) -> Args:
+        case = next((c for c in spec.cases if not c.bench), spec.cases[0])
+        return case.make(device, dtype, torch.Generator().manual_seed(0))
+
+    return Subject(spec.name, peers=(), probes=probes, tiny=tiny, reference_limit=math.inf)

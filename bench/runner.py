@@ -26,7 +26,6 @@ from leanops.bench.peers import Args, Peer, Subject, Unavailable, check_wanted, 
 SCHEMA = "leanops-bench/1"
 COPIES = 8  # of a small case's inputs at most, so that they do not all lie in the cache
 QUICK_S = 95  # seconds after which --quick starts no further case
-REFERENCE_LIMIT = 1 << 18  # elements x seeds: beyond this the reference is too slow to be timed
 
 
 @dataclass(frozen=True)
@@ -280,7 +279,7 @@ class Measurement:
         if needed > available:
             raise Unavailable(f"needs about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available")
         args = self._inputs()
-        if info.serving(spec, self.device.type) == "reference" and _work(spec, args) > REFERENCE_LIMIT:
+        if info.serving(spec, self.device.type) == "reference" and _work(spec, args) > self.job.subject.reference_limit:
             raise Unavailable(
                 "only the reference serves this operator here (see `leanops info`); too slow at this size"
             )

@@ -16,18 +16,24 @@ import torch
 from leanops import _registry
 
 FOLDER = Path(__file__).parent / "lib"
+NAMES = ("cpu", "cuda", "triton", "nvrtc")  # on CUDA in the order of preference
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend, whether it is in use, and the reason where it is not."""
+    """A backend, what it serves, and the reason where it serves nothing."""
 
     name: str
-    loaded: bool
+    state: str  # "in use"; "available", where those before it serve all that it could; or "absent"
     detail: str
+
+    @property
+    def loaded(self) -> bool:
+        return self.state == "in use"
 
 
 _backends: dict[str, Backend] = {}
+_servers: dict[tuple[str, str], str] = {}  # a backend's name, by operator and dispatch key
 
 
 def version() -> str:
@@ -46,7 +52,10 @@ def build_report() -> dict[str, dict[str, object]]:
 
 def disabled() -> frozenset[str]:
     """Backends that LEANOPS_DISABLE names: ``cpu,cuda,triton,nvrtc`` or any of them."""
-    return frozenset(filter(None, os.environ.get("LEANOPS_DISABLE", "").replace(" ", "").split(",")))
+    names = frozenset(filter(None, os.environ.get("LEANOPS_DISABLE", "").replace(" ", "").split(",")))
+    if unknown := sorted(names.difference(NAMES)):
+        raise ValueError(f"leanops: LEANOPS_DISABLE must name backends of {', '.join(NAMES)}, got {', '.join(unknown)}")
+    return names
 
 
 def _why_not(library: str) -> str | None:
@@ -63,17 +72,30 @@ def _why_not(library: str) -> str | None:
 def _load_library(library: str) -> Backend:
     reason = _why_not(library)
     if reason is not None:
-        return Backend(library, False, reason)
+        return Backend(library, "absent", reason)
     path = FOLDER / f"libleanops_{library}.so"
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return Backend(library, False, f"the library does not load: {error}")
+        return Backend(library, "absent", f"the library does not load: {error}")
+    key = library.upper()
+    _servers.update({(spec.name, key): library for spec in _registry.specs() if has_kernel(spec.name, key)})
     if library == "cuda":
-        return Backend(library, True, f"built with torch's stable ABI, runs on CUDA {torch.version.cuda}")
+        return Backend(library, "in use", f"built with torch's stable ABI, runs on CUDA {torch.version.cuda}")
     if problem := _ask_cpu_library("leanops_cpu_isa_error"):
         raise ValueError(f"leanops: {problem}")
-    return Backend(library, True, cpu_isa())
+    return Backend(library, "in use", cpu_isa())
+
+
+def has_kernel(operator: str, key: str) -> bool:
+    """Whether more than the reference serves an operator for a dispatch key."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{_registry.NAMESPACE}::{operator}", key)
+
+
+def server(operator: str, key: str) -> Backend | None:
+    """The backend that serves an operator for a dispatch key; None where it is the reference, or somebody else's."""
+    name = _servers.get((operator, key))
+    return None if name is None else _backends[name]
 
 
 def _ask_cpu_library(question: str) -> str:
@@ -88,20 +110,24 @@ def cpu_isa() -> str:
     return _ask_cpu_library("leanops_cpu_isa")
 
 
-def _python_backend(name: str, package: str, serves: str | None) -> Backend:
-    """A backend of Python launchers: registered for CUDA where no backend before it serves."""
+def _python_backend(name: str, package: str) -> Backend:
+    """A backend of Python launchers: each is registered for CUDA where no backend before it serves the operator."""
     if name in disabled():
-        return Backend(name, False, "switched off by LEANOPS_DISABLE")
+        return Backend(name, "absent", "switched off by LEANOPS_DISABLE")
     if importlib.util.find_spec(package) is None:
-        return Backend(name, False, f"{package} is not installed")
+        return Backend(name, "absent", f"{package} is not installed")
     if torch.version.cuda is None:
-        return Backend(name, False, f"this torch ({torch.__version__}) is built without CUDA")
-    if serves is not None:
-        return Backend(name, False, f"available; {serves} serves the CUDA operators")
-    for spec in _registry.specs():
-        if name in spec.backends:
-            _registry.implement(spec.name, "CUDA", _lazy(spec.backends[name]))
-    return Backend(name, True, "serves the CUDA operators")
+        return Backend(name, "absent", f"this torch ({torch.__version__}) is built without CUDA")
+    able = [spec for spec in _registry.specs() if name in spec.backends]
+    free = [spec for spec in able if not has_kernel(spec.name, "CUDA")]
+    for spec in free:
+        _registry.implement(spec.name, "CUDA", _lazy(spec.backends[name]))
+        _servers[spec.name, "CUDA"] = name
+    if not free:
+        before = dict.fromkeys(_servers.get((spec.name, "CUDA"), "Python") for spec in able)
+        return Backend(name, "available", f"the CUDA operators are served by {' and '.join(before)}")
+    served = "the CUDA operators" if free == able else ", ".join(spec.name for spec in free)
+    return Backend(name, "in use", f"serves {served}")
 
 
 def _lazy(loader: _registry.Loader) -> _registry.Kernel:
@@ -115,16 +141,13 @@ def _lazy(loader: _registry.Loader) -> _registry.Kernel:
 
 
 def load() -> None:
-    """Load what is there, once. On CUDA the order of preference is native, Triton, NVRTC."""
+    """Load what is there, once. On CUDA an operator's order of preference is native, Triton, NVRTC."""
     if _backends:
         return
-    _backends["cpu"] = _load_library("cpu")
-    _backends["cuda"] = _load_library("cuda")
-    server = "the CUDA library" if _backends["cuda"].loaded else None
+    for library in ("cpu", "cuda"):
+        _backends[library] = _load_library(library)
     for name, package in (("triton", "triton"), ("nvrtc", "cupy")):
-        _backends[name] = _python_backend(name, package, server)
-        if _backends[name].loaded:
-            server = name
+        _backends[name] = _python_backend(name, package)
 
 
 def backends() -> dict[str, Backend]:

@@ -1,9 +1,9 @@
 """CUDA C++ cores compiled at first use, by NVRTC through CuPy, for machines with a GPU and no compiler.
 
-The text is the same ``.cuh`` that the CUDA library is built from. CuPy keeps the binaries on disk, keyed by source,
-options, architecture and NVRTC version, and writes them by rename, so a second cache here could only go stale. What
-CuPy lacks is mutual exclusion: without it, eight ranks compile the same kernel eight times. A ``flock`` adds it; the
-system releases it when its holder dies, by ``kill -9`` too.
+The text is the same ``.cuh`` that the CUDA library is built from. CuPy's own compilation puts ``-ftz=true`` after all
+options, which flushes subnormals, so NVRTC is called here. Binaries are kept on disk, keyed by text, options,
+architecture and NVRTC version, and written by rename. A ``flock`` keeps eight ranks from compiling the same kernel
+eight times; the system releases it when its holder dies, by ``kill -9`` too.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 
 from leanops._native import FOLDER
 
-OPTIONS = ("-std=c++17",)
+OPTIONS = ("-std=c++17", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 _INCLUDE = re.compile(r'^#include "([^"]+)"$', re.MULTILINE)
 
 
@@ -80,13 +80,55 @@ def exclusive(name: str) -> Iterator[None]:
         yield
 
 
-@cache
-def _compiled(kernel: Kernel, device: int) -> Any:
-    import cupy
+def kept(key: str, make: Callable[[], bytes]) -> bytes:
+    """What ``make`` returns, made once for all processes; on disk behind its hash, which tells a damaged file."""
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    file = cache_folder() / f"{name}.bin"
+    with exclusive(name):
+        with suppress(OSError):
+            found = file.read_bytes()
+            if hashlib.sha256(found[32:]).digest() == found[:32]:
+                return found[32:]
+        made = make()
+        with suppress(OSError):  # a folder that cannot be written, or a full disk
+            part = file.with_suffix(f".{os.getpid()}")
+            part.write_bytes(hashlib.sha256(made).digest() + made)
+            part.replace(file)
+        return made
 
-    text = program(kernel)
-    with cupy.cuda.Device(device), exclusive(hashlib.sha256(text.encode()).hexdigest()[:32]):
-        return cupy.RawModule(code=text, options=OPTIONS).get_function("entry")
+
+def target(nvrtc: Any, capability: int) -> str:
+    """The architecture to compile for: the device's, or the newest below it, as PTX, where NVRTC does not know it."""
+    known = nvrtc.getSupportedArchs()
+    return f"sm_{capability}" if capability in known else f"compute_{max(a for a in known if a < capability)}"
+
+
+def compiled(nvrtc: Any, text: str, arch: str, options: Sequence[str] = OPTIONS) -> bytes:
+    """A program's binary, or its PTX for ``compute_…``. ``nvrtc`` has the functions of ``cupy.cuda.nvrtc``."""
+    handle = nvrtc.createProgram(text, "leanops.cu", (), ())
+    try:
+        nvrtc.compileProgram(handle, (*options, f"--gpu-architecture={arch}"))
+        binary: bytes = nvrtc.getCUBIN(handle) if arch.startswith("sm_") else nvrtc.getPTX(handle)
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(f"leanops: NVRTC: {error}: {nvrtc.getProgramLog(handle)}") from None
+    finally:
+        nvrtc.destroyProgram(handle)
+    return binary
+
+
+@cache
+def _loaded(kernel: Kernel, device: int) -> Any:
+    import cupy
+    from cupy.cuda import nvrtc
+
+    major, minor = torch.cuda.get_device_capability(device)
+    text, arch = program(kernel), target(nvrtc, 10 * major + minor)
+    key = "\n".join(map(str, (text, *OPTIONS, arch, *nvrtc.getVersion())))
+    binary = kept(key, lambda: compiled(nvrtc, text, arch))
+    with cupy.cuda.Device(device):
+        module = cupy.cuda.Module()
+        module.load(binary)
+        return module.get_function("entry")
 
 
 @cache
@@ -119,7 +161,7 @@ def launch(kernel: Kernel, like: torch.Tensor, grid: int, arguments: Sequence[An
     import cupy
 
     device = like.get_device()
-    function = _compiled(kernel, device)
+    function = _loaded(kernel, device)
     stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device)
     with cupy.cuda.Device(device), stream:
         function((grid,), (kernel.threads,), tuple(arguments))

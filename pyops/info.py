@@ -17,14 +17,9 @@ def serving(spec: _registry.OpSpec, device_type: str) -> str:
     if spec.composite is not None:
         return "composite of leanops operators"
     key = device_type.upper()
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{_registry.NAMESPACE}::{spec.name}", key):
-        backends = _native.backends()
-        names = ("cpu",) if key == "CPU" else ("cuda", "triton", "nvrtc")
-        for name in names:
-            if name in backends and backends[name].loaded:
-                return f"{name} ({backends[name].detail})" if name in ("cpu", "cuda") else name
-        return f"{device_type} (registered from Python)"
-    return "reference"
+    if backend := _native.server(spec.name, key):
+        return f"{backend.name} ({backend.detail})" if backend.name in ("cpu", "cuda") else backend.name
+    return f"{device_type} (registered from Python)" if _native.has_kernel(spec.name, key) else "reference"
 
 
 def gpus() -> list[dict[str, object]]:
@@ -44,7 +39,8 @@ def collect() -> dict[str, Any]:
         "cpu": fingerprint.cpu(),
         "gpus": devices,
         "backends": {
-            name: {"loaded": backend.loaded, "detail": backend.detail} for name, backend in _native.backends().items()
+            name: {"loaded": backend.loaded, "state": backend.state, "detail": backend.detail}
+            for name, backend in _native.backends().items()
         },
         "build": _native.build_report(),
         "operators": {spec.name: {t: serving(spec, t) for t in types} for spec in _registry.specs()},
@@ -72,8 +68,7 @@ def lines(info: dict[str, Any]) -> list[str]:
         out.append("  cuda         none: " + _why_no_cuda())
     out += ["", "backends"]
     for name, backend in info["backends"].items():
-        state = "in use" if backend["loaded"] else "absent"
-        out.append(f"  {name:<12} {state}: {backend['detail']}")
+        out.append(f"  {name:<12} {backend['state']}: {backend['detail']}")
     out += ["", "operators"]
     for name, by_device in info["operators"].items():
         out.append(f"  {name:<14} " + "; ".join(f"{device}: {backend}" for device, backend in by_device.items()))

@@ -12,7 +12,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 _TOGETHER = ("native", "gpu", "test_build.py", "test_cli.py", "test_convergence.py")  # what they build, they build once
-_LONG = ("triton", "test_build.py", "test_finetune_minilm.py")  # first, or the last worker waits for them
+_LONG = ("interpreter", "test_build.py", "test_finetune_minilm.py")  # first, or the last worker waits for them
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the marks

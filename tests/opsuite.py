@@ -75,7 +75,7 @@ def backends(spec: OpSpec, device: torch.device) -> Iterator[tuple[str, Callable
     yield "dispatched", spec.op
     if device.type == "cuda":
         for name, loader in spec.backends.items():
-            if _native.backends()[name].detail.startswith(("available", "serves")):
+            if _native.backends()[name].state != "absent":
                 yield name, loader()
 
 

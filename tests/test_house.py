@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from leanops import info
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"autotune": "leanops.autotune", "pyops": "leanops", "optim": "leanops.optim", "bench": "leanops.bench"}
 LAYERS = ["autotune", "pyops", "optim", "bench"]  # each imports only from itself and from those before it
@@ -58,7 +60,9 @@ def test_no_family_imports_a_private_name_of_another():
 
 
 def test_triton_program_ids_are_64_bit_before_any_product():
-    for path in (ROOT / "pyops").rglob("triton.py"):
+    kernels = list((ROOT / "pyops").rglob("triton*.py"))
+    assert len(kernels) > len(FAMILIES)
+    for path in kernels:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if "program_id(" in line:
                 assert ".to(tl.int64)" in line, f"{path}:{number}: {line.strip()}"
@@ -71,6 +75,13 @@ def test_cuda_block_products_are_64_bit():
                 assert re.search(r"\(?(u?int64_t|long long|u64|i64|uint64|int64)\)?\s*\(?\s*blockIdx", line), (
                     f"{path}:{number}: {line.strip()}"
                 )
+
+
+def test_no_folder_of_tests_passes_for_an_optional_package():
+    """tests/ is on the path, where a folder is a package: importlib.util.find_spec would find it."""
+    folders = {p.name for p in (ROOT / "tests").iterdir() if p.is_dir()}
+    assert {"ops", "gpu"} <= folders
+    assert folders.isdisjoint(info._OPTIONAL)
 
 
 def test_setup_py_is_short():

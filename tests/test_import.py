@@ -93,3 +93,49 @@ def test_without_its_libraries_the_package_works_and_says_why(tmp_path, disabled
     import leanops as lo
 
     assert json.loads(values) == lo.zo_noise(3, 1).tolist()
+
+
+def test_an_unknown_backend_in_leanops_disable_is_an_error(tmp_path):
+    code = """
+        try:
+            import leanops
+        except ValueError as error:
+            print(error)
+        """
+    told = run(code, tmp_path, LEANOPS_DISABLE="cpu, cuad")
+    assert told == "leanops: LEANOPS_DISABLE must name backends of cpu, cuda, triton, nvrtc, got cuad\n"
+
+
+def test_each_cuda_operator_gets_the_first_backend_that_has_it(tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed: pip install 'leanops[triton]'")
+    out = run(
+        """
+        import json, torch
+        import leanops
+        from leanops import _native, _registry, info
+        from leanops._registry import OpSpec
+
+        torch.version.cuda = "13.0"  # what a GPU machine has; nothing is launched
+        for spec in _registry.specs():
+            _registry.implement(spec.name, "CUDA", spec.reference)  # in the library's place
+            _native._servers[spec.name, "CUDA"] = "cuda"
+        states = [_native._python_backend("triton", "triton")]
+        _registry.register(OpSpec(
+            name="triton_only", schema="(Tensor x) -> Tensor", reference=lambda x: x, fake=torch.empty_like,
+            check=lambda x: None, cases=(), fuzz=None, bad_inputs=(), cost=None, dtypes=(torch.float32,), exact=True,
+            backends={"triton": lambda: lambda x: x + 1},
+        ))
+        states.append(_native._python_backend("triton", "triton"))
+        _native._backends["triton"] = states[-1]
+        print(json.dumps([[s.state, s.detail] for s in states]))
+        print(_native.has_kernel("triton_only", "CUDA"), info.serving(_registry.spec("triton_only"), "cuda"),
+              _native.server("zo_axpy_", "CUDA").name)
+        """,
+        tmp_path,
+    )
+    states, served = out.splitlines()
+    assert json.loads(states) == [
+        ["available", "the CUDA operators are served by cuda"],
+        ["in use", "serves triton_only"],
+    ]
+    assert served == "True triton cuda"

@@ -1,5 +1,6 @@
 // Machine primitives of the CUDA cores. No torch and no std header, so nvcc and NVRTC take the same text.
-// Every arithmetic helper rounds exactly as written: no compiler flag can contract or flush it.
+// Every arithmetic helper rounds exactly as written: no compiler flag can contract it. -ftz=true would flush its
+// subnormals, and is never given.
 #ifndef LEANOPS_COMMON_DEVICE_CUH
 #define LEANOPS_COMMON_DEVICE_CUH
 

@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ _MODES = ("noise", "axpy", "axpy of many", "pair")
 MANY_TERMS = ("axpy of many", "axpy in order stochastic")
 _ONE_LOOP = re.compile(r"noise|axpy (?!of many)|pair")  # whose elements pass through one loop, not a loop over terms
 _MOMENTA = ("none", "fp32", "bf16", "int8")  # by their numbers in csrc/sm3
-FAMILIES = ("zo", "sm3")
+HOST = ", numbers of the host"
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def cuda_rows(arch: int, family: str) -> list[Row]:
 Source = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]  # name, kernel, signature, constants, options
 
 
-def _sm3_sources() -> Iterable[Source]:
-    """The Triton step of SM3, for numbers that lie on the device."""
+def _sm3_sources(arch: int) -> Iterable[Source]:
+    """The Triton step of SM3, for numbers (the learning rate and its like) that lie on the device and on the host."""
     import triton.language as tl
 
     from leanops.sm3 import triton as kernels
@@ -134,13 +134,17 @@ def _sm3_sources() -> Iterable[Source]:
     signature |= {"found_inf": "*fp32"} | dict.fromkeys(("lr_bits", "decay_bits", "seed_value"), "i64")
     signature |= {"scale_value": "fp32", "sign": "fp32", "averages": "i32", "couples": "i32"}
     signature |= dict.fromkeys(("coupled", "eps", "beta", "one_minus_beta", "kept", "share"), "fp32")
-    there = dict.fromkeys(("LR_THERE", "SEED_THERE", "SCALE_THERE", "FOUND_THERE"), True)
+    pointers = dict.fromkeys(("lr", "seed", "grad_scale", "found_inf"), "*i64")  # the table's, where they are not there
+    flags = ("LR_THERE", "SEED_THERE", "SCALE_THERE", "FOUND_THERE")
     for dtype, kind in {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "fp64": tl.float64}.items():
         for number, momentum in enumerate(_MOMENTA):
             for stochastic in (False, True) if dtype in ("bf16", "fp16") else (False,):
-                constants = there | {"DTYPE": kind, "MOMENTUM": number, "STOCHASTIC": stochastic} | kernels.TILE_SIZES
+                constants = {"DTYPE": kind, "MOMENTUM": number, "STOCHASTIC": stochastic} | kernels.TILE_SIZES
                 name = _step_name(dtype, momentum, stochastic)
-                yield name, kernels.step_kernel, signature, constants, dict(kernels.LAUNCH)
+                for of_host in (False, True):
+                    types = signature | pointers if of_host else signature
+                    values = dict.fromkeys(flags, not of_host) | constants
+                    yield name + HOST * of_host, kernels.step_kernel, types, values, dict(kernels.LAUNCH)
 
 
 def _zo_sources(arch: int) -> Iterable[Source]:
@@ -202,8 +206,15 @@ def _zo_sources(arch: int) -> Iterable[Source]:
                 yield name, triton_linear.linear_kernel, signature, constants | sizes, options
 
 
-def triton_rows(arch: int, folder: Path, family: str, only: str = "") -> list[Row]:
-    """A family's Triton kernels whose names match, through Triton's own compiler and its ptxas."""
+# a family's Triton kernels as its launchers launch them on an architecture; a family without any is not named
+TRITON: dict[str, Callable[[int], Iterable[Source]]] = {"zo": _zo_sources, "sm3": _sm3_sources}
+FAMILIES = sorted(path.parent.name for path in ROOT.glob("pyops/*/specs.py"))
+
+
+def triton_rows(arch: int, folder: Path, family: str, names: Sequence[str] | None = None) -> list[Row]:
+    """A family's Triton kernels, or those of these names, through Triton's own compiler and its ptxas."""
+    if family not in TRITON:
+        return []
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -211,8 +222,8 @@ def triton_rows(arch: int, folder: Path, family: str, only: str = "") -> list[Ro
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     ptxas = next(t for t in (tools / "ptxas-blackwell", tools / "ptxas") if t.exists())  # the newer one reads all PTX
     rows = []
-    for name, kernel, signature, constants, options in _sm3_sources() if family == "sm3" else _zo_sources(arch):
-        if not re.search(only, name):
+    for name, kernel, signature, constants, options in TRITON[family](arch):
+        if names is not None and name not in names:
             continue
         full = signature | dict.fromkeys(constants, "constexpr")
         aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(full.values()) if t.startswith("*")}
@@ -230,8 +241,8 @@ def triton_rows(arch: int, folder: Path, family: str, only: str = "") -> list[Ro
     return rows
 
 
-def find_nvrtc() -> ctypes.CDLL | None:
-    """libnvrtc of the system or of the wheel nvidia-cuda-nvrtc."""
+def find_nvrtc() -> Nvrtc | None:
+    """NVRTC of the system or of the wheel nvidia-cuda-nvrtc."""
     places: list[str] = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]
     for package in ("nvidia.cu13", "nvidia.cuda_nvrtc"):
         spec = importlib.util.find_spec(package) if importlib.util.find_spec("nvidia") else None
@@ -241,26 +252,63 @@ def find_nvrtc() -> ctypes.CDLL | None:
         for builtins in Path(place).parent.glob("libnvrtc-builtins.so.*.*"):
             ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)  # NVRTC looks for it by its name alone
         try:
-            return ctypes.CDLL(place)
+            return Nvrtc(ctypes.CDLL(place))
         except OSError:
             continue
     return None
 
 
-def nvrtc_compile(nvrtc: ctypes.CDLL, text: str, arch: int) -> str:
-    """Compile as CuPy would; returns NVRTC's log, raises with it on failure."""
-    program = ctypes.c_void_p()
-    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"zo.cu", 0, None, None) == 0
-    options = (ctypes.c_char_p * 2)(b"-std=c++17", f"--gpu-architecture=sm_{arch}".encode())
-    status = nvrtc.nvrtcCompileProgram(program, 2, options)
-    size = ctypes.c_size_t()
-    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-    log = ctypes.create_string_buffer(size.value)
-    nvrtc.nvrtcGetProgramLog(program, log)
-    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    if status != 0:
-        raise RuntimeError(log.value.decode())
-    return log.value.decode()
+class Nvrtc:
+    """The functions of ``cupy.cuda.nvrtc`` that leanops uses, without CuPy."""
+
+    class NVRTCError(RuntimeError): ...
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def _call(self, function: str, *arguments: Any) -> None:
+        if status := getattr(self._library, function)(*arguments):
+            raise self.NVRTCError(f"{function}: error {status}")
+
+    def _bytes(self, what: str, program: ctypes.c_void_p) -> bytes:
+        size = ctypes.c_size_t()
+        self._call(f"nvrtcGet{what}Size", program, ctypes.byref(size))
+        text = ctypes.create_string_buffer(size.value)
+        self._call(f"nvrtcGet{what}", program, text)
+        return text.raw
+
+    def getVersion(self) -> tuple[int, int]:
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
+        return major.value, minor.value
+
+    def getSupportedArchs(self) -> tuple[int, ...]:
+        count = ctypes.c_int()
+        self._call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
+        archs = (ctypes.c_int * count.value)()
+        self._call("nvrtcGetSupportedArchs", archs)
+        return tuple(archs)
+
+    def createProgram(self, text: str, name: str, headers: tuple[()], names: tuple[()]) -> ctypes.c_void_p:
+        program = ctypes.c_void_p()
+        self._call("nvrtcCreateProgram", ctypes.byref(program), text.encode(), name.encode(), 0, None, None)
+        return program
+
+    def compileProgram(self, program: ctypes.c_void_p, options: tuple[str, ...]) -> None:
+        words = (ctypes.c_char_p * len(options))(*map(str.encode, options))
+        self._call("nvrtcCompileProgram", program, len(options), words)
+
+    def getCUBIN(self, program: ctypes.c_void_p) -> bytes:
+        return self._bytes("CUBIN", program)
+
+    def getPTX(self, program: ctypes.c_void_p) -> bytes:
+        return self._bytes("PTX", program).rstrip(b"\0")
+
+    def getProgramLog(self, program: ctypes.c_void_p) -> str:
+        return self._bytes("ProgramLog", program).rstrip(b"\0").decode()
+
+    def destroyProgram(self, program: ctypes.c_void_p) -> None:
+        self._call("nvrtcDestroyProgram", ctypes.byref(program))
 
 
 def markdown(rows: list[Row]) -> str:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from aot import aot
 
-from leanops import _nvrtc
+from leanops import _nvrtc, _registry
 from leanops.sm3 import nvrtc as sm3_nvrtc
 from leanops.zo import nvrtc
 
@@ -63,28 +68,99 @@ def test_the_cuda_steps_of_sm3_fit(arch):
     assert [r for r in rows if r.local_bytes > allowed.get(r.kernel, 64)] == []
 
 
-# the four take 25 seconds an architecture; all 24 are compiled by `make aot`
+# a third of the 24 steps on each architecture, every other one with numbers of the host: 50 seconds an architecture;
+# `make aot` compiles all on all
 def test_triton_steps_of_sm3_fit(arch, tmp_path):
     if not aot.find_triton():
         pytest.skip("Triton is not installed: pip install 'leanops[triton]'")
-    names = "fp32 momentum none|bf16 momentum int8 stochastic|fp16 momentum bf16 stochastic|fp64 momentum fp32"
-    rows = aot.triton_rows(arch, tmp_path, "sm3", names)
+    both = [name for name, *_ in aot.TRITON["sm3"](arch)]
+    steps = [both[2 * i + i % 2] for i in range(len(both) // 2)]
+    rows = aot.triton_rows(arch, tmp_path, "sm3", steps[aot.ARCHS.index(arch) :: len(aot.ARCHS)])
     print(aot.markdown(rows))
-    assert len(rows) == 4
+    assert len(rows) == 8
+    assert {r.kernel.endswith(aot.HOST) for r in rows} == {False, True}
     assert [r for r in rows if r.local_bytes] == []
 
 
-def test_nvrtc_compiles_what_the_launchers_launch(arch):
-    library = aot.find_nvrtc()
-    if library is None:
-        pytest.skip("no NVRTC library: pip install nvidia-cuda-nvrtc")
+def nvrtc_kernels() -> list[_nvrtc.Kernel]:
     kernels = [nvrtc.COPY_WORDS, nvrtc.combine(torch.float16), nvrtc.add_bias(torch.bfloat16)]
     for distribution in ("gaussian", "rademacher"):
         kernels += [nvrtc.work(torch.bfloat16, distribution, mode, True) for mode in range(4)]
     kernels += [nvrtc.low_rank(dtype, True) for dtype in (torch.bfloat16, torch.float64)]
     kernels += [sm3_nvrtc.step(torch.bfloat16, momentum, True) for momentum in sm3_nvrtc.plan.KINDS]
-    for kernel in kernels:
-        aot.nvrtc_compile(library, _nvrtc.program(kernel, aot.ROOT / "csrc"), arch)
+    return kernels
+
+
+@pytest.fixture(scope="module")
+def library() -> aot.Nvrtc:
+    found = aot.find_nvrtc()
+    if found is None:
+        pytest.skip("no NVRTC library: pip install nvidia-cuda-nvrtc")
+    return found
+
+
+def nvrtc_text(kernel: _nvrtc.Kernel) -> str:
+    return _nvrtc.program(kernel, aot.ROOT / "csrc")
+
+
+def test_nvrtc_compiles_what_the_launchers_launch(arch, library):
+    for kernel in nvrtc_kernels():
+        binary = _nvrtc.compiled(library, nvrtc_text(kernel), _nvrtc.target(library, arch))
+        assert binary.startswith(b"\x7fELF")
+
+
+def flushing(ptx: bytes) -> list[str]:
+    """Instructions that flush subnormals, without the approximations that the source asks for by name."""
+    found = re.findall(r"\S+\.ftz\.\S+", ptx.decode())
+    return [name for name in found if ".approx." not in name]
+
+
+def test_nvrtc_flushes_no_subnormal(library):
+    for kernel in nvrtc_kernels():
+        assert flushing(_nvrtc.compiled(library, nvrtc_text(kernel), "compute_90")) == []
+    # as CuPy would compile it
+    text = nvrtc_text(nvrtc.work(torch.bfloat16, "gaussian", 1, True))
+    assert flushing(_nvrtc.compiled(library, text, "compute_90", (*_nvrtc.OPTIONS, "-ftz=true")))
+
+
+def test_a_launcher_loads_what_nvrtc_compiled_and_the_next_process_what_it_finds(library, tmp_path, monkeypatch):
+    """With the parts of CuPy that need no device."""
+    loaded: list[bytes] = []
+    module = SimpleNamespace(load=loaded.append, get_function=lambda name: name)
+    cuda = SimpleNamespace(nvrtc=library, Device=lambda i: nullcontext(), Module=lambda: module)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert _nvrtc._loaded.__wrapped__(nvrtc.COPY_WORDS, 0) == "entry"
+    monkeypatch.setattr(_nvrtc, "compiled", lambda *args: pytest.fail("compiled again"))
+    assert _nvrtc._loaded.__wrapped__(nvrtc.COPY_WORDS, 0) == "entry"
+    assert loaded[0] == loaded[1]
+    assert loaded[0].startswith(b"\x7fELF")
+
+
+def test_an_error_of_nvrtc_shows_its_log(library):
+    with pytest.raises(RuntimeError, match=r"NVRTC: .*\n?.*leanops.cu\(1\): error"):
+        _nvrtc.compiled(library, "int broken = ;", "sm_90")
+
+
+def test_nvrtc_makes_ptx_for_devices_newer_than_itself(library):
+    newest = max(library.getSupportedArchs())
+    assert _nvrtc.target(library, newest) == f"sm_{newest}"
+    assert _nvrtc.target(library, newest + 1) == f"compute_{newest}"
+    assert b".visible .entry entry" in _nvrtc.compiled(library, nvrtc_text(nvrtc.COPY_WORDS), f"compute_{newest}")
+
+
+@pytest.mark.parametrize("family", aot.FAMILIES)
+def test_every_kernel_of_a_family_is_compiled_ahead_of_time(family):
+    """A new family is in the lists of aot.py and of this file."""
+    backends = {name for spec in _registry.specs() if _family(spec.reference) == family for name in spec.backends}
+    assert ("triton" in backends) == (family in aot.TRITON)
+    assert ("nvrtc" in backends) == any(kernel.source.startswith(f"{family}/") for kernel in nvrtc_kernels())
+
+
+def _family(function: Callable[..., object]) -> str:
+    return function.__module__.split(".")[1]
 
 
 def test_every_include_of_the_cores_is_resolved():

@@ -1,4 +1,4 @@
-"""A process that dies while it compiles must not keep the next one waiting."""
+"""The binaries on disk: compiled once for all processes, by one that may die, and never read damaged."""
 
 from __future__ import annotations
 
@@ -40,3 +40,26 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with _nvrtc.exclusive("kernel"):
         pass
+
+
+def test_a_binary_is_made_once_and_again_where_its_file_is_damaged(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made: list[bytes] = []
+
+    def make() -> bytes:
+        made.append(b"binary %d" % len(made))
+        return made[-1]
+
+    assert [_nvrtc.kept("a", make), _nvrtc.kept("a", make)] == [b"binary 0"] * 2
+    assert _nvrtc.kept("b", make) == b"binary 1"
+    for file in _nvrtc.cache_folder().glob("*.bin"):
+        file.write_bytes(file.read_bytes()[:-1])
+    assert _nvrtc.kept("a", make) == b"binary 2"
+    assert _nvrtc.kept("a", make) == b"binary 2"
+    assert {file.suffix for file in _nvrtc.cache_folder().iterdir()} == {".bin", ".lock"}
+
+
+def test_a_binary_is_made_where_the_folder_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "leanops").write_text("a file where a folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert _nvrtc.kept("a", lambda: b"binary") == b"binary"

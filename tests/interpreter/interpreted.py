@@ -3,12 +3,16 @@ TRITON_INTERPRET=1 before Python starts, as Triton reads it when kernels are def
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from types import SimpleNamespace
+
 import pytest
 import torch
 from gpu import agreement
 from gpu.agreement import AXPY_DISTRIBUTIONS, DISTRIBUTIONS, DTYPES, OFFSETS
 
 from leanops.zo import triton
+from leanops.zo.launch import Pair
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 
@@ -68,3 +72,25 @@ def test_linear_is_as_close_as_plain_torch(dtype, distribution, pair, with_bias,
 
 def test_empty_input():
     agreement.empty(triton, "cpu")
+
+
+def test_a_graph_gets_a_table_of_its_own(monkeypatch):
+    """What it reads at a replay is not in the hands of the calls that come between."""
+    state = SimpleNamespace(cuda_stream=7, capturing=False)
+    monkeypatch.setattr(triton, "_tables", OrderedDict())
+    monkeypatch.setattr(triton, "to_device", lambda words, device: words)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: state)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    t = torch.zeros(8)
+
+    def table() -> torch.Tensor:
+        return triton._table([Pair(t, t, 0, 0)], 4096, torch.device("cuda", 0))[0]
+
+    before = table()
+    assert table() is before
+    state.capturing = True
+    captured = table()
+    assert captured is not before
+    assert torch.equal(captured, before)
+    state.capturing = False
+    assert table() is before
