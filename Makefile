@@ -46,7 +46,7 @@ sanitize: $(VENV)/.installed
 	$(BIN)/python tests/native/sanitize.py
 
 interpreter: $(VENV)/.installed
-	TRITON_INTERPRET=1 $(PYTEST) tests/triton
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
 
 aot: $(VENV)/.installed
 	$(BIN)/python tests/aot/aot.py
@@ -54,9 +54,9 @@ aot: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(BIN)/mkdocs build --strict
 
-# on a machine with a CUDA GPU, torch, triton and nvcc, and without network
+# on a machine with a CUDA GPU, see tests/gpu/run.py; `make gpu STEPS="build generic"` runs only these
 gpu:
-	$(PYTHON) tests/gpu/run.py
+	$(PYTHON) tests/gpu/run.py $(STEPS)
 
 clean:
 	rm -rf build dist site .venv *.egg-info

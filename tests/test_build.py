@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -128,3 +129,15 @@ def test_without_nvcc_the_cpu_library_is_built_and_the_reason_kept(tmp_path):
     _, isa, report, _ = json.loads(ask(tmp_path / "site", STATE))
     assert isa in ("baseline", "avx2", "avx512")
     assert report["cuda"] == {"built": False, "reason": "no nvcc found (looked at CUDA_HOME=/nowhere)"}
+
+
+def test_macros_of_torch_are_those_of_the_oldest_one():
+    """TORCH_TARGET_VERSION hides torch's newer functions, but none of its newer macros and headers."""
+    of_2_10 = {"STABLE_TORCH_LIBRARY_IMPL", "STD_CUDA_CHECK", "STD_TORCH_CHECK", "TORCH_ABI_VERSION", "TORCH_BOX"}
+    of_2_10 |= {"TORCH_ERROR_CODE_CHECK"}
+    sources = {path: path.read_text() for path in (ROOT / "csrc").rglob("*.*")}
+    names = r"\b(?:AOTI|C10|STABLE|STD|TORCH)_[A-Z0-9_]+\b"
+    assert {name for text in sources.values() for name in re.findall(names, text)} == of_2_10
+    for path, text in sources.items():  # which 2.11 includes in none of its other headers
+        known = text + sources[ROOT / "csrc/common/torch_cuda.h"] * ('"../common/torch_cuda.h"' in text)
+        assert "STD_CUDA_CHECK" not in text or "#include <torch/csrc/stable/macros.h>" in known, path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -135,6 +136,13 @@ def special_values(backend: Any, device: str, dtype: torch.dtype) -> None:
             assert_same(actual, expected)
 
 
+@cache  # the largest takes seconds, and is the same for every backend and dtype
+def _exact_noise(n: int, m: int, offset: int, distribution: str) -> torch.Tensor:
+    z = torch.empty(n, m, dtype=torch.float64)
+    reference.zo_noise_(z, i64(77), 3, offset, distribution)
+    return z
+
+
 def linear(
     backend: Any,
     device: str,
@@ -154,9 +162,7 @@ def linear(
     before = w.clone()
     actual = backend.zo_linear(x, x2 if pair else None, w, b, i64(77), 1e-1, 3, offset, distribution)
     assert torch.equal(w, before)
-    z = torch.empty(n, m, dtype=torch.float64)
-    reference.zo_noise_(z, i64(77), 3, offset, distribution)
-    z = z.to(device)
+    z = _exact_noise(n, m, offset, distribution).to(device)
     for y, inputs, sign in zip(actual, (x, x2 if pair else x), (1, -1), strict=True):
         moved = w.double() + sign * 0.1 * z
         exact = torch.nn.functional.linear(inputs.double(), moved, None if b is None else b.double())

@@ -1,16 +1,25 @@
 """Everything that needs a GPU, in steps of under ten minutes each, without a network: `make gpu`.
 
-    python3 tests/gpu/run.py [--step NAME] [--out FOLDER]
+    python3 tests/gpu/run.py [STEP ...] [--within SECONDS] [--out FOLDER]
 
-Uses the torch, triton and cupy of the Python that runs it. Results, logs and a summary go to one folder.
+Runs every step, or those named, whatever fails; the exit status is 1 where something did. What several calls ran stands
+in one folder: a log of each command, results.json, machine.json. The first call, and the first after a change, builds
+the package for this machine's GPU alone, beside whatever is installed.
+
+Uses the Python that runs it, which needs torch, numpy, setuptools>=77, ninja, pytest, pytest-xdist, pytest-benchmark,
+hypothesis and rich; triton, cupy, and expecttest for torch's own suite of optimizers are used where they are installed.
+Of the CUDA toolkit: nvcc and compute-sanitizer.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,20 +27,33 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 590  # seconds a step may take
+LIMIT = 590.0  # seconds a command may take
 PYTHON = sys.executable
 SITE = ROOT / "build" / "gpu-site"
+STAMP = SITE / "sources"
+NEEDED = ("torch", "hypothesis", "numpy", "pip", "pytest", "pytest_benchmark", "rich", "setuptools", "xdist")
+LOADED = """
+import sys
+from leanops import _native
+state = _native.backends()["cuda"]
+sys.exit(None if state.loaded else f"the CUDA library is not loaded: {state.detail}")
+"""
+# what the names of the library's kernels hold
+KERNELS = ("zo_kernel", "low_rank_kernel", "upload_kernel", "combine_kernel", "add_bias_kernel", "sm3_kernel")
 
 
 class Run:
-    """One command after the other, each with its log; stops at the first that fails."""
+    """One command after the other, each with its log and its result, whatever the ones before it did."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, within: float = float("inf")) -> None:
         self.out = out
+        self.end = time.monotonic() + within
+        self.failed: list[str] = []
         out.mkdir(parents=True, exist_ok=True)
-        self.environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SITE), str(ROOT / "tests")])}
+        path = [str(SITE), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
 
-    def __call__(self, name: str, *command: str | Path) -> None:
+    def __call__(self, name: str, *command: str | Path) -> bool:
         log = self.out / f"{name}.log"
         line = " ".join(map(str, command))
         print(f"[{name}] {line}", flush=True)
@@ -39,30 +61,42 @@ class Run:
         with log.open("w") as file:
             file.write(f"$ {line}\n")
             file.flush()
-            try:
-                code = subprocess.run(
-                    list(map(str, command)),
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    env=self.environment,
-                    cwd=self.out,
-                    timeout=LIMIT,
-                ).returncode
-            except subprocess.TimeoutExpired:
-                code = 124
-        print(f"[{name}] {'ok' if code == 0 else f'failed ({code})'} in {time.monotonic() - began:.0f} s", flush=True)
+            code = self._code(file.fileno(), list(map(str, command)), min(LIMIT, self.end - began))
+        seconds = round(time.monotonic() - began, 1)
+        last = log.read_text(errors="replace").splitlines()
+        word = {0: "ok", 124: "out of time"}.get(code, f"failed ({code})")
+        print(f"[{name}] {word} in {seconds:.0f} s: {last[-1]}", flush=True)
         if code:
-            print("\n".join(log.read_text(errors="replace").splitlines()[-40:]))
-            raise SystemExit(f"step {name} failed; log: {log}")
+            self.failed.append(name)
+            print("\n".join(last[-40:]), flush=True)
+        results = self.out / "results.json"
+        known = json.loads(results.read_text()) if results.exists() else {}
+        known[name] = {"result": word, "seconds": seconds, "last line": last[-1]}
+        results.write_text(json.dumps(known, indent=1) + "\n")
+        return code == 0
+
+    def _code(self, log: int, command: list[str], seconds: float) -> int:
+        if seconds <= 0:
+            return 124
+        try:  # a process group, since pytest and the sanitizer start processes of their own
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=self.environment, cwd=self.out, preexec_fn=os.setpgrp
+            )
+        except OSError as error:
+            os.write(log, f"{error}\n".encode())
+            return 127
+        try:
+            return process.wait(seconds)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                return 124
+            raise
 
 
-def build(run: Run) -> None:
-    """A copy of the package for this machine's GPU alone, beside whatever is installed."""
-    shutil.rmtree(SITE, ignore_errors=True)
-    run.environment["LEANOPS_CUDA_ARCHS"] = _arch()
-    pip = [PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--target", SITE, ROOT]
-    run("build", *pip)
-    run("info", PYTHON, "-m", "leanops.bench.cli", "info")
+def _tool(name: str) -> str:
+    return shutil.which(name) or f"/usr/local/cuda/bin/{name}"
 
 
 def _arch() -> str:
@@ -72,15 +106,79 @@ def _arch() -> str:
     return f"{major}{minor}"
 
 
+def _sources() -> str:
+    """A digest of what the package is built from."""
+    digest = hashlib.sha256((ROOT / "setup.py").read_bytes())
+    for folder in ("autotune", "bench", "csrc", "optim", "pyops"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.is_file() and path.suffix != ".pyc":
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def built(run: Run) -> bool:
+    """Whether the step `build` made a package of the sources as they are, whose CUDA library this torch loads."""
+    command = [PYTHON, "-c", LOADED]
+    same = STAMP.exists() and STAMP.read_text() == _sources()
+    return same and subprocess.run(command, env=run.environment, capture_output=True).returncode == 0
+
+
+def build(run: Run) -> None:
+    """A copy of the package for this machine's GPU alone, which must have the CUDA library."""
+    shutil.rmtree(SITE, ignore_errors=True)
+    run.environment["LEANOPS_CUDA_ARCHS"] = _arch()
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--verbose", "--target", SITE]
+    if run("build", PYTHON, "-m", "pip", "install", *options, ROOT):
+        STAMP.write_text(_sources())
+    run("library", PYTHON, "-c", LOADED)  # what cannot be built is left out of a build, which then succeeds
+    run("info", PYTHON, "-m", "leanops.bench.cli", "info")
+
+
+def exhaustive(run: Run) -> None:
+    """Arithmetic without range tests against the compiler's: square roots of every mantissa, quotients of many."""
+    program = run.out / "exhaustive"
+    source = ROOT / "tests" / "gpu" / "exhaustive.cu"
+    compile_it = [_tool("nvcc"), "-std=c++17", f"-arch=sm_{_arch()}", f"-I{ROOT / 'csrc'}", "-o", program, source]
+    if run("exhaustive-build", *compile_it):
+        run("exhaustive", program)
+        program.unlink()
+
+
 def _pytest(run: Run, name: str, *arguments: str | Path) -> None:
-    common = ["-q", "-rs", "-p", "no:cacheprovider", f"--rootdir={ROOT}", "-c", ROOT / "pyproject.toml"]
-    run(name, PYTHON, "-m", "pytest", *common, *arguments)
+    workers = max(1, min(8, (os.cpu_count() or 1) // 2))  # most of the time goes to compilers, with one thread each
+    run.environment["OMP_NUM_THREADS"] = "2"
+    try:
+        common = ["-q", "-rs", "-p", "no:cacheprovider", f"--rootdir={ROOT}", "-c", ROOT / "pyproject.toml"]
+        parallel = ["-n", str(workers), "--dist", "worksteal", "--durations", "10"]
+        run(name, PYTHON, "-m", "pytest", *common, *parallel, *arguments)
+    finally:
+        del run.environment["OMP_NUM_THREADS"]
 
 
-def device(run: Run) -> None:
-    """The device suite: every backend against the reference's bits."""
-    for suite in ("device", "device_sm3"):
-        _pytest(run, suite, ROOT / "tests" / "gpu" / f"test_{suite}.py")
+def _device(run: Run, name: str, chosen: str) -> None:
+    suites = [ROOT / "tests" / "gpu" / f"{suite}.py" for suite in ("test_device", "test_device_sm3")]
+    _pytest(run, name, "-k", chosen, *suites)
+
+
+def device_library(run: Run) -> None:
+    """The device suite: the CUDA library against the reference's bits."""
+    _device(run, "device_library", "not triton and not nvrtc")
+
+
+def device_triton(run: Run) -> None:
+    """The device suite: Triton's kernels."""
+    _device(run, "device_triton", "triton")
+
+
+def device_nvrtc(run: Run) -> None:
+    """The device suite: the kernels that NVRTC compiles at first use."""
+    _device(run, "device_nvrtc", "nvrtc")
+
+
+def optim(run: Run) -> None:
+    """The optimizers' tests that need a GPU."""
+    names = ("test_sm3_cuda", "test_sm3_torch_suite", "test_sm3_torch_state")
+    _pytest(run, "optim", "-k", "cuda", *(ROOT / "tests" / "optim" / f"{name}.py" for name in names))
 
 
 def generic(run: Run) -> None:
@@ -88,26 +186,16 @@ def generic(run: Run) -> None:
     _pytest(run, "generic", ROOT / "tests" / "ops", "--leanops-device", "cuda")
 
 
-def exhaustive(run: Run) -> None:
-    """Arithmetic without range tests against the compiler's: square roots of every mantissa, quotients of many."""
-    program = run.out / "exhaustive"
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    source = ROOT / "tests" / "gpu" / "exhaustive.cu"
-    run("exhaustive-build", nvcc, "-std=c++17", f"-arch=sm_{_arch()}", f"-I{ROOT / 'csrc'}", "-o", program, source)
-    run("exhaustive", program)
-    program.unlink()
-
-
 def _sanitize(run: Run, tool: str) -> None:
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     # torch's caching allocator would hide what lies beyond a tensor
     run.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     try:
         options = ["--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
-        options += ["--kernel-name", "kernel_substring=zo_kernel", "--kernel-name", "kernel_substring=upload_kernel"]
-        options += ["--kernel-name", "kernel_substring=combine_kernel", "--kernel-name", "kernel_substring=add_bias"]
-        options += ["--kernel-name", "kernel_substring=sm3_kernel"]
-        run(tool, sanitizer, *options, PYTHON, ROOT / "tests" / "gpu" / "driver.py")
+        for kernel in KERNELS:
+            options += ["--kernel-name", f"kernel_substring={kernel}"]
+        for family in ("zo", "sm3"):
+            driver = [PYTHON, ROOT / "tests" / "gpu" / "driver.py", family]
+            run(f"{tool}-{family}", _tool("compute-sanitizer"), *options, *driver)
     finally:
         del run.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"]
 
@@ -129,8 +217,18 @@ def bench(run: Run) -> None:
 
 
 STEPS: dict[str, Callable[[Run], None]] = {
-    step.__name__: step for step in (build, exhaustive, device, generic, memcheck, racecheck, bench)
+    step.__name__: step
+    for step in (
+        *(build, exhaustive, device_library, optim, memcheck, device_triton),
+        *(device_nvrtc, generic, racecheck, bench),
+    )
 }
+
+
+def _said(*command: str) -> str:
+    """What a program prints; nothing where it is not installed."""
+    found = shutil.which(command[0])
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() if found else ""
 
 
 def describe() -> dict[str, str]:
@@ -139,38 +237,47 @@ def describe() -> dict[str, str]:
 
     facts = {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": str(torch.version.cuda)}
     facts["device"] = torch.cuda.get_device_name()
-    facts["commit"] = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip() or "unknown"  # fmt: skip
+    facts["driver"] = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
+    facts["commit"] = _said("git", "rev-parse", "HEAD") or "unknown"
     for package in ("triton", "cupy", "numpy"):
         try:
             facts[package] = __import__(package).__version__
         except ImportError:
             facts[package] = "not installed"
-    smi = shutil.which("nvidia-smi")
-    if smi:
-        query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
-        facts["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
     return facts
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--step", action="append", choices=list(STEPS), help="only this step; may be repeated")
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=f"steps: {', '.join(STEPS)}"
+    )
+    parser.add_argument("steps", nargs="*", metavar="STEP", help="only these steps")
+    parser.add_argument(
+        "--within", type=float, default=float("inf"), metavar="SECONDS", help="for all of them together"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-results")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.steps if name not in STEPS]:
+        parser.error(f"no step {', '.join(unknown)}; there are {', '.join(STEPS)}")
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        print(f"run.py: {PYTHON} has no {', '.join(missing)}", file=sys.stderr)
+        return 2
     import torch
 
     if not torch.cuda.is_available():
         print(f"run.py: no CUDA device is visible to torch {torch.__version__}", file=sys.stderr)
         return 2
-    run = Run(options.out.resolve())
-    facts = describe() | {"command": " ".join(sys.argv)}
-    (run.out / "machine.json").write_text(json.dumps(facts, indent=1) + "\n")
-    for name in options.step or STEPS:
+    run = Run(options.out.resolve(), options.within)
+    (run.out / "machine.json").write_text(json.dumps(describe(), indent=1) + "\n")
+    steps = options.steps or list(STEPS)
+    if "build" not in steps and not built(run):
+        steps = ["build", *steps]
+    for name in steps:
         STEPS[name](run)
     print(f"results: {run.out}")
-    return 0
+    if run.failed:
+        print(f"failed: {', '.join(run.failed)}", file=sys.stderr)
+    return 1 if run.failed else 0
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 import torch
 from opsuite import SPECS, assert_same_bits, backends, clone, make, outputs, over_cases, over_specs, run, tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 
@@ -136,6 +137,8 @@ def test_export(spec, case, device):
 
 @pytest.mark.parametrize(("spec", "case"), FIRST)
 def test_aot_inductor(spec, case, device, tmp_path):
+    if "ScalarType" in spec.schema and TorchVersion(torch.__version__) < (2, 12):
+        pytest.skip("AOTInductor mistakes dtype arguments before torch 2.12, pytorch/pytorch#173562")
     args = make(case, device, torch.float32)
     call = Call(spec, clone(args))
     program = torch.export.export(call, call.inputs())
