@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc pyops optim autotune bench -name '*.py' -o -name '*
 PYTEST := $(BIN)/python -m pytest
 PARALLEL := -n auto --maxprocesses 4 --dist loadgroup --durations 20
 
-.PHONY: bench test setup lint types format-check sanitize interpreter aot docs isa gpu clean
+.PHONY: bench test setup lint types format-check sanitize oldest interpreter aot docs isa gpu clean
 
 bench: $(VENV)/.installed
 	$(BIN)/leanops bench --quick
@@ -44,6 +44,10 @@ isa: $(VENV)/.installed
 
 sanitize: $(VENV)/.installed
 	$(BIN)/python tests/native/sanitize.py
+
+# csrc against the headers of the oldest torch that is promised
+oldest: $(VENV)/.installed
+	$(BIN)/python tests/native/oldest_torch.py
 
 interpreter: $(VENV)/.installed
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter

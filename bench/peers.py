@@ -97,12 +97,15 @@ def add(subject: Subject) -> None:
 
 
 def subjects() -> dict[str, Subject]:
-    """Every subject by the name of its operator: those with a case for benchmarks."""
+    """Every subject by the name of its operator, those with a case for benchmarks, in the operators' order."""
     for module in pkgutil.iter_modules(bench.__path__, "leanops.bench."):
         if module.name.startswith("leanops.bench.peers_"):
             importlib.import_module(module.name)
-    others = [s for s in _registry.specs() if s.name not in _subjects and any(c.bench for c in s.cases)]
-    return _subjects | {spec.name: alone(spec) for spec in others}
+    found = {}
+    for spec in _registry.specs():
+        if spec.name in _subjects or any(case.bench for case in spec.cases):
+            found[spec.name] = _subjects.get(spec.name) or alone(spec)
+    return found
 
 
 def results(spec: OpSpec, args: Args, returned: Any) -> list[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,14 +23,6 @@ def make_model() -> torch.nn.Module:
 def make_data() -> DataLoader[tuple[torch.Tensor, ...]]:
     x = torch.randn(128, 16, generator=torch.Generator().manual_seed(1))
     return DataLoader(TensorDataset(x, x[:, :4].argmax(1)), batch_size=32)
-
-
-@pytest.fixture(autouse=True)
-def _new_state() -> Iterator[None]:
-    """accelerate keeps its settings for the process."""
-    yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
