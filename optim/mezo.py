@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from leanops._checks import finite
 from leanops.optim import curvature, seeds
 from leanops.optim import params as managed
 from leanops.optim.evaluate import Evaluator, Reduction
@@ -42,16 +43,6 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def _one_of(name: str, value: object, options: Sequence[str]) -> None:
     if value not in options:
         raise ValueError(f"MeZO: {name} must be one of {', '.join(options)}, got {value!r}")
-
-
-def _finite(name: str, value: Any, low: float, *, above: bool = False) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):  # the last from a tensor of several elements
-        number = math.nan
-    if not math.isfinite(number) or number < low or (above and number == low):
-        raise ValueError(f"MeZO: {name} must be a finite number {'>' if above else '>='} {low:g}, got {value!r}")
-    return number
 
 
 class MeZO(Optimizer):
@@ -155,7 +146,7 @@ class MeZO(Optimizer):
         _one_of("distribution", distribution, ("gaussian", "rademacher", "lowrank"))
         if variant == "hizoo" and distribution != "gaussian":
             raise ValueError(f"MeZO: hizoo needs distribution='gaussian', got {distribution!r}")  # ±1 show no curvature
-        if not 0.0 < _finite("smoothing", smoothing, 0.0) < 1.0:
+        if not 0.0 < finite("MeZO", "smoothing", smoothing, 0.0) < 1.0:
             raise ValueError(f"MeZO: smoothing must be in (0, 1), got {smoothing}")
         if not isinstance(model, nn.Module | None):
             raise TypeError(f"MeZO: model must be a torch.nn.Module or None, got {type(model).__name__}")
@@ -176,7 +167,7 @@ class MeZO(Optimizer):
             **noise.settings,
             "rounding": rounding,
             "momentum_mode": momentum_mode,
-            "eps": _finite("eps", eps, 0.0, above=True),
+            "eps": finite("MeZO", "eps", eps, 0.0, above=True),
         }
         if variant == "hizoo":
             settings["smoothing"] = float(smoothing)
@@ -209,7 +200,7 @@ class MeZO(Optimizer):
 
     def _check_hyper(self, group: dict[str, Any]) -> None:
         for name in FIELDS:
-            _finite(name, group[name], 0.0)
+            finite("MeZO", name, group[name], 0.0)
         if float(group["momentum"]) >= 1.0:
             raise ValueError(f"MeZO: momentum must be below 1, got {group['momentum']}")
         settings = self._record.settings
@@ -269,7 +260,7 @@ class MeZO(Optimizer):
 
     @eps.setter
     def eps(self, value: float) -> None:
-        self._record.settings["eps"] = _finite("eps", value, 0.0, above=True)
+        self._record.settings["eps"] = finite("MeZO", "eps", value, 0.0, above=True)
         if len(self.log):
             self.log.change(eps=self.eps)
 

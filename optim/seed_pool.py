@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from leanops._checks import integer, integers, is_integer
+from leanops._checks import finite, integer, integers, is_integer
 from leanops.optim import params as managed
 from leanops.optim import seeds as rule
 from leanops.optim.evaluate import Evaluator, Reduction
@@ -28,16 +28,6 @@ _HEAD = struct.Struct("<QIBBBxdI")  # seed, size, distribution, rounding, kind o
 _DISTRIBUTIONS = ("gaussian", "rademacher")
 _ROUNDINGS = ("nearest", "stochastic")
 _PAIRS, _SUMS, _FULL = 0, 1, 2
-
-
-def _finite(op: str, name: str, value: Any, low: float = -math.inf) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):  # the last from a tensor of several elements
-        number = math.nan
-    if not low < number < math.inf:
-        raise ValueError(f"{op}: {name} must be a finite number{' > 0' if low == 0.0 else ''}, got {value!r}")
-    return number
 
 
 def _fp32(op: str, name: str, values: Any) -> NDArray[np.float32]:
@@ -141,7 +131,7 @@ class SeedPool:
         """A scalar measured along candidate k. It is rounded to fp32; one that is not finite there, or with which the
         sum is not, is refused."""
         k = integer("SeedPool.add", "k", k, self.size)
-        self._note(k, *self._with("SeedPool.add", k, _finite("SeedPool.add", "g", g)))
+        self._note(k, *self._with("SeedPool.add", k, finite("SeedPool.add", "g", g)))
 
     def _with(self, op: str, k: int, g: float) -> tuple[float, float, float]:
         """g in fp32, and candidate k's sum and amplitude after it."""
@@ -168,7 +158,7 @@ class SeedPool:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise ValueError(f"{op}: {name} must be {mine} in both pools, got {theirs}")
-        weight = _finite(op, "weight", weight)
+        weight = finite(op, "weight", weight)
         with np.errstate(over="ignore"):
             sums = _fp32(op, "sums", self.sums.astype(np.float64) + weight * other.sums.astype(np.float64))
         amplitudes = _fp32(op, "amplitudes", self.amplitudes.astype(np.float64) + other.amplitudes)
@@ -186,7 +176,7 @@ class SeedPool:
             lr: η. tensor_ids: other ids, one a parameter.
         """
         slots = self._slots("SeedPool.apply_", params, tensor_ids)
-        lr = _finite("SeedPool.apply_", "lr", lr)
+        lr = finite("SeedPool.apply_", "lr", lr)
         used = np.flatnonzero(self.sums)
         if not used.size or not slots:
             return
@@ -206,7 +196,7 @@ class SeedPool:
         slots = self._slots(op, params)
         if not callable(closure):
             raise TypeError(f"{op}: closure must be a function without arguments, got {type(closure).__name__}")
-        k, lr, eps = integer(op, "k", k, self.size), _finite(op, "lr", lr), _finite(op, "eps", eps, 0.0)
+        k, lr, eps = integer(op, "k", k, self.size), finite(op, "lr", lr), finite(op, "eps", eps, 0.0, above=True)
         seed = [Seed(int(self.seeds[k]) % 2**64)]
         evaluator = self._evaluator = self._evaluator or Evaluator("auto", self._noise, None, True)
         (g,), _ = evaluator.estimate(closure, slots, seed, eps, "spsa", Reduction(None, "data", 1), op)

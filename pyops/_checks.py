@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from operator import attrgetter
 from typing import Any
@@ -27,6 +28,18 @@ def in_range(op: str, name: str, value: int, low: int, high: int) -> None:
     """``low <= value < high``. Symbolic integers pass: they are checked again with their values."""
     if isinstance(value, int) and not low <= value < high:
         raise ValueError(f"{op}: {name} must be in [{low}, {high}), got {value}")
+
+
+def finite(op: str, name: str, value: Any, low: float = -math.inf, *, above: bool = False) -> float:
+    """``value`` as a float, where it is a finite number, not below ``low``, or above it."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):  # the last from a tensor of several elements
+        number = math.nan
+    if not math.isfinite(number) or number < low or (above and number == low):
+        bound = f" {'>' if above else '>='} {low:g}" if math.isfinite(low) else ""
+        raise ValueError(f"{op}: {name} must be a finite number{bound}, got {value!r}")
+    return number
 
 
 def is_integer(value: object) -> bool:
