@@ -185,7 +185,7 @@ def measure(
 
 def plan(settings: Settings) -> list[tuple[str, int]]:
     """Every dtype and thread count that the settings ask for."""
-    device_of(settings)
+    device_of(settings.device)
     check_wanted(settings.peers, PEERS)
     return [(dtype, count) for dtype in settings.dtypes for count in settings.threads or (fingerprint.cores(),)]
 

@@ -127,8 +127,9 @@ class Job:
         return Row(key, self.spec.name, self.name, dtype, str(device), self.threads, served)
 
 
-def device_of(settings: Settings) -> torch.device:
-    device = torch.device(settings.device)
+def device_of(name: str) -> torch.device:
+    """The device of this name, where there is one."""
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("bench: --device cuda, but torch sees no CUDA device")
     return device
@@ -139,7 +140,7 @@ def plan(settings: Settings) -> list[Job]:
     known = subjects()
     if unknown := [op for op in settings.ops if op not in known]:
         raise ValueError(f"bench: no operator named {', '.join(unknown)}; there are {', '.join(known)}")
-    device = device_of(settings)
+    device = device_of(settings.device)
     matches = re.compile(settings.case).search
     jobs = []
     for spec in _registry.specs():

@@ -186,7 +186,7 @@ class Freezer:
                 f"{op}: optimizer must hold every parameter of the model that requires grad, got one without "
                 f"{absent[0]} ({len(absent)} of {len(self.params)} are absent)"
             )
-        self._eager = bool(self.fresh(nn.Parameter(torch.zeros(1))))
+        self._eager = bool(self.fresh(nn.Parameter(torch.zeros(1, device="cpu"))))
 
     def fresh(self, p: Tensor) -> dict[str, Any]:
         """What the optimizer makes of a parameter when it is built: mostly nothing (Adagrad does not wait)."""

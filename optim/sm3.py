@@ -11,16 +11,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from leanops.optim import seeds
-from leanops.optim.sm3_calls import Group, Plan, check_parameter, check_rate, momentum_dtype, name_of, numbers
+from leanops.optim.sm3_calls import Group, Plan, check_parameter, momentum_dtype, name_of, numbers
 from leanops.optim.sm3_compiled import enlist, traced_step
 from leanops.optim.sm3_state import Kept, loaded, loaded_group, saved, saved_group
+from leanops.sm3.checks import rate_is_one_number
 
 
 def _check_group(group: Group) -> None:
     """ValueError for an option that no step could use."""
     numbers(group)
     lr = group["lr"]
-    check_rate(lr)
+    rate_is_one_number("SM3", lr)
     if not 0 <= lr < float("inf"):
         raise ValueError(f"SM3: lr must be a finite number >= 0, got {lr}")
     momentum_dtype(group)
@@ -148,7 +149,7 @@ class SM3(Optimizer):
         self._plan: Plan | None = None
         if "_key" not in self.__dict__:
             self._key = enlist(self)
-            self._number = torch.zeros(1)
+            self._number = torch.zeros(1, device="cpu")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with options of their own. Nothing is added when an error is raised."""

@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from leanops import _registry
 from leanops.optim import params as managed
 from leanops.optim import seeds
-from leanops.optim.sm3_state import MOMENTUM_DTYPES, Part, State, complete, part_of
-from leanops.sm3.checks import LARGEST
+from leanops.optim.sm3_state import MOMENTUM_DTYPES, Part, State, complete, number, part_of
+from leanops.sm3.checks import LARGEST, rate_is_one_number
 
 OPERATOR = _registry.spec("sm3_step_")
 _SMALL = 1 << 14  # elements; a step takes about 10 us for them
@@ -77,20 +77,11 @@ def momentum_dtype(group: Group) -> torch.dtype | None:
     return dtype
 
 
-def check_rate(lr: Any) -> None:
-    """Refuse what is not one number."""
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"SM3: Tensor lr must be 1-element, got shape {list(lr.shape)}")
-    elif not hasattr(lr, "__float__"):
-        raise TypeError(f"SM3: lr must be a number or a one-element tensor, got {lr!r}")
-
-
 def rate(lr: Any, device: torch.device) -> Tensor:
     """lr as the operator takes it: one element of float32 or float64, on the CPU or on the parameters' device."""
-    check_rate(lr)
+    rate_is_one_number("SM3", lr)
     if not isinstance(lr, Tensor):
-        return torch.tensor(lr, dtype=torch.float64)
+        return torch.tensor(lr, dtype=torch.float64, device="cpu")
     wide = lr if lr.dtype in (torch.float32, torch.float64) else lr.double()
     return beside(wide, device)
 
@@ -102,7 +93,7 @@ def beside(t: Tensor, device: torch.device) -> Tensor:
 
 def scaler(value: Any, device: torch.device) -> Tensor | None:
     """What GradScaler leaves at the optimizer, as the operator takes it."""
-    return None if value is None else beside(torch.as_tensor(value, dtype=torch.float32), device)
+    return None if value is None else beside(number(value), device)
 
 
 def rounding_seed(seed: int, taken: Tensor) -> Tensor:
@@ -200,7 +191,7 @@ class Call:
             empty = torch.empty(0, dtype=torch.float32, device=device)
             self._scales = [s.get("momentum_scale", empty) for s in self._states]
         self._home = home_of_step(group, device)
-        taken = [torch.as_tensor(s["step"]).detach().to(self._home, torch.float32).reshape(()) for s in self._states]
+        taken = [number(s["step"]).detach().to(self._home).reshape(()) for s in self._states]
         self._steps = torch.stack(taken)
         for state, view in zip(self._states, self._steps.unbind(), strict=True):
             state["step"] = view
@@ -223,7 +214,7 @@ class Call:
             self._geometries = list(map(_geometry, self._large))
             self._held = [torch.ScriptList(tensors) for tensors in (self._aliases, *self._kept) if tensors]
         self._dtypes = list(map(_dtype, self._locals))
-        self._no_seed = torch.zeros((), dtype=torch.int64)
+        self._no_seed = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def _give(self, weights: list[Tensor]) -> None:
         """What the operator is given, and whose version counters move."""
@@ -320,7 +311,7 @@ class Plan:
         position = 0
         for index, (group, gs) in enumerate(zip(optimizer.param_groups, grads, strict=True)):
             numbers(group)
-            check_rate(group["lr"])
+            rate_is_one_number("SM3", group["lr"])
             momentum_dtype(group)
             first = group.get("tensor_id", position)
             by_device: dict[torch.device, list[tuple[int, int, Part]]] = {}
@@ -365,7 +356,7 @@ class Plan:
 
     def run(self, groups: Sequence[Group], grads: Grads, grad_scale: Any, found_inf: Any) -> None:
         """One step. Nothing is written when it refuses a gradient, a number or the state."""
-        found_inf = None if found_inf is None else torch.as_tensor(found_inf, dtype=torch.float32)
+        found_inf = None if found_inf is None else number(found_inf)
         ready = [(c, c.arguments(groups[i], c.pick(grads[i]), grad_scale, found_inf)) for i, c in self._calls]
         for call, arguments in ready:
             if call.fresh and call.plain:

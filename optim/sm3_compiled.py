@@ -21,7 +21,7 @@ from leanops.optim.sm3_calls import (
     rounding_start,
     scaler,
 )
-from leanops.optim.sm3_state import complete
+from leanops.optim.sm3_state import complete, number
 
 _live: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _keys = itertools.count()
@@ -40,11 +40,12 @@ def _lr(like: Tensor, optimizer: str, group: int) -> Tensor:
 
 
 def _momentum(like: Tensor, optimizer: str, group: int) -> Tensor:
-    return torch.tensor(numbers(_live[optimizer].param_groups[group]).momentum, dtype=torch.float64)
+    return torch.tensor(numbers(_live[optimizer].param_groups[group]).momentum, dtype=torch.float64, device="cpu")
 
 
 def _start(like: Tensor, optimizer: str, group: int) -> Tensor:
-    return torch.tensor(rounding_start(_live[optimizer].param_groups[group]["seed"]), dtype=torch.int64)
+    start = rounding_start(_live[optimizer].param_groups[group]["seed"])
+    return torch.tensor(start, dtype=torch.int64, device="cpu")
 
 
 def _step(
@@ -66,7 +67,9 @@ for _name, _read, _dtype in (
     _library.define(f"{_name}(Tensor like, str optimizer, int group) -> Tensor")
     _library.impl(_name, _read, "CompositeExplicitAutograd")
     torch.library.register_fake(
-        f"leanops::{_name}", lambda like, optimizer, group, dtype=_dtype: torch.empty((), dtype=dtype), lib=_library
+        f"leanops::{_name}",
+        lambda like, optimizer, group, dtype=_dtype: torch.empty((), dtype=dtype, device="cpu"),
+        lib=_library,
     )
 _library.impl("_sm3_compiled_step_", _step, "CompositeExplicitAutograd")
 torch.library.register_fake("leanops::_sm3_compiled_step_", lambda *args: None, lib=_library)
@@ -98,7 +101,7 @@ def _prepare(key: str, index: int) -> tuple[bool, bool]:
         state = optimizer.state.setdefault(p, {})
         complete(state, p.detach(), bool(group["momentum"]), momentum_dtype(group))
         # each on its own: views of one tensor, as eager steps leave them, would be compared pair by pair
-        state["step"] = torch.as_tensor(state["step"]).detach().to(home_of_step(group, p.device), copy=True)
+        state["step"] = number(state["step"]).detach().to(home_of_step(group, p.device), copy=True)
     return isinstance(group["lr"], Tensor), bool(group["momentum"])
 
 
@@ -156,7 +159,10 @@ def _traced_call(
             momenta.append(state["momentum_buffer"])
             scales.append(state["momentum_scale"] if "momentum_scale" in state else state["cover"].new_empty(0))
     found_inf = scaler(getattr(optimizer, "found_inf", None), device)
-    seed = torch.zeros((), dtype=torch.int64) if start is None else torch.stack(steps).amax().to(torch.int64) + start
+    if start is None:
+        seed = torch.zeros((), dtype=torch.int64, device="cpu")
+    else:
+        seed = torch.stack(steps).amax().to(torch.int64) + start
     step = torch.ops.leanops.sm3_step_ if momentum is None else torch.ops.leanops._sm3_compiled_step_
     step(
         params,

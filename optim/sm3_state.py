@@ -77,7 +77,7 @@ def part_of(op: str, name: str, p: Any) -> Part:
 
 def complete(state: State, local: Tensor, momentum: bool, dtype: torch.dtype | None) -> None:
     """Make what a parameter's state lacks: at its first step all of it, later what was taken out to start anew."""
-    state.setdefault("step", torch.zeros((), dtype=torch.float32))
+    state.setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
     if "cover" not in state:
         state["cover"] = sm3_cover(local)
     if not momentum:
@@ -151,12 +151,18 @@ def _here(op: str, name: str, what: str, value: Any, shape: Sequence[int], part:
     return value.detach().to(part.local.device, copy=True).contiguous()
 
 
+def number(value: Any) -> Tensor:
+    """A tensor where it lies, and what is none on the CPU, whatever the default device; float32."""
+    if isinstance(value, Tensor):
+        return value.to(torch.float32)
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
+
+
 def _steps(op: str, name: str, step: Any) -> Tensor:
-    number = isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1 and not step.is_meta)
-    if not number:
+    if not isinstance(step, (int, float)) and not (isinstance(step, Tensor) and step.numel() == 1 and not step.is_meta):
         seen = f"shape {list(step.shape)} on {step.device}" if isinstance(step, Tensor) else repr(step)
         raise ValueError(f"{op}: the step of parameter {name} must be one number, got {seen}")
-    return torch.as_tensor(step)
+    return number(step)
 
 
 def loaded(op: str, name: str, p: Tensor, state: State, step_on_device: bool) -> State:
@@ -184,7 +190,7 @@ def loaded(op: str, name: str, p: Tensor, state: State, step_on_device: bool) ->
     ]
     out["cover"] = torch.cat(axes)
     home = part.local.device if step_on_device else torch.device("cpu")
-    out["step"] = _steps(op, name, state["step"]).detach().to(home, torch.float32, copy=True).reshape(())
+    out["step"] = _steps(op, name, state["step"]).detach().to(home, copy=True).reshape(())
     if "momentum_buffer" in state:
         m = _here(op, name, "momentum_buffer", state["momentum_buffer"], p.shape, part, True)
         if m.dtype not in MOMENTUM_DTYPES:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+IDS, INDICES = 2**32, 2**63  # how many tensors, and elements of one, an operator can tell apart
 _MANY = 16  # tensors from which the vectorized test is the faster one
 
 
@@ -99,9 +100,9 @@ def overlaps_itself(t: Tensor) -> bool:
     reach = 0  # the largest offset that the dimensions so far can make
     for stride, size in dims:
         if stride <= reach:
-            offsets = torch.zeros((), dtype=torch.int64)
+            offsets = torch.zeros((), dtype=torch.int64, device="cpu")
             for s, n in dims:
-                offsets = (offsets[..., None] + s * torch.arange(n)).flatten()
+                offsets = (offsets[..., None] + s * torch.arange(n, device="cpu")).flatten()
             return offsets.unique().numel() != t.numel()
         reach += (size - 1) * stride
     return False
@@ -112,7 +113,7 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
     if a.is_contiguous() and b.is_contiguous():
         return True
     low, high = min(_span(a)[0], _span(b)[0]), max(_span(a)[1], _span(b)[1])
-    touched = torch.zeros(high - low, dtype=torch.uint8)
+    touched = torch.zeros(high - low, dtype=torch.uint8, device="cpu")
     for t in (a, b):
         size = t.element_size()
         view = touched.as_strided(

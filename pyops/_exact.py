@@ -9,7 +9,7 @@ from torch import Tensor
 
 def fp32(value: float) -> float:
     """The number rounded to fp32."""
-    return float(torch.tensor(value, dtype=torch.float32))
+    return float(torch.tensor(value, dtype=torch.float32, device="cpu"))
 
 
 def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:

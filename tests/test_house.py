@@ -59,6 +59,22 @@ def test_no_family_imports_a_private_name_of_another():
                     assert not any(n.startswith("_") for n in names), f"{path}: {module} {names}"
 
 
+def test_no_tensor_is_made_on_the_default_device():
+    """A user's default device (``torch.set_default_device``) says nothing of where parameters lie."""
+    made = {"tensor", "as_tensor", "asarray", "scalar_tensor", "zeros", "ones", "empty", "full", "arange", "linspace"}
+    made |= {"rand", "randn", "randint", "randperm", "eye", "empty_strided"}
+    seen = 0
+    for path in [p for layer in ("pyops", "optim") for p in (ROOT / layer).rglob("*.py") if p.name != "cases.py"]:
+        tree = ast.parse(path.read_text())
+        asked = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "device"}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in made}:
+                seen += 1
+                named = any(k.arg == "device" for k in node.keywords) or id(node) in asked
+                assert named, f"{path}:{node.lineno}: name the device: {ast.unparse(node)}"
+    assert seen > 20
+
+
 def test_triton_program_ids_are_64_bit_before_any_product():
     kernels = list((ROOT / "pyops").rglob("triton*.py"))
     assert len(kernels) > len(FAMILIES)

@@ -29,7 +29,7 @@ from leanops.bench import memory
 from leanops.bench.compare import differences
 from leanops.bench.convergence import corpus
 from leanops.bench.convergence.methods import BASELINE, METHODS, Method
-from leanops.bench.runner import Progress
+from leanops.bench.runner import Progress, device_of
 
 SCHEMA = "leanops-convergence/1"
 CHECKPOINT_S = 120.0
@@ -95,8 +95,7 @@ class Settings:
             raise ValueError(f"bench: convergence: --threads must be 1 or more, got {self.threads}")
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"bench: convergence: --seed must be in [0, 2^32), got {self.seed}")
-        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError("bench: --device cuda, but torch sees no CUDA device")
+        device_of(self.device)
         if fingerprint.package_version("transformers") is None:
             raise ValueError("bench: convergence needs the package transformers: pip install transformers")
 

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from leanops._checks import in_range, same_layout
+from leanops._checks import IDS, INDICES, in_range, same_layout
 from leanops.sm3.reference import axes_of, scale_shape
 
 _OP = "sm3_step_"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MOMENTA = (torch.float32, torch.bfloat16, torch.int8)
-IDS = 2**32
-INDICES = 2**63
 LARGEST = torch.finfo(torch.float32).max
 _SHAPE, _DTYPE, _DEVICE, _LAYOUT = map(attrgetter, ("shape", "dtype", "device", "layout"))
+
+
+def rate_is_one_number(op: str, lr: Any) -> None:
+    """Refuse every other learning rate."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"{op}: Tensor lr must be 1-element, got shape {list(lr.shape)}")
+    elif not hasattr(lr, "__float__"):
+        raise TypeError(f"{op}: lr must be a number or a one-element tensor, got {lr!r}")
 
 
 def _dense(name: str, t: Tensor, dtypes: Sequence[torch.dtype], device: torch.device, like: str) -> None:

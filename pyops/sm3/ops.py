@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from leanops._checks import integers, one_of, require
-from leanops.sm3.checks import IDS, INDICES
+from leanops._checks import IDS, INDICES, integers, one_of, require
+from leanops.sm3.checks import rate_is_one_number
 from leanops.sm3.reference import axes_of, scale_shape
 from leanops.zo.ops import seed_tensor
 
@@ -32,11 +32,11 @@ def _list(name: str, tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def _rate(lr: float | Tensor) -> Tensor:
+    rate_is_one_number("sm3_step_", lr)
     if isinstance(lr, Tensor):
         return lr
-    require(hasattr(lr, "__float__"), f"sm3_step_: lr must be a number or a one-element tensor, got {lr!r}", TypeError)
     require(0 <= lr < float("inf"), f"sm3_step_: lr must be finite and at least 0, got {lr}")
-    return torch.tensor(lr, dtype=torch.float64)
+    return torch.tensor(lr, dtype=torch.float64, device="cpu")
 
 
 def sm3_step_(

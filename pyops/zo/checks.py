@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from leanops._checks import in_range, one_of, require, same_layout
+from leanops._checks import IDS, INDICES, in_range, one_of, require, same_layout
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_RANK = 64  # of low-rank noise: the factors of a tile fit the buffers of every backend
-IDS, INDICES = 2**32, 2**63  # how many there are
 
 
 def _float_tensor(op: str, name: str, t: Tensor) -> None:

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leanops._checks import as_list, integer, integers, is_integer, require
-from leanops.zo.checks import IDS, INDICES
+from leanops._checks import IDS, INDICES, as_list, integer, integers, is_integer, require
 
 _ops = torch.ops.leanops
 

@@ -39,7 +39,7 @@ _MINUS_2_LN2 = float.fromhex("-0x1.62e43p+0")
 
 def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> list[Tensor]:
     """Philox4x32-10 (Salmon et al., SC'11). Words are held in int64 tensors, values in [0, 2^32)."""
-    c0, c1, c2, c3 = (torch.as_tensor(c) for c in counter)
+    c0, c1, c2, c3 = (c if isinstance(c, Tensor) else torch.tensor(c, device="cpu") for c in counter)
     k0, k1 = key
     for _ in range(10):
         # the int64 products wrap modulo 2^64, which leaves all 64 bits right
@@ -170,7 +170,7 @@ def _axpy(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
     def scalar(value: float) -> float:
-        return float(torch.tensor(value, dtype=wide))
+        return float(torch.tensor(value, dtype=wide, device="cpu"))
 
     acc = p.to(wide)
     if not sequential:
@@ -208,7 +208,7 @@ def zo_noise(
     device: torch.device | None = None,
 ) -> Tensor:
     out = torch.empty(shape, dtype=dtype, device=device)
-    zo_noise_(out, torch.tensor(seed), tensor_id, offset, distribution)
+    zo_noise_(out, torch.tensor(seed, device="cpu"), tensor_id, offset, distribution)
     return out
 
 

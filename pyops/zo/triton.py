@@ -137,7 +137,7 @@ def _table(pairs: Sequence[Pair], tile: int | tuple[int, int], device: torch.dev
         words.append((target, source, offset, numel, first, tensor_id, columns))
         first += _tiles(tile, offset, numel, columns)
         aligned = aligned and target % 16 == source % 16 == offset * size % 16 == 0 and offset % 16 == 0
-    value = (to_device(torch.tensor(words, dtype=torch.int64), device), first, aligned)
+    value = (to_device(torch.tensor(words, dtype=torch.int64, device="cpu"), device), first, aligned)
     if not capturing:  # a graph reads its own again at every replay
         _tables[key] = value
         while len(_tables) > 64:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -85,6 +86,27 @@ def test_what_is_replaced_between_steps_is_used_from_then_on() -> None:
         assert all(map(torch.equal, params, others)), change.__name__
         for p, q in zip(params, others, strict=True):
             assert equal(dict(opt.state[p]), dict(ref.state[q])), change.__name__
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum_dtype": I8, "stochastic_rounding": True}], ids=["fp32", "int8"])
+def test_a_default_device_is_not_that_of_the_parameters(options: dict[str, Any]) -> None:
+    def train() -> dict[str, Any]:
+        params = parameters(BF16)
+        opt, scaled = SM3(params, **options), SM3(params, **options)
+        for seed in range(3):
+            set_grads(params, seed)
+            with place():
+                opt.step()
+                scaled.load_state_dict(opt.state_dict())
+                scaled.grad_scale, scaled.found_inf = (torch.tensor(v, device="cpu") for v in (2.0, 0.0))  # type: ignore[attr-defined]
+                scaled.step()
+        with place():
+            return {**dict(enumerate(params)), "state": scaled.state_dict()["state"]}
+
+    place: Callable[[], AbstractContextManager[Any]] = nullcontext
+    wanted = train()
+    place = partial(torch.device, "meta")
+    assert equal(train(), wanted)
 
 
 def test_parameters_that_are_exchanged_in_a_group_are_seen() -> None:
