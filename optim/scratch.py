@@ -24,12 +24,14 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from leanops import _registry
 from leanops.optim import curvature
 from leanops.optim.noise import Noise, Seed
 from leanops.optim.params import Slot
 from leanops.optim.perturb import Closure, Copy
-from leanops.zo import zo_axpy_into_
+from leanops.zo.ops import seed_tensor
 
+_OPERATOR = _registry.spec("zo_axpy_into_")
 _ALIGN = 64
 _ROW = 16384  # a row of its own costs an operator as much as this many elements (about 10 us; measured on Zen 5)
 _PIECE = 1 << 18  # elements of an intermediate result that are summed at a time
@@ -61,6 +63,13 @@ def _has_memory(t: Tensor) -> bool:
     return t.layout == torch.strided and not is_functorch_wrapped_tensor(t)
 
 
+def _dense_strides(t: Tensor) -> Sequence[int]:
+    """The tensor's own where no element of its memory is left out, else those of its shape in rows."""
+    if t.is_contiguous() or torch._prims_common.is_non_overlapping_and_dense_or_false(t):
+        return t.stride()
+    return torch._prims_common.make_contiguous_strides_for(t.shape)
+
+
 class _Arena:
     """Memory for the perturbed weights of one function at a time, on one device."""
 
@@ -79,12 +88,11 @@ class _Arena:
         if self._buffer is None or self._buffer.numel() < end:
             self._buffer = None
             self._buffer = torch.empty(self._need, dtype=torch.uint8, device=self._device)
-        out = []
-        for t, start in zip(like, starts, strict=True):
-            flat = self._buffer[start : start + t.numel() * t.element_size()].view(t.dtype)
-            dense = torch._prims_common.is_non_overlapping_and_dense_or_false(t)
-            out.append(flat.as_strided(t.shape, t.stride(), flat.storage_offset()) if dense else flat.view(t.shape))
-        return out
+        memory = {dtype: self._buffer.view(dtype) for dtype in {t.dtype for t in like}}
+        return [
+            memory[t.dtype].as_strided(t.shape, _dense_strides(t), start // t.element_size())
+            for t, start in zip(like, starts, strict=True)
+        ]
 
     def let_go(self, result: object) -> bool:
         """Leave the memory to the result where it may share it; a later use takes new memory."""
@@ -113,7 +121,7 @@ class _Mode(TorchFunctionMode):
         self._arenas = owner.arenas
         self._noise = owner.noise
         self._seed, self._scale = seed, torch.tensor([scale], dtype=torch.float64, device="cpu")
-        self._left = torch.tensor([seed.left - (seed.left >> 63 << 64)], device="cpu")
+        self._left, self._right = (seed_tensor(s, "MeZO", "seed") for s in seed)
         self._active = scale != 0.0
         self._trace = trace
         self._kept: list[object] = []  # memory that foreign code may hold by address
@@ -175,8 +183,22 @@ class _Mode(TorchFunctionMode):
         if slots[0].curvature is not None:
             curvature.perturb_into_(out, slots, self._seed, float(self._scale))
             return
-        tensors, about = [s.local for s in slots], self._noise.arguments(slots, [self._seed])
-        zo_axpy_into_(out, tensors, self._left, self._scale, decay=_NO_DECAY, **about)
+        z = self._noise
+        low_rank = (self._right, [s.columns for s in slots], z.rank) if z.distribution == "lowrank" else ()
+        _OPERATOR.launch(
+            out[0].device,
+            out,
+            [s.local for s in slots],
+            self._left,
+            self._scale,
+            _NO_DECAY,
+            [s.tensor_id for s in slots],
+            [s.offset for s in slots],
+            z.distribution,
+            "nearest",
+            False,
+            *low_rank,
+        )
 
     def _embedding(
         self,
