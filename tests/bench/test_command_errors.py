@@ -109,7 +109,7 @@ def test_a_peer_is_found_by_a_name_with_a_space():
     assert settings.peers == ("torch foreach", "ALPHA")
     assert settings.dtypes == ("float32", "bfloat16")
     job = runner.plan(settings)[0]
-    taken = runner.Measurement(job, settings, runner.device_of(settings), {})._peers()
+    taken = runner.Measurement(job, settings, runner.device_of(settings.device), {})._peers()
     assert [peer.label for peer in taken] == ["torch foreach", "torch.add alpha"]
 
 
