@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -97,11 +98,11 @@ def _bench(options: argparse.Namespace) -> int:
     if given := [f"--{name}" for name in CONVERGENCE if getattr(options, name) is not None]:
         raise CommandError(f"leanops bench: {given[0]} belongs to convergence")
     try:
-        dtypes = tuple(DTYPES[name] for name in _split(options.dtype))
+        dtypes = tuple(dict.fromkeys(DTYPES[name] for name in _split(options.dtype)))
     except KeyError as error:
         raise CommandError(f"leanops bench: --dtype knows fp32, bf16, fp16 and fp64, got {error.args[0]}") from None
     try:
-        threads = tuple(int(text) for text in _split(options.threads))
+        threads = tuple(dict.fromkeys(int(text) for text in _split(options.threads)))
     except ValueError:
         raise CommandError(f"leanops bench: --threads must be numbers, got {options.threads}") from None
     if not dtypes or any(t < 1 for t in threads):
@@ -166,6 +167,9 @@ def _targets(options: argparse.Namespace, stem: str, formats: Sequence[str], usu
     for name, target in targets.items():
         if target == "-" and name != "json":
             raise CommandError(f"leanops bench: --{name} must be a file, got -; only --json writes to standard output")
+    files = [Path(target).resolve() for target in targets.values()]
+    if twice := [target for target, file in zip(targets.values(), files, strict=True) if files.count(file) > 1]:
+        raise CommandError(f"leanops bench: each format needs a file of its own, got {' and '.join(twice)}")
     targets = targets or {name: f"results/{stem}.{name}" for name in usual}
     for target in targets.values():
         _writable(target)
@@ -231,7 +235,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = {"bench": _bench, "compare": _compare, "info": _info, "replay": _replay}
     try:
         options = _parser().parse_args(arguments)
-        return commands[options.command](options)
+        status = commands[options.command](options)
+        print(end="", flush=True)  # a full disk is an error too
+        return status
+    except BrokenPipeError:  # who reads has enough, as `leanops info | head` has
+        return 128 + signal.SIGPIPE
     except Exception as error:
         if os.environ.get("LEANOPS_TRACEBACK"):
             raise
@@ -243,6 +251,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("leanops: interrupted", file=sys.stderr)
         return 130
+    finally:
+        _drop_output()
+
+
+def _drop_output() -> None:
+    """Forget what standard output does not take: Python would try again at its end, and fail with lines of its own."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -81,7 +81,8 @@ def reset_momentum_(optimizer: Any, *, covers: bool = False) -> None:
         raise TypeError(f"reset_momentum_: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if isinstance(optimizer, MeZO):
         raise ValueError("reset_momentum_: optimizer must not be MeZO: its log would no longer replay")
-    keys = {key for state in optimizer.state.values() for key in state}
+    # an optimizer may keep something of its own there too, by name
+    keys = {key for p, state in optimizer.state.items() if isinstance(p, Tensor) for key in state}
     if covers and keys and not any(map(_is_cover, keys)):
         raise ValueError(
             f"reset_momentum_: covers must be False for an optimizer without covers, got True for "

@@ -278,9 +278,14 @@ class Rounds:
 
         Raises RuntimeError after :meth:`attach`, for every step would then count twice.
         """
-        if self._hook is not None:
+        if self._attached:
             raise RuntimeError(f"{self._op}.step: attach() counts the steps already; call one of them")
         self._advance()
+
+    @property
+    def _attached(self) -> bool:
+        """Whether a hook counts: the user may have removed it by its handle."""
+        return self._hook is not None and self._hook.id in (self._hook.hooks_dict_ref() or ())
 
     def _advance(self) -> None:
         if self._released:
@@ -309,7 +314,7 @@ class Rounds:
 
     def attach(self) -> Any:
         """Count the optimizer's steps by a hook instead of calls of :meth:`step`; returns the hook's handle."""
-        if self._hook is None:
+        if not self._attached:
             hook: Callable[..., None] = lambda *_: self._advance()  # noqa: E731
             self._hook = self._freezer.optimizer.register_step_post_hook(hook)
         return self._hook
@@ -324,7 +329,7 @@ class Rounds:
             self._released = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hook": self._hook is not None}
+        return {**self.__dict__, "_hook": self._attached}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _hook=None)

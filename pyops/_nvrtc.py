@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -62,21 +62,20 @@ def program(kernel: Kernel, folder: Path = FOLDER / "csrc") -> str:
 
 
 def cache_folder() -> Path:
-    """Where the locks are: ``$XDG_CACHE_HOME/leanops/nvrtc``, by default below ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "leanops", "nvrtc")
+    """Where binaries and locks are: ``$XDG_CACHE_HOME/leanops/nvrtc``, by default below ``~/.cache``."""
+    roots = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")
+    # relative: to be ignored, as XDG has it, or a user without a home; below /dev/null nothing can be kept
+    return Path(next(filter(os.path.isabs, roots), os.devnull), "leanops", "nvrtc")
 
 
 @contextmanager
 def exclusive(name: str) -> Iterator[None]:
-    """One process at a time, per name. Goes ahead alone where the folder cannot be written."""
-    try:
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        handle = open(cache_folder() / f"{name}.lock", "w")  # noqa: SIM115
-    except OSError:
-        yield
-        return
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    """One process at a time, per name. Goes ahead alone where the folder cannot be written or has no locks."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            handle = stack.enter_context(open(cache_folder() / f"{name}.lock", "w"))
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
@@ -92,8 +91,11 @@ def kept(key: str, make: Callable[[], bytes]) -> bytes:
         made = make()
         with suppress(OSError):  # a folder that cannot be written, or a full disk
             part = file.with_suffix(f".{os.getpid()}")
-            part.write_bytes(hashlib.sha256(made).digest() + made)
-            part.replace(file)
+            try:
+                part.write_bytes(hashlib.sha256(made).digest() + made)
+                part.replace(file)
+            finally:
+                part.unlink(missing_ok=True)
         return made
 
 

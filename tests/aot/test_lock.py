@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+
+import pytest
 
 from leanops import _nvrtc
 
@@ -40,6 +43,42 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with _nvrtc.exclusive("kernel"):
         pass
+
+
+def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch):
+    def no_lock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(_nvrtc.fcntl, "flock", no_lock)
+    assert _nvrtc.kept("a", lambda: b"binary") == b"binary"
+    assert _nvrtc.kept("a", lambda: b"other") == b"binary"
+
+
+def test_an_error_of_who_holds_the_lock_is_raised(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(OSError, match="of the compiler"), _nvrtc.exclusive("kernel"):
+        raise OSError("of the compiler")
+
+
+def test_a_user_without_a_home_keeps_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative, so ignored")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as it is where nobody knows the user
+    assert _nvrtc.kept("a", lambda: b"first") == b"first"
+    assert _nvrtc.kept("a", lambda: b"second") == b"second"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_binary_that_cannot_be_written_leaves_no_part(tmp_path, monkeypatch):
+    def fail(self, data):
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(_nvrtc.Path, "write_bytes", fail)
+    assert _nvrtc.kept("a", lambda: b"binary") == b"binary"
+    assert [file.suffix for file in _nvrtc.cache_folder().iterdir()] == [".lock"]
 
 
 def test_a_binary_is_made_once_and_again_where_its_file_is_damaged(tmp_path, monkeypatch):

@@ -64,6 +64,23 @@ def test_an_error_in_a_process_of_its_own(tmp_path):
     assert "No such file" in one_line_error(done.returncode, done.stdout, done.stderr)
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_takes_no_more_is_no_traceback(unbuffered, tmp_path):
+    line = f"{sys.executable} -m leanops.bench.cli info"
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+
+    def run(rest):
+        command = ["bash", "-c", f"{line} {rest}"]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=170, env=environment)
+
+    full = run("> /dev/full")
+    assert "No space left" in one_line_error(full.returncode, full.stdout, full.stderr)
+    closed = run(">&-")
+    assert (closed.returncode, closed.stderr) == (0, "")
+    gone = run("| true; exit ${PIPESTATUS[0]}")  # the reader leaves before the first line
+    assert (gone.returncode, gone.stderr) == (141, "")  # as of a program that SIGPIPE ends
+
+
 def test_info_says_who_serves_each_operator_and_why_a_backend_is_absent(tmp_path):
     done = leanops("info", "--json", cwd=tmp_path, LEANOPS_DISABLE="cpu")
     assert done.returncode == 0, done.stderr

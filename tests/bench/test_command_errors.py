@@ -55,6 +55,7 @@ def tiny(monkeypatch):
         (["--json", "-", "--html", "-"], "--html must be a file, got -"),
         (["--markdown", "-", "--html", "new/page.html"], "--markdown must be a file, got -"),
         (["mezo-step", "--csv", "-"], "--csv must be a file, got -"),
+        (["--json", "a", "--csv", "b", "--html", "./a"], "each format needs a file of its own, got a and ./a"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, folder, monkeypatch, capsys):
@@ -125,6 +126,11 @@ def captured(arguments):
         patch.setattr(runner, "plan", plan)
         cli.main(["bench", *arguments])
     return found
+
+
+def test_what_is_named_twice_is_measured_once():
+    (settings,) = captured(["zo_axpy_", "--dtype", "fp32,bf16,float32", "--threads", "2,1,2"])
+    assert (settings.dtypes, settings.threads) == (("float32", "bfloat16"), (2, 1))
 
 
 def test_mezo_step_writes_what_the_others_write(tiny, folder, capsys):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from ops import test_fuzz, test_numerics
 
 from leanops import _registry
 from leanops.bench import roofline, runner
@@ -79,6 +80,22 @@ def test_the_operator_that_contributing_adds_is_in_the_benchmark(pages: dict[Pat
     assert measurement.row.gate is not None
     assert measurement.row.gate["error"] < 1e-6
     assert measurement.row.percent_of_roofline is not None
+
+
+@pytest.mark.parametrize("shape", [(33, 5), (7,), ()])
+def test_the_generic_suites_take_gradients_of_the_operator_that_contributing_adds(
+    shape: tuple[int, ...], pages: dict[Path, Page]
+) -> None:
+    page = pages[ROOT / "CONTRIBUTING.md"]
+    page.run_to(len(blocks(page.path)))
+    spec = replace(
+        page.namespace["SILU_GATE"],
+        cases=(page.namespace["gate_case"]("small", shape),),
+        plain=lambda x, gate: x * torch.nn.functional.silu(gate),
+    )
+    cpu = torch.device("cpu")
+    test_fuzz.test_gradients_accept_expanded_and_strided_cotangents(spec, cpu)
+    test_numerics.test_gradients_are_as_exact_as_those_of_plain_torch(spec, spec.cases[0], torch.bfloat16, cpu)
 
 
 def test_the_pages_that_promise_examples_have_them() -> None:

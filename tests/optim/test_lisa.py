@@ -330,6 +330,19 @@ def test_a_hook_counts_what_calls_would() -> None:
     assert counted.steps == 8
 
 
+def test_a_hook_that_was_removed_by_its_handle_counts_no_more() -> None:
+    model, optimizer, lisa = make()
+    loss_of(model).backward()
+    lisa.attach().remove()
+    optimizer.step()
+    assert lisa.steps == 0
+    lisa.step()  # by hand again
+    assert lisa.steps == 1
+    lisa.attach()
+    optimizer.step()
+    assert lisa.steps == 2
+
+
 @pytest.mark.parametrize("attached", [True, False])
 def test_copies_count_their_own_optimizers_steps(attached: bool) -> None:
     def train_on(model: Net, optimizer: torch.optim.Optimizer, lisa: LISA) -> list[Any]:

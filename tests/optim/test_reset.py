@@ -253,6 +253,15 @@ def test_numbers_and_missing_entries_are_handled() -> None:
     assert q not in optimizer.state  # nothing is made
 
 
+def test_what_an_optimizer_keeps_by_name_stays() -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    optimizer.state[p] = {"step": 7}
+    optimizer.state["total_step"] = 7  # as SPAM of pytorch_optimizer does
+    reset_momentum_(optimizer)
+    assert optimizer.state == {p: {"step": 0}, "total_step": 7}
+
+
 def test_an_entry_that_starts_from_an_option_of_another_name_is_unknown() -> None:
     p = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([p], lr=0.1)
