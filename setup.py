@@ -84,7 +84,7 @@ def cuda_library() -> tuple[Objects, str]:
     command = f"{find_nvcc()} -MD -MF $out.d -ccbin {find_cxx()} {options} {include} {code} -c $in -o $out"
     cudart = find_nvcc().parent.parent / "lib64" / "libcudart_static.a"
     return [
-        (source, Path(source).stem, command) for source in glob.glob("csrc/*/*_cuda.cu")
+        (source, Path(source).stem, command) for source in sorted(glob.glob("csrc/*/*_cuda.cu"))
     ], f"{cudart} -ldl -lrt -lpthread {link}"
 
 
