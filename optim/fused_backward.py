@@ -9,6 +9,7 @@ need gradients that are no longer there, are noticed.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from functools import partial
@@ -60,7 +61,11 @@ class FusedBackward(Optimizer):
         groups = _groups_of(model_or_params)
         # an optimizer that is made only for what it thinks of the arguments, and for the defaults of its options
         whole = optimizer_class([{**g} for g in groups], **options)
-        super().__init__(whole.param_groups, whole.defaults)
+        try:
+            super().__init__(whole.param_groups, whole.defaults)
+        except BaseException:
+            self.remove()  # from the groups before the one that is refused
+            raise
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters: the next backward pass moves them."""
@@ -88,11 +93,12 @@ class FusedBackward(Optimizer):
         self._known.append(settings)
         for name, p in zip(names, group["params"], strict=True):
             if p.requires_grad:
-                self._hooks.append(p.register_post_accumulate_grad_hook(partial(self._use, name)))
+                # The collector never frees a parameter that a hook of this kind leads back to; one on its gradient may.
+                self._hooks.append(p.register_hook(self._keep))
+                self._hooks.append(p.register_post_accumulate_grad_hook(partial(_use, weakref.ref(self), name)))
 
-    def _use(self, name: str, p: Tensor) -> None:
-        self._move(p)
-        p.grad = Used(p.detach(), name)
+    def _keep(self, grad: Tensor) -> None:
+        """On every parameter, which so keeps this optimizer alive."""
 
     def _move(self, p: Tensor) -> None:
         self._share_options(self._group[p])
@@ -197,9 +203,18 @@ class FusedBackward(Optimizer):
             options = fresh[mine["params"][0]].param_groups[0] if sizes[i] else saved
             mine.update({k: v for k, v in _settings(options).items() if k in saved})
             self._known[i] = _settings(mine)
+            for p in mine["params"]:  # an lr that is a tensor is one for all: schedulers write into it
+                fresh[p].param_groups[0].update({k: mine[k] for k in self.defaults if k in mine})
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("fuse_into_backward: hooks on parameters cannot be copied or pickled; use state_dict()")
+
+
+def _use(fused: weakref.ref[FusedBackward], name: str, p: Tensor) -> None:
+    optimizer = fused()
+    assert optimizer is not None
+    optimizer._move(p)
+    p.grad = Used(p.detach(), name)
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
@@ -209,7 +224,7 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
 def _is_fused(p: Tensor) -> bool:
     """Whether a hook of a :class:`FusedBackward` is on the parameter."""
     hooks = (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()
-    return any(isinstance(getattr(getattr(h, "func", None), "__self__", None), FusedBackward) for h in hooks)
+    return any(getattr(h, "func", None) is _use for h in hooks)
 
 
 def _groups_of(model_or_params: Any) -> list[dict[str, Any]]:
@@ -263,7 +278,7 @@ def fuse_into_backward(optimizer_class: type[Optimizer], model_or_params: Any, *
     Returns:
         an optimizer with ``param_groups`` for schedulers, ``state_dict``, ``load_state_dict`` (interchangeable with
         those of the class), ``step`` (which has little left to do), ``zero_grad`` and ``remove``, which takes the hooks
-        off.
+        off. It lasts as long as the parameters that it moves.
 
     **Refused**, with an error at the time of use: a second gradient of a parameter before ``zero_grad()`` (gradient
     accumulation; also reentrant checkpointing of a parameter that is used in two segments), and everything that reads

@@ -78,7 +78,8 @@ class SM3(Optimizer):
     **State** of a parameter, made at its first step: ``step`` (float32, on the CPU unless capturable or fused),
     ``cover`` (fp32, the μ_k one after another; :func:`leanops.sm3_cover_axes` takes them apart), ``momentum_buffer``
     and, for int8, ``momentum_scale``. An entry may be replaced, moved or deleted between steps (deleted: it starts
-    anew). In ``state_dict()`` ``cover`` is a dict with an entry an axis, ``{"0": μ_0, "1": μ_1, ...}``.
+    anew); the memory of a large one is free at once. In ``state_dict()`` ``cover`` is a dict with an entry an axis,
+    ``{"0": μ_0, "1": μ_1, ...}``.
     ``load_state_dict`` restores every dtype bit by bit.
 
     **GradScaler** works as with torch's fused optimizers: gradients are unscaled in the step, and a step whose
@@ -184,7 +185,7 @@ class SM3(Optimizer):
         if plan is None or not plan.fits(self, grads):
             self._plan = None
             plan = Plan(self, grads)
-        plan.run(self.param_groups, grads, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        plan.run(self, grads)
         self._plan = plan
         return loss
 

@@ -3,13 +3,14 @@
 Gathering a thousand parameters anew, and refusing what does not fit, costs more than the kernel's work on small ones.
 So a call keeps its lists, and each step only looks whether parameters, state and gradients are still those: 0.6 us a
 parameter. Whatever a user replaces (a parameter's memory or strides, an entry of the state, ...) is noticed and
-gathered again.
+gathered again. The memory of large weights and of their state is not held between steps: its owner may move it away.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain, repeat
 from typing import Any, NamedTuple
@@ -21,14 +22,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from leanops import _registry
 from leanops.optim import params as managed
 from leanops.optim import seeds
-from leanops.optim.sm3_state import MOMENTUM_DTYPES, Part, State, complete, number, part_of
+from leanops.optim.sm3_state import MOMENTUM_DTYPES, Part, State, complete, loaded_group, number, part_of
 from leanops.sm3.checks import LARGEST, rate_is_one_number
 
 OPERATOR = _registry.spec("sm3_step_")
 _SMALL = 1 << 14  # elements; a step takes about 10 us for them
 ROUNDING = 6  # stream of the seeds of stochastic rounding, see leanops.optim.seeds
 
-_dtype = operator.attrgetter("dtype")
+_dtype, _shape, _layout = map(operator.attrgetter, ("dtype", "shape", "layout"))
 
 Group = dict[str, Any]
 Grads = list[list[Tensor | None]]  # of every group's every parameter
@@ -69,8 +70,8 @@ def numbers(group: Group, momentum: float | None = None) -> Numbers:
 
 
 def momentum_dtype(group: Group) -> torch.dtype | None:
-    """That of the group's new momenta."""
-    dtype: torch.dtype | None = group["momentum_dtype"]
+    """That of the group's new momenta; a saved group has its name."""
+    dtype: torch.dtype | None = loaded_group(group)["momentum_dtype"]
     if dtype is not None and dtype not in MOMENTUM_DTYPES:
         names = ", ".join(map(str, (None, *MOMENTUM_DTYPES)))
         raise ValueError(f"SM3: momentum_dtype must be one of {names}, got {dtype}")
@@ -167,6 +168,7 @@ class Item(NamedTuple):
     tensor_id: int
     part: Part
     state: State
+    at: int  # of the state among those of the optimizer
 
 
 class Call:
@@ -180,27 +182,26 @@ class Call:
         self._sharded = any(map(managed.is_sharded, self._params))
         self._locals = [p.local for p in self._parts]
         self._ids, self._offsets = [i.tensor_id for i in items], [p.offset for p in self._parts]
-        self._states = [i.state for i in items]
+        self._at = [i.at for i in items]
+        states = [i.state for i in items]
         self._momentum = bool(group["momentum"])
-        for state, local in zip(self._states, self._locals, strict=True):
+        for state, local in zip(states, self._locals, strict=True):
             complete(state, local, self._momentum, momentum_dtype(group))
-        self._covers = [s["cover"] for s in self._states]
-        self._momenta = [s["momentum_buffer"] for s in self._states] if self._momentum else []
-        self._scales: list[Tensor] = []
-        if any(m.dtype == torch.int8 for m in self._momenta):
-            empty = torch.empty(0, dtype=torch.float32, device=device)
-            self._scales = [s.get("momentum_scale", empty) for s in self._states]
+        self._empty = torch.empty(0, dtype=torch.float32, device=device)
+        lists = self._state(states)
+        kept = list(chain.from_iterable(lists))
         self._home = home_of_step(group, device)
-        taken = [number(s["step"]).detach().to(self._home).reshape(()) for s in self._states]
+        taken = [number(s["step"]).detach().to(self._home).reshape(()) for s in states]
         self._steps = torch.stack(taken)
-        for state, view in zip(self._states, self._steps.unbind(), strict=True):
+        for state, view in zip(states, self._steps.unbind(), strict=True):
             state["step"] = view
-        self._entries = [*chain.from_iterable(map(dict.values, self._states)), None]
-        self._kept = (self._covers, self._momenta, self._scales)
-        kept = list(chain.from_iterable(self._kept))
         if any(map(Tensor.is_inference, kept)) and not torch.is_inference_mode_enabled():
             raise RuntimeError("SM3: state that torch.inference_mode() made cannot be written outside of it; clone it")
         self.plain = _plain(self._locals) and _plain(kept)
+        self._kept = None if any(map(_is_large, kept)) else lists
+        entries = list(chain.from_iterable(map(dict.values, states)))
+        self._large_entries = [(i, weakref.ref(e)) for i, e in enumerate(entries) if _is_large(e)]
+        self._entries = [None if _is_large(e) else e for e in entries]
         # As long as C++ holds a tensor, too, letting go of it after a call does not take the interpreter's lock, which
         # on thousands of small tensors costs a third of a step. C++ must not hold a parameter (one with an attribute
         # that leads here would never be freed) nor the memory of a large one, which its owner may want to move between
@@ -212,27 +213,41 @@ class Call:
         self._large = [t for t, a in pairs if t is a]
         if self.plain:
             self._geometries = list(map(_geometry, self._large))
-            self._held = [torch.ScriptList(tensors) for tensors in (self._aliases, *self._kept) if tensors]
-        self._dtypes = list(map(_dtype, self._locals))
+            held = [*self._aliases, *(t for t in kept if not _is_large(t))]
+            self._held = torch.ScriptList(held) if held else None
+        self._dtypes, self._shapes = list(map(_dtype, self._locals)), list(map(_shape, self._locals))
         self._no_seed = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def _give(self, weights: list[Tensor]) -> None:
-        """What the operator is given, and whose version counters move."""
+        """What the operator is given, and whose version counters move, where that is known before the state is."""
         self._given = weights
-        self._counted = _registry.counted([*weights, *chain.from_iterable(self._kept)])
+        self._counted = self._kept and _registry.counted([*weights, *chain.from_iterable(self._kept)])
+
+    def _state(self, states: Sequence[State]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Covers, momenta and scales, as the operator takes them."""
+        momenta = [s["momentum_buffer"] for s in states] if self._momentum else []
+        coded = any(m.dtype == torch.int8 for m in momenta)
+        scales = [s.get("momentum_scale", self._empty) for s in states] if coded else []
+        return [s["cover"] for s in states], momenta, scales
 
     def pick(self, grads: Sequence[Tensor | None]) -> Sequence[Any]:
         """The gradients of the call's parameters, out of those of the group's."""
         return grads if self._places is None else [grads[i] for i in self._places]
 
-    def fits(self, group: Group, grads: Sequence[Tensor]) -> bool:
+    def fits(self, group: Group, grads: Sequence[Tensor], states: Sequence[State]) -> bool:
         """Whether the call is what would be gathered now, for these gradients of its parameters."""
         if not self.plain or (self._steps.is_inference() and not torch.is_inference_mode_enabled()):
             return False
         if bool(group["momentum"]) != self._momentum or home_of_step(group, self.device) != self._home:
             return False
-        entries = chain.from_iterable(map(dict.values, self._states))
-        if not all(map(operator.is_, chain(entries, (None,)), self._entries)):
+        entries = list(chain.from_iterable(map(dict.values, map(states.__getitem__, self._at))))
+        if len(entries) != len(self._entries):
+            return False
+        for i, large in self._large_entries:
+            if entries[i] is None or entries[i] is not large():
+                return False
+            entries[i] = None
+        if not all(map(operator.is_, entries, self._entries)):
             return False
         if self._sharded:
             self._large = list(map(managed.local, self._params))
@@ -241,9 +256,15 @@ class Call:
             return False
         if list(map(_geometry, self._large)) != self._geometries or list(map(_dtype, grads)) != self._dtypes:
             return False
-        return [g.layout for g in grads].count(torch.strided) == len(grads)
+        return list(map(_layout, grads)).count(torch.strided) == len(grads)
 
-    def arguments(self, group: Group, grads: Sequence[Any], grad_scale: Any, found_inf: Any) -> tuple[Any, ...]:
+    def has_shapes(self, grads: Sequence[Tensor]) -> bool:
+        """Whether gradients still have those of the parameters: they may be resized in place. 0.14 us each."""
+        return self._sharded or list(map(_shape, grads)) == self._shapes
+
+    def arguments(
+        self, group: Group, grads: Sequence[Any], states: Sequence[State], grad_scale: Any, found_inf: Any
+    ) -> tuple[Any, ...]:
         """What the operator takes."""
         if self._sharded or not _plain(grads):
             grads = [_local_gradient(p, g) for p, g in zip(self._params, grads, strict=True)]
@@ -251,7 +272,7 @@ class Call:
         return (
             self._given,
             grads,
-            *self._kept,
+            *(self._kept or self._state([states[i] for i in self._at])),
             rate(group["lr"], self.device),
             rounding_seed(group["seed"], self._steps.amax()) if n.stochastic_rounding else self._no_seed,
             scaler(grad_scale, self.device),
@@ -270,13 +291,17 @@ class Call:
             OPERATOR.op(*arguments)
         self._steps.add_(1 if found_inf is None else (found_inf.to(self._home).reshape(()) == 0).float())
 
-    def columns(self) -> Iterator[tuple[Any, Tensor, bool]]:
+    def columns(self, state: Mapping[Any, State]) -> Iterator[tuple[Any, Tensor, bool]]:
         """Of each parameter whose rows are shared: with whom, the covers of its other axes as int32, and whether this
         process has none of the rows."""
-        for part, cover in zip(self._parts, self._covers, strict=True):
+        for part in self._parts:
             if part.group is not None and part.local.dim() > 1 and part.param.numel():
                 rows = part.local.shape[0]
-                yield part.group, cover.view(torch.int32)[rows:], rows == 0
+                yield part.group, state[part.param]["cover"].view(torch.int32)[rows:], rows == 0
+
+
+def _is_large(entry: Any) -> bool:
+    return isinstance(entry, Tensor) and entry.numel() > _SMALL
 
 
 def _geometry(t: Tensor) -> tuple[Any, ...]:
@@ -326,18 +351,22 @@ class Plan:
             found += [(index, device, items) for device, items in by_device.items()]
             position += len(gs)
 
+        state = optimizer.state
+        for part in (part for *_, items in found for *_, part in items):
+            state.setdefault(part.param, {})
+        at = {id(p): n for n, p in enumerate(state)}
+        self._owners = list(state)
         self._calls: list[tuple[int, Call]] = []
         for index, device, items in found:
-            group, state = optimizer.param_groups[index], optimizer.state
-            made = [Item(place, i, part, state.setdefault(part.param, {})) for place, i, part in items]
+            group = optimizer.param_groups[index]
+            made = [Item(place, i, part, state[part.param], at[id(part.param)]) for place, i, part in items]
             self._calls.append((index, Call(group, made, device, len(made) == len(group["params"]))))
         self._columns: dict[tuple[int, torch.device], tuple[Any, list[Tensor], list[Tensor]]] = {}
         for _, call in self._calls:
-            for group, tail, absent in call.columns():
+            for group, tail, absent in call.columns(state):
                 _, tails, blanks = self._columns.setdefault((id(group), call.device), (group, [], []))
                 tails.append(tail)
                 blanks += [tail] if absent else []
-        self._states = list(optimizer.state.values())
 
     def fits(self, optimizer: Any, grads: Grads) -> bool:
         """Whether the plan is what would be gathered now."""
@@ -349,15 +378,20 @@ class Plan:
                 return False
             if not all(map(operator.is_not, gs, repeat(None))) if active is None else _present(gs) != active:
                 return False
-        now = optimizer.state
-        if len(now) != len(self._states) or not all(map(operator.is_, now.values(), self._states)):
+        owners, states = list(optimizer.state), list(optimizer.state.values())
+        if len(owners) != len(self._owners) or not all(map(operator.is_, owners, self._owners)):
             return False
-        return all(call.fits(groups[i], call.pick(grads[i])) for i, call in self._calls)
+        # the first call itself refuses a gradient of another shape before anything is written
+        return all(call.has_shapes(call.pick(grads[i])) for i, call in self._calls[1:]) and all(
+            call.fits(groups[i], call.pick(grads[i]), states) for i, call in self._calls
+        )
 
-    def run(self, groups: Sequence[Group], grads: Grads, grad_scale: Any, found_inf: Any) -> None:
+    def run(self, optimizer: Any, grads: Grads) -> None:
         """One step. Nothing is written when it refuses a gradient, a number or the state."""
+        groups, states = optimizer.param_groups, list(optimizer.state.values())
+        grad_scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
         found_inf = None if found_inf is None else number(found_inf)
-        ready = [(c, c.arguments(groups[i], c.pick(grads[i]), grad_scale, found_inf)) for i, c in self._calls]
+        ready = [(c, c.arguments(groups[i], c.pick(grads[i]), states, grad_scale, found_inf)) for i, c in self._calls]
         for call, arguments in ready:
             if call.fresh and call.plain:
                 OPERATOR.refuse(*arguments)

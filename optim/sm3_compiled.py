@@ -22,6 +22,7 @@ from leanops.optim.sm3_calls import (
     scaler,
 )
 from leanops.optim.sm3_state import complete, number
+from leanops.sm3.checks import rate_is_one_number
 
 _live: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _keys = itertools.count()
@@ -34,13 +35,22 @@ _library = torch.library.Library("leanops", "FRAGMENT")
 _library.define("_sm3_compiled_step_" + OPERATOR.schema.replace("float momentum", "Tensor momentum"))
 
 
+def _group(optimizer: str, group: int) -> dict[str, Any]:
+    """A group, once no group has a number that is refused: a graph may move one before it reads those of the next."""
+    groups: list[dict[str, Any]] = _live[optimizer].param_groups
+    for g in groups:
+        numbers(g)
+        rate_is_one_number("SM3", g["lr"])
+    return groups[group]
+
+
 def _lr(like: Tensor, optimizer: str, group: int) -> Tensor:
-    value = rate(_live[optimizer].param_groups[group]["lr"], like.device)
+    value = rate(_group(optimizer, group)["lr"], like.device)
     return value.to("cpu", torch.float64, copy=True).reshape(())
 
 
 def _momentum(like: Tensor, optimizer: str, group: int) -> Tensor:
-    return torch.tensor(numbers(_live[optimizer].param_groups[group]).momentum, dtype=torch.float64, device="cpu")
+    return torch.tensor(numbers(_group(optimizer, group)).momentum, dtype=torch.float64, device="cpu")
 
 
 def _start(like: Tensor, optimizer: str, group: int) -> Tensor:

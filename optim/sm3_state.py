@@ -78,7 +78,10 @@ def part_of(op: str, name: str, p: Any) -> Part:
 def complete(state: State, local: Tensor, momentum: bool, dtype: torch.dtype | None) -> None:
     """Make what a parameter's state lacks: at its first step all of it, later what was taken out to start anew."""
     state.setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
-    if "cover" not in state:
+    cover = state.get("cover")
+    if isinstance(cover, Mapping):  # as it is saved: ZeroRedundancyOptimizer loads without asking the optimizer
+        state["cover"] = torch.cat([cover[str(k)] for k in range(len(cover))])
+    elif cover is None:
         state["cover"] = sm3_cover(local)
     if not momentum:
         return

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "require.h"
 #include "schedule.h"
 
 namespace leanops {
@@ -147,31 +148,30 @@ int32_t dtype_of(View t) {
 int32_t on_cpu(Name name, View t, std::initializer_list<int32_t> dtypes) {
   int32_t device;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device));
-  STD_TORCH_CHECK(device == kCodes.cpu, "sm3_step_: ", name, " must be on the CPU, got device type ", device);
+  LEANOPS_SM3_REQUIRE(device == kCodes.cpu, name, " must be on the CPU, got device type ", device);
   const int32_t dtype = dtype_of(t);
   for (int32_t wanted : dtypes) {
     if (dtype == wanted) return dtype;
   }
   std::string wanted;
   for (int32_t code : dtypes) wanted += (wanted.empty() ? "" : " or ") + text(code);
-  STD_TORCH_CHECK(false, "sm3_step_: ", name, " must be ", wanted, ", got ", text(dtype));
-  return dtype;
+  refuse(name, " must be ", wanted, ", got ", text(dtype));
 }
 
 void contiguous(Name name, View t) {
-  STD_TORCH_CHECK(t.is_contiguous(), "sm3_step_: ", name, " must be contiguous, got shape ", text(t.sizes()),
-                  " with strides ", text(t.strides()));
+  LEANOPS_SM3_REQUIRE(t.is_contiguous(), name, " must be contiguous, got shape ", text(t.sizes()),
+                      " with strides ", text(t.strides()));
 }
 
 const void* number(Name name, View t, std::initializer_list<int32_t> dtypes) {
   on_cpu(name, t, dtypes);
-  STD_TORCH_CHECK(t.numel() == 1, "sm3_step_: ", name, " must be one number, got shape ", text(t.sizes()));
+  LEANOPS_SM3_REQUIRE(t.numel() == 1, name, " must be one number, got shape ", text(t.sizes()));
   return t.const_data_ptr();
 }
 
 void one_each(const char* name, size_t length, size_t params) {
-  STD_TORCH_CHECK(length == params, "sm3_step_: ", name, " must have one entry a parameter (", params,
-                  "), got ", length);
+  LEANOPS_SM3_REQUIRE(length == params, name, " must have one entry a parameter (", params, "), got ",
+                      length);
 }
 
 DType dtype_of_code(int32_t code) {
@@ -207,12 +207,11 @@ void sm3_step_(StableListHandle param_list, StableListHandle grad_list, StableLi
   if (moves) {
     one_each("momenta", momenta.size(), n);
   } else {
-    STD_TORCH_CHECK(momenta.size() == 0, "sm3_step_: momenta must have no entry with momentum 0, got ",
-                    momenta.size());
+    LEANOPS_SM3_REQUIRE(momenta.size() == 0, "momenta must have no entry with momentum 0, got ",
+                        momenta.size());
   }
-  STD_TORCH_CHECK(scales.size() == 0 || scales.size() == momenta.size(),
-                  "sm3_step_: scales must have one entry a momentum (", momenta.size(), "), got ",
-                  scales.size());
+  LEANOPS_SM3_REQUIRE(scales.size() == 0 || scales.size() == momenta.size(),
+                      "scales must have one entry a momentum (", momenta.size(), "), got ", scales.size());
 
   Options options = {0, momentum, beta, eps, weight_decay, decoupled, maximize, stochastic_rounding, 1.0f, 0};
   const void* rate = number({"lr"}, lr, {kCodes.float32, kCodes.float64});
@@ -235,20 +234,19 @@ void sm3_step_(StableListHandle param_list, StableListHandle grad_list, StableLi
     on_cpu({"grads", i}, g, {dtype});
     on_cpu({"covers", i}, cover, {kCodes.float32});
     const Sizes sizes = p.sizes();
-    STD_TORCH_CHECK(same(sizes, g.sizes()), "sm3_step_: grads[", i, "] must have the shape of params[", i,
-                    "], ", text(sizes), ", got ", text(g.sizes()));
+    LEANOPS_SM3_REQUIRE(same(sizes, g.sizes()), "grads[", i, "] must have the shape of params[", i, "], ",
+                        text(sizes), ", got ", text(g.sizes()));
     int64_t entries = sizes.empty(), numel = 1;
     for (int64_t size : sizes) {
       entries += size;
       numel *= size;
     }
-    STD_TORCH_CHECK(cover.dim() == 1 && cover.numel() == entries, "sm3_step_: covers[", i,
-                    "] must have shape [", entries, "] for params[", i, "] (", text(sizes), "), got ",
-                    text(cover.sizes()));
+    LEANOPS_SM3_REQUIRE(cover.dim() == 1 && cover.numel() == entries, "covers[", i, "] must have shape [",
+                        entries, "] for params[", i, "] (", text(sizes), "), got ", text(cover.sizes()));
     contiguous({"covers", i}, cover);
-    STD_TORCH_CHECK(0 <= tensor_ids[j] && tensor_ids[j] < int64_t{1} << 32, "sm3_step_: tensor_ids[", i,
-                    "] must be in [0, 4294967296), got ", tensor_ids[j]);
-    STD_TORCH_CHECK(offsets[j] >= 0, "sm3_step_: offsets[", i, "] must be at least 0, got ", offsets[j]);
+    LEANOPS_SM3_REQUIRE(0 <= tensor_ids[j] && tensor_ids[j] < int64_t{1} << 32, "tensor_ids[", i,
+                        "] must be in [0, 4294967296), got ", tensor_ids[j]);
+    LEANOPS_SM3_REQUIRE(offsets[j] >= 0, "offsets[", i, "] must be at least 0, got ", offsets[j]);
 
     Parameter& t = parameters[j];
     t = {nullptr,
@@ -265,8 +263,8 @@ void sm3_step_(StableListHandle param_list, StableListHandle grad_list, StableLi
     if (moves) {
       const View m = momenta[j];
       const int32_t kind = on_cpu({"momenta", i}, m, {kCodes.float32, kCodes.bfloat16, kCodes.int8});
-      STD_TORCH_CHECK(same(sizes, m.sizes()), "sm3_step_: momenta[", i, "] must have the shape of params[", i,
-                      "], ", text(sizes), ", got ", text(m.sizes()));
+      LEANOPS_SM3_REQUIRE(same(sizes, m.sizes()), "momenta[", i, "] must have the shape of params[", i, "], ",
+                          text(sizes), ", got ", text(m.sizes()));
       contiguous({"momenta", i}, m);
       t.kind = kind == kCodes.int8      ? Momentum::kInt8
                : kind == kCodes.float32 ? Momentum::kFloat32
@@ -279,13 +277,13 @@ void sm3_step_(StableListHandle param_list, StableListHandle grad_list, StableLi
         const auto [rows, blocks] = scale_shape(sizes);
         const int64_t shape[] = {rows, blocks};
         const Sizes wanted = t.kind == Momentum::kInt8 ? Sizes(shape, 2) : Sizes(&kNothing, 1);
-        STD_TORCH_CHECK(same(wanted, s.sizes()), "sm3_step_: scales[", i, "] must have shape ", text(wanted),
-                        " for params[", i, "] (", text(sizes), ") and a momentum in ", text(kind), ", got ",
-                        text(s.sizes()));
+        LEANOPS_SM3_REQUIRE(same(wanted, s.sizes()), "scales[", i, "] must have shape ", text(wanted),
+                            " for params[", i, "] (", text(sizes), ") and a momentum in ", text(kind),
+                            ", got ", text(s.sizes()));
         t.scales = static_cast<float*>(s.mutable_data_ptr());
       } else {
-        STD_TORCH_CHECK(t.kind != Momentum::kInt8,
-                        "sm3_step_: scales must have one entry a momentum where one is int8");
+        LEANOPS_SM3_REQUIRE(t.kind != Momentum::kInt8,
+                            "scales must have one entry a momentum where one is int8");
       }
     }
     if (numel == 0) continue;

@@ -10,6 +10,7 @@
 
 #include "../common/torch_cuda.h"
 #include "launch_cuda.h"
+#include "require.h"
 
 namespace {
 
@@ -23,16 +24,15 @@ bool same_sizes(const Tensor& a, const Tensor& b) {
 }
 
 void one_each(const char* name, size_t length, size_t wanted) {
-  STD_TORCH_CHECK(length == wanted, "sm3_step_: ", name, " must have ", wanted, " entries, got ", length);
+  LEANOPS_SM3_REQUIRE(length == wanted, name, " must have ", wanted, " entries, got ", length);
 }
 
 void check_state(const char* name, size_t i, const Tensor& t, const Tensor& param, i64 numel, bool of_type) {
-  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == param.get_device_index(), "sm3_step_: ", name, "[",
-                  i, "] must be on the device of params[", i, "]");
-  STD_TORCH_CHECK(of_type, "sm3_step_: ", name, "[", i, "] has a dtype that the operator does not take");
-  STD_TORCH_CHECK(t.numel() == numel, "sm3_step_: ", name, "[", i, "] must have ", numel, " elements, got ",
-                  t.numel());
-  STD_TORCH_CHECK(t.is_contiguous(), "sm3_step_: ", name, "[", i, "] must be contiguous");
+  LEANOPS_SM3_REQUIRE(t.is_cuda() && t.get_device_index() == param.get_device_index(), name, "[", i,
+                      "] must be on the device of params[", i, "]");
+  LEANOPS_SM3_REQUIRE(of_type, name, "[", i, "] has a dtype that the operator does not take");
+  LEANOPS_SM3_REQUIRE(t.numel() == numel, name, "[", i, "] must have ", numel, " elements, got ", t.numel());
+  LEANOPS_SM3_REQUIRE(t.is_contiguous(), name, "[", i, "] must be contiguous");
 }
 
 Momentum kind_of(ScalarType dtype) {
@@ -41,12 +41,12 @@ Momentum kind_of(ScalarType dtype) {
 
 void check_tensor(size_t i, const Tensor& p, const Tensor& g, const Tensor& cover) {
   const ScalarType dtype = p.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
-                      dtype == ScalarType::Double,
-                  "sm3_step_: params[", i, "] must be float32, bfloat16, float16 or float64");
-  STD_TORCH_CHECK(same_sizes(p, g) && g.scalar_type() == dtype && g.is_cuda() &&
-                      g.get_device_index() == p.get_device_index(),
-                  "sm3_step_: grads[", i, "] must have the shape, dtype and device of params[", i, "]");
+  LEANOPS_SM3_REQUIRE(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
+                          dtype == ScalarType::Half || dtype == ScalarType::Double,
+                      "params[", i, "] must be float32, bfloat16, float16 or float64");
+  LEANOPS_SM3_REQUIRE(same_sizes(p, g) && g.scalar_type() == dtype && g.is_cuda() &&
+                          g.get_device_index() == p.get_device_index(),
+                      "grads[", i, "] must have the shape, dtype and device of params[", i, "]");
   i64 length = p.dim() == 0;
   for (i64 size : p.sizes()) length += size;
   check_state("covers", i, cover, p, length, cover.scalar_type() == ScalarType::Float);
@@ -61,16 +61,16 @@ void check_momentum(size_t i, const Tensor& p, const Tensor& m, const Tensor* sc
   i64 cols = 1;
   for (i64 axis = p.dim() > 1; axis < p.dim(); ++axis) cols *= p.size(axis);
   const i64 scales = dtype == ScalarType::Char ? rows * ((cols + BLOCK - 1) / BLOCK) : 0;
-  STD_TORCH_CHECK(scale || dtype != ScalarType::Char,
-                  "sm3_step_: scales must have one entry a momentum where one is int8, got none");
+  LEANOPS_SM3_REQUIRE(scale || dtype != ScalarType::Char,
+                      "scales must have one entry a momentum where one is int8, got none");
   if (scale) check_state("scales", i, *scale, p, scales, scale->scalar_type() == ScalarType::Float);
 }
 
 // A number's address on the device; 0 where it is on the CPU, and then its value.
 template <class N>
 u64 place(const Tensor& t, N& value) {
-  STD_TORCH_CHECK(t.numel() == 1, "sm3_step_: lr, seed, grad_scale and found_inf must be one number, got ",
-                  t.numel());
+  LEANOPS_SM3_REQUIRE(t.numel() == 1, "lr, seed, grad_scale and found_inf must be one number, got ",
+                      t.numel());
   if (t.is_cuda()) return address(t);
   value = *(const N*)t.const_data_ptr();
   return 0;

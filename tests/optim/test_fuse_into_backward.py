@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from functools import partial
 from typing import Any
 
@@ -248,6 +250,46 @@ def test_groups_may_be_added_and_hooks_removed() -> None:
     assert (a.tolist(), b.tolist()) == ([0.0, 0.0], [0.5, 0.5])
     assert a.grad.tolist() == [1.0, 1.0]
     assert len(opt.state_dict()["param_groups"]) == 2
+
+
+def test_no_parameter_moves_by_what_was_refused() -> None:
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    b.grad = torch.ones(2)
+    with pytest.raises(ValueError, match="parameter 1 has a gradient already"):
+        fuse_into_backward(SM3, [{"params": [a]}, {"params": [b]}])
+    a.sum().backward()
+    assert a.tolist() == [1.0, 1.0]
+    assert a.grad is not None
+    assert a.grad.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("cls", [SM3, torch.optim.AdamW], ids=lambda cls: cls.__name__)
+def test_a_schedule_writes_into_a_rate_that_was_loaded(cls: type[torch.optim.Optimizer]) -> None:
+    """One tensor for all parameters, before a state is loaded and after."""
+    model, plain = model_of(), model_of()
+    fused, ref = fuse_into_backward(cls, model, lr=torch.tensor(0.1)), cls(plain.parameters(), lr=torch.tensor(0.1))  # type: ignore[call-arg]
+    for opt, m in ((fused, model), (ref, plain)):
+        schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+        train(m, opt, 2, schedule)
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+        train(m, opt, 3, schedule)
+    assert all(map(torch.equal, model.parameters(), plain.parameters()))
+
+
+def test_model_and_optimizer_go_together() -> None:
+    """Neither keeps the other for good, and the optimizer lasts as long as the parameters that it moves."""
+    model = model_of()
+    opt = fuse_into_backward(SM3, model)
+    train(model, opt, 2)
+    start = [p.detach().clone() for p in model.parameters()]
+    gone = weakref.ref(opt), weakref.ref(model[0].weight)
+    del opt
+    gc.collect()
+    loss_of(model).backward()
+    assert not any(map(torch.equal, start, model.parameters()))
+    del model
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
 
 
 def test_what_cannot_work_is_refused() -> None:

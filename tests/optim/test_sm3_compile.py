@@ -293,3 +293,21 @@ def test_what_a_plain_step_refuses_a_compiled_one_refuses() -> None:
             step()
         opt.param_groups[0][name] = kept
         assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_number_that_a_later_group_refuses_leaves_the_earlier_ones_as_they_are(backend: str) -> None:
+    """Inductor reads the numbers of a group after it has moved the one before."""
+    params, opt, *_ = pair()
+    step = torch.compile(opt.step, fullgraph=True, backend=backend)
+    set_grads(params, 0)
+    step()
+    before = [p.detach().clone() for p in params], copy.deepcopy([dict(s) for s in opt.state.values()])
+    group = opt.param_groups[1]
+    for name, value, error in (("lr", "high", "lr must be a number"), ("momentum", 1.5, "momentum must be in")):
+        kept, group[name] = group[name], value
+        with torch.enable_grad(), pytest.raises(Exception, match=f"SM3: {error}"):
+            step()
+        group[name] = kept
+        assert all(map(torch.equal, params, before[0]))
+        assert all(torch.equal(s[k], then[k]) for s, then in zip(opt.state.values(), before[1], strict=True) for k in s)

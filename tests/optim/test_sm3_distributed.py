@@ -140,6 +140,26 @@ def fsdp2_fused_into_backward_is_one_process(rank: int) -> None:
         assert torch.equal(p, q.full_tensor())
 
 
+def parts_of_a_zero_redundancy_optimizer_are_saved_and_loaded(rank: int) -> None:
+    """It puts what was saved into the states without asking the optimizer."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    for options in OPTIONS:
+        single, model = model_of(), model_of()
+        a, b = SM3(single.parameters(), **options), ZeroRedundancyOptimizer(model.parameters(), SM3, **options)
+        train(single, a, 2)
+        train(model, b, 2)
+        state: Any = None
+        for to in range(WORLD):
+            b.consolidate_state_dict(to)
+            state = b.state_dict() if rank == to else state
+        b = ZeroRedundancyOptimizer(model.parameters(), SM3, **options)
+        b.load_state_dict(copy.deepcopy(state))
+        train(single, a, 2, start=2)
+        train(model, b, 2, start=2)
+        assert all(map(torch.equal, single.parameters(), model.parameters())), options
+
+
 def an_infinity_of_one_process_stops_all(rank: int) -> None:
     single, model = model_of(), sharded(model_of())
     a, b = SM3(single.parameters()), SM3(model.parameters())
@@ -286,6 +306,7 @@ def test_four_processes_in_a_mesh_of_two_axes() -> None:
         not_a_number_survives,
         fsdp2_is_one_process,
         fsdp2_fused_into_backward_is_one_process,
+        parts_of_a_zero_redundancy_optimizer_are_saved_and_loaded,
         an_infinity_of_one_process_stops_all,
         other_placements_are_refused,
     ],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from sm3_parameters import parameters, set_grads
-from torch import nn
+from sm3_parameters import equal, parameters, set_grads, snapshot
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leanops.optim import SM3
@@ -102,3 +104,35 @@ def test_wrappers_that_do_not_give_up_their_values_are_refused() -> None:
             assert p.tolist() == before
         else:
             opt.step()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda g: g.resize_(2, 6), lambda g: g.resize_(2, 3), Tensor.t_], ids=["rows", "fewer", "turned"]
+)
+def test_a_gradient_that_is_resized_is_refused_before_an_earlier_group_moves(change: Any) -> None:
+    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, 4))
+    opt = SM3([{"params": [a]}, {"params": [b]}])
+    for _ in range(2):
+        a.grad, b.grad = torch.ones(3), torch.ones(3, 4)
+        opt.step()
+    change(b.grad)
+    before = a.tolist(), b.tolist(), snapshot(opt)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"gradient of parameter 1 must be torch.float32 \[3, 4\] on cpu"):
+            opt.step()
+        assert equal((a.tolist(), b.tolist()), before[:2])
+        assert equal(snapshot(opt), before[2])
+
+
+def test_a_kernel_refuses_in_the_words_of_the_operator() -> None:
+    p = nn.Parameter(torch.ones(3))
+    opt = SM3([p])
+    for _ in range(2):
+        p.grad = torch.ones(3)
+        opt.step()
+    before = p.tolist()
+    p.grad.resize_(2)
+    message = r"^sm3_step_: grads\[0\] must have the shape of params\[0\], \[3\], got \[2\]$"
+    with pytest.raises(RuntimeError, match=message):
+        opt.step()
+    assert p.tolist() == before

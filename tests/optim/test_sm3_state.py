@@ -13,6 +13,7 @@ import pytest
 import torch
 from sm3_parameters import equal
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from leanops.optim import SM3, fuse_into_backward
 
@@ -272,3 +273,37 @@ def test_states_of_fused_and_plain_optimizers_are_one_anothers() -> None:
     for opt, m in ((plain, model), (fused, other)):
         train(m, opt, 2, start=2)
     assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [F32, I8])
+@pytest.mark.parametrize(
+    "let_go",
+    [
+        lambda opt, p: opt.state.clear(),
+        lambda opt, p: opt.state.pop(p),
+        lambda opt, p: opt.state.update({p: {}}),
+        lambda opt, p: opt.state[p].pop("momentum_buffer"),
+        lambda opt, p: opt.state[p].update({k: v.clone() for k, v in opt.state[p].items()}),  # to another place
+        lambda opt, p: opt.load_state_dict(opt.state_dict()),
+    ],
+    ids=["clear", "pop", "replace", "pop an entry", "move", "load"],
+)
+def test_the_memory_of_large_state_is_free_as_soon_as_the_state_lets_go_of_it(let_go: Any, dtype: torch.dtype) -> None:
+    p, q, small = (nn.Parameter(torch.ones(n, n)) for n in (300, 300, 3))
+    opt, ref = SM3([p, small], momentum_dtype=dtype), SM3([q], momentum_dtype=dtype)
+    for _ in range(3):
+        p.grad, q.grad, small.grad = (torch.ones_like(t) for t in (p, q, small))
+        opt.step()
+        ref.step()
+    memory = StorageWeakRef(opt.state[p]["momentum_buffer"].untyped_storage())
+    let_go(opt, p)
+    assert memory.expired()
+    if len(opt.state.get(p, ())) < len(ref.state[q]) - 1:  # all of it
+        ref.state.clear()
+    elif "momentum_buffer" not in opt.state[p]:
+        del ref.state[q]["momentum_buffer"]
+    for _ in range(2):
+        opt.step()
+        ref.step()
+        assert torch.equal(p, q)
+    assert equal(dict(opt.state[p]), dict(ref.state[q]))
