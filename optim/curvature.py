@@ -29,7 +29,8 @@ _SLICE = 1 << 17  # elements; three times as many numbers stay in a cache
 
 def flat(slot: Slot) -> Tensor:
     """The curvature before the first step."""
-    return torch.ones(slot.local.shape, dtype=wide_dtype(slot.local), device=slot.local.device)
+    with torch.inference_mode(False):  # later steps may be outside of it
+        return torch.ones(slot.local.shape, dtype=wide_dtype(slot.local), device=slot.local.device)
 
 
 def perturb_into_(outs: Sequence[Tensor], slots: Sequence[Slot], seed: Seed, scale: float) -> None:

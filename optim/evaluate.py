@@ -173,7 +173,8 @@ class Evaluator:
         def evaluation() -> Tensor | float:
             nonlocal kind
             torch.clear_autocast_cache()  # it keeps casts of parameters until the outermost autocast ends
-            loss = closure()
+            with torch.no_grad():  # and off again where the closure leaves grad enabled
+                loss = closure()
             if isinstance(loss, Tensor):
                 kind = loss.dtype, loss.device
             return _scalar(op, loss)

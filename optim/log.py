@@ -73,12 +73,16 @@ class ZoLog:
     """
 
     def __init__(self, header: Mapping[str, Any]) -> None:
+        self._file: BinaryIO | None = None
+        self._path: Path | None = None
+        self.begin(header)
+
+    def begin(self, header: Mapping[str, Any]) -> None:
+        """Become the log of a run without steps."""
         self.header: dict[str, Any] = {"format": FORMAT, **deepcopy(dict(header))}
         self._body = bytearray()
         self._crc = 0
         self._count = 0
-        self._file: BinaryIO | None = None
-        self._path: Path | None = None
 
     def __len__(self) -> int:
         return self._count
@@ -103,12 +107,11 @@ class ZoLog:
         """One step: its scalars, or None for a step that was skipped."""
         n = self.words
         if scalars is None:
-            self._write(_SKIPPED * n)
+            self._write(_SKIPPED * n, steps=1)
         else:
             if len(scalars) != n or not all(map(math.isfinite, scalars)):
                 raise ValueError(f"ZoLog.append: a step has {n} finite scalars, got {list(scalars)}")
-            self._write(struct.pack(f"<{n}f", *scalars))
-        self._count += 1
+            self._write(struct.pack(f"<{n}f", *scalars), steps=1)
         if self._count % _CHECK_EVERY == 0:
             self._write(self._checksum(_CHECK))
 
@@ -131,10 +134,11 @@ class ZoLog:
     def _checksum(self, kind: int) -> bytes:
         return struct.pack("<IIII", _ESCAPE, kind | 2 << 8, self._crc, self._count & 0xFFFFFFFF)
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes, steps: int = 0) -> None:
         self._body += data
         self._crc = zlib.crc32(data, self._crc)
-        if self._file is not None:
+        self._count += steps
+        if self._file is not None:  # last: on a full disk the log in memory is whole, and the buffer keeps what is owed
             self._file.write(data)
             self._file.flush()
 
@@ -161,7 +165,8 @@ class ZoLog:
     def attach(self, path: str | os.PathLike[str], *, new: bool = False) -> None:
         """Write the log to ``path`` and append every later step to it as it happens. :meth:`close` completes the file.
 
-        With ``new``, a file that exists is not overwritten: FileExistsError.
+        A file that exists is not overwritten, FileExistsError, unless it is this run's up to an earlier or a later
+        step; with ``new``, never.
         """
         self.close()
         self._path = Path(path)
@@ -169,6 +174,8 @@ class ZoLog:
             raise FileExistsError(
                 f"{path}: a log is there already; give another name, or resume its run from a state_dict"
             )
+        if self._path.exists() and not self._same_run(self._path):
+            raise FileExistsError(f"{path}: something else than this run's log is there; give another name")
         with replacing(self._path) as file:
             file.write(self._preamble(None) + bytes(self._body))
         self._file = open(self._path, "ab")  # noqa: SIM115
@@ -176,9 +183,20 @@ class ZoLog:
     def close(self) -> None:
         """Complete and close the attached file, if there is one."""
         if self._file is not None:
-            self._file.write(self._checksum(_END))
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None  # also where the disk is full
+            with file:
+                file.write(self._checksum(_END))
+
+    def _same_run(self, path: Path) -> bool:
+        """Whether one of the two logs begins as the whole of the other."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a run that did not close its log
+            try:
+                other = ZoLog.load(path)
+            except LogError:
+                return False
+        long, short = sorted((self._body, other._body), key=len, reverse=True)
+        return other.header == self.header and long.startswith(short)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None, "_path": None}  # a copy does not append to the original's file
@@ -251,16 +269,21 @@ class ZoLog:
 
     def steps(self, start: int = 0, stop: int | None = None) -> Iterator[Step]:
         """The steps of the run in their order."""
+        for step in self.states():
+            if step.index >= (len(self) if stop is None else stop):
+                return
+            if step.index >= start:
+                yield step
+
+    def states(self) -> Iterator[Step]:
+        """:meth:`steps`, and at last what holds for the next step, without scalars."""
         groups: list[dict[str, float]] = [dict.fromkeys(FIELDS, 0.0) for _ in range(self.header["groups"])]
         state, frozen, restart, index = tuple(groups), frozenset[int](), False, 0
         for kind, _, _, content in _records(bytes(self._body), self.words):
             if kind == 0:
                 for row in content.tolist():
-                    if stop is not None and index >= stop:
-                        return
-                    if index >= start:
-                        yield Step(index, None if row[0] != row[0] else tuple(row), state, frozen, restart)
-                        restart = False
+                    yield Step(index, None if row[0] != row[0] else tuple(row), state, frozen, restart)
+                    restart = False
                     index += 1
             elif kind == _SET:
                 group, field, value = content
@@ -271,6 +294,7 @@ class ZoLog:
                 restart |= "frozen" in content or "params" in content
                 groups += [dict.fromkeys(FIELDS, 0.0) for _ in range("params" in content)]
                 state = tuple(groups)
+        yield Step(index, None, state, frozen, restart)
 
 
 def _read_header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
@@ -339,9 +363,11 @@ def _is_change(values: Any, groups: int) -> bool:
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Write a file through a neighbour of it, so that a reader sees the old or the new, never a part."""
-    target = Path(path)
+    target = Path(os.path.realpath(path))  # a link stays one
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if target.exists() and not target.is_file():  # a device, a pipe: it would be gone
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     try:
         descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     except OSError as error:
@@ -351,7 +377,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
         os.replace(temporary, target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from leanops._checks import finite
@@ -251,6 +252,8 @@ class MeZO(Optimizer):
     @property
     def log(self) -> ZoLog:
         """The log of the run so far."""
+        if not self._record.begun:
+            self._record.begin(self._flat(), len(self.param_groups))
         return self._record.log
 
     @property
@@ -261,14 +264,15 @@ class MeZO(Optimizer):
     @eps.setter
     def eps(self, value: float) -> None:
         self._record.settings["eps"] = finite("MeZO", "eps", value, 0.0, above=True)
-        if len(self.log):
+        if self._record.begun:
             self.log.change(eps=self.eps)
 
     @property
     def steps(self) -> int:
         """Steps taken, skipped ones included: the next step's seeds follow from this number."""
-        return len(self.log)
+        return len(self._record.log)
 
+    @_disable_dynamo  # a compiled training step runs it as it is; compiled models inside stay compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step; see the class. Returns the mean of the evaluations, a tensor where the closure returns tensors."""
@@ -279,9 +283,7 @@ class MeZO(Optimizer):
             )
         for group in self.param_groups:
             self._check_hyper(group)
-        record = self._record
-        if not len(record.log):
-            record.begin(self._flat(), len(self.param_groups))
+        record, log = self._record, self.log
         slots = self._slots()
         moving = list(chain.from_iterable(slots))
         step_seeds = record.step_seeds(self.steps)
@@ -295,19 +297,20 @@ class MeZO(Optimizer):
                 f"MeZO: step {self.steps}: a loss, or the estimate from it in fp32, is not finite "
                 f"(estimates {scalars}); nothing was changed"
             )
-        if self._log_file is not None and not record.log.attached:
-            record.log.attach(self._log_file, new=not len(record.log))
+        if self._log_file is not None and not log.attached:
+            log.attach(self._log_file, new=not len(log))
         record.note(self.param_groups, slots)
         if applied:
             self._update(slots, step_seeds, scalars)
-        record.log.append(scalars if applied else None)
+            longest = max(window(float(g["momentum"])) for g in self.param_groups)
+            record.remember(step_seeds, scalars, longest)
+        log.append(scalars if applied else None)
         return loss
 
     def _update(self, slots: list[list[Slot]], step_seeds: list[Seed], scalars: list[float]) -> None:
         settings = self._record.settings
         noise, rounding = Noise.of(settings), settings["rounding"]
-        longest = max(window(float(g["momentum"])) for g in self.param_groups)
-        self._record.remember(step_seeds, scalars, longest)
+        history = [(step_seeds, scalars), *self._record.history]
         for group, moved in zip(self.param_groups, slots, strict=True):
             lr, beta = float(group["lr"]), float(group["momentum"])
             decay = lr * float(group["weight_decay"])
@@ -321,7 +324,7 @@ class MeZO(Optimizer):
                 if lr:  # a step of zero length changes no bit, the sign of a zero included
                     descend_(moved, momenta, lr, decay, rounding, step_seeds[0].left)
             elif moved and lr:
-                apply_(moved, *terms(self._record.history, lr, beta), decay, noise, rounding)
+                apply_(moved, *terms(history, lr, beta), decay, noise, rounding)
 
     def _momentum(self, slot: Slot) -> Tensor:
         state = self.state[slot.param]

@@ -50,11 +50,18 @@ class Copy:
                 self._saved.append([s.local.clone() for s in part])
             yield
         finally:
-            for part, saved in zip(self._parts, self._saved, strict=False):
-                for s, old in zip(part, saved, strict=True):
-                    s.local.copy_(old)
-            self._saved = []
-            drop_unsharded(self._sharded)
+            try:
+                self._restore()
+            except BaseException:  # an interrupt in the midst of it
+                self._restore()
+                raise
+
+    def _restore(self) -> None:
+        for part, saved in zip(self._parts, self._saved, strict=False):
+            for s, old in zip(part, saved, strict=True):
+                s.local.copy_(old)
+        self._saved = []
+        drop_unsharded(self._sharded)
 
     def place(self, seed: Seed, scale: float) -> None:
         """Let the weights be W + scale z(seed), within a session."""

@@ -30,23 +30,28 @@ class Record:
         self._recorded: dict[tuple[int, str], float] = {}
         self._frozen: list[int] = []
 
+    @property
+    def begun(self) -> bool:
+        """Whether what happens from here on stands in the log; before, its header says how things are."""
+        return len(self.log) > 0 or self.log.attached
+
     def step_seeds(self, step: int) -> list[Seed]:
         return Noise.of(self.settings).seeds(self.settings["seed"], step, self.settings["directions"])
 
     def join(self, new: list[dict[str, Any]]) -> None:
         """Further parameters, one group of them."""
         self.entries += new
-        if len(self.log):
+        if self.begun:
             self.log.change(params=new)
             self.history.clear()
 
     def begin(self, params: Iterable[Tensor], groups: int) -> None:
-        """A log without steps, of the parameters as they are now (they may have been cast since construction)."""
+        """The log without steps, of the parameters as they are now (they may have been cast since construction)."""
         self.entries = [
             {**entry, "shape": list(p.shape), "dtype": dtype_name(p)}
             for entry, p in zip(self.entries, params, strict=True)
         ]
-        self.log = ZoLog({**self.settings, "groups": groups, "params": self.entries})
+        self.log.begin({**self.settings, "groups": groups, "params": self.entries})
         self._recorded, self._frozen = {}, []
         self.history.clear()
 
@@ -78,7 +83,7 @@ class Record:
         self.entries = log.params()
         self._recorded, self._frozen = {}, []
         self.history.clear()
-        for step in log.steps():
+        for step in log.states():
             self._recorded = {(g, f): v for g, values in enumerate(step.groups) for f, v in values.items()}
             self._frozen = sorted(step.frozen)
             if step.restart:

@@ -244,7 +244,7 @@ def _match(params: Params, log: ZoLog, moved: Mapping[int, Any], names: Mapping[
         wanted = _named("replay_", log, moved, names)
         missing = [n for n in wanted.values() if n not in table]
         if missing:
-            raise LogError(f"replay_: the log moves parameters that are not there: {', '.join(missing[:8])}")
+            raise LogError(f"replay_: the log moves parameters that are not there: {', '.join(map(str, missing[:8]))}")
         tensors = {i: table[n] for i, n in wanted.items()}
     for entry in entries:
         if entry["id"] in tensors:

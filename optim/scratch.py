@@ -5,7 +5,9 @@ replaced by ``round(W + scale z)``, made on the spot in an arena as large as the
 again by the next. Each use makes the same bits, so tied weights are perturbed once. Weights that the mode is never
 shown (compiled graphs, scripted modules, C++ code use them) are found at the first evaluation and held perturbed in
 place, with a saved copy. A weight that is used both in sight and out of sight (in another thread, too), or out of sight
-from a later step on only, is not found: such functions need :class:`~leanops.optim.perturb.Copy`.
+from a later step on only, is not found. Nor are gradients to be had of weights that are made on the spot, and what a
+function writes into them (an embedding with ``max_norm``) is gone. Such functions need
+:class:`~leanops.optim.perturb.Copy`.
 """
 
 from __future__ import annotations

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch._compile import _disable_dynamo
 
 from leanops._checks import finite, integer, integers, is_integer
 from leanops.optim import params as managed
 from leanops.optim import seeds as rule
 from leanops.optim.evaluate import Evaluator, Reduction
+from leanops.optim.log import replacing
 from leanops.optim.noise import Noise, Seed
 from leanops.optim.params import Params, Slot
 from leanops.optim.update import apply_
@@ -183,6 +185,7 @@ class SeedPool:
         coeffs = (-lr * self.sums[used].astype(np.float64)).tolist()
         apply_(slots, list(map(Seed, self.seeds[used].tolist())), coeffs, 0.0, self._noise, self.rounding)
 
+    @_disable_dynamo
     @torch.no_grad()
     def step_(
         self, params: Params, closure: Callable[[], Any], k: int, *, lr: float = 3e-7, eps: float = 5e-4
@@ -281,7 +284,9 @@ class SeedPool:
         return pool
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        Path(path).write_bytes(self.to_bytes())
+        """Write the pool; the file appears whole or not at all."""
+        with replacing(path) as file:
+            file.write(self.to_bytes())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SeedPool:

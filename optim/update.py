@@ -59,7 +59,8 @@ def apply_(
 
 def new_momentum(slot: Slot) -> Tensor:
     """A zero m for a slot: fp32 (fp64 for fp64), for half precision would lose small steps."""
-    return torch.zeros(slot.local.shape, dtype=wide_dtype(slot.local), device=slot.local.device)
+    with torch.inference_mode(False):  # later steps may be outside of it
+        return torch.zeros(slot.local.shape, dtype=wide_dtype(slot.local), device=slot.local.device)
 
 
 def accumulate_(

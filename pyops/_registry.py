@@ -6,6 +6,7 @@ them by being described.
 
 How a call travels, from the outside in::
 
+    Autocast          switched off: an operator, and its backward, computes in the dtypes of its inputs
     Autograd          the spec's backward (register_autograd), or a fallthrough
     BackendSelect     bad input is refused, before any backend has run; after it, a mutating operator's version counters
                       are bumped (one Python kernel for both, since each costs as much as a small operator)
@@ -236,16 +237,36 @@ def register(spec: OpSpec) -> OpSpec:
         _library.impl(name, checked_and_bumped, "BackendSelect", with_keyset=True)
     else:
         _library.impl(name, checked, "BackendSelect", with_keyset=True)
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, _without_autocast(device.lower(), op), f"Autocast{device}")
     if spec.autograd is None:
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     else:
         torch.library.register_autograd(
             f"{NAMESPACE}::{name}",
-            spec.autograd.backward,
+            _backward(spec.autograd),
             setup_context=spec.autograd.setup_context,
             lib=_library,
         )
     return spec
+
+
+def _without_autocast(device_type: str, function: Kernel) -> Kernel:
+    """What a kernel asks of torch would come back in another dtype than that of the memory it is meant for."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device_type, enabled=False):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _backward(autograd: Autograd) -> Kernel:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        device = next(g for g in grads if g is not None).device.type
+        return _without_autocast(device, autograd.backward)(ctx, *grads)
+
+    return backward
 
 
 def implement(name: str, dispatch_key: str, kernel: Kernel) -> None:

@@ -199,6 +199,8 @@ def linear(
     distribution: str,
 ) -> None:
     op = "zo_linear"
+    for name, given in (("x", x), ("weight", weight)):
+        require(given is not None, f"{op}: {name} must be a tensor, got None")  # the dispatcher lets it pass
     _float_tensor(op, "x", x)
     require(weight.dim() == 2, f"{op}: weight must be [n, m], got shape {list(weight.shape)}")
     n, m = weight.shape

@@ -9,6 +9,7 @@ from numbers import Real
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from leanops._checks import IDS, INDICES, as_list, integer, integers, is_integer, require
 
@@ -44,7 +45,7 @@ def _scalars(op: str, name: str, values: float | Iterable[float] | Tensor) -> Te
     items = list(values) if isinstance(values, np.ndarray) and values.ndim == 1 else as_list(values)
     try:
         return torch.tensor(items, dtype=torch.float64, device="cpu")
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         bad = next((v for v in items if not isinstance(v, (Real, Tensor))), items)
         raise ValueError(f"{op}: {name} must be a real number or a sequence of them, got {bad!r}") from None
 
@@ -52,8 +53,25 @@ def _scalars(op: str, name: str, values: float | Iterable[float] | Tensor) -> Te
 def _scale(op: str, scale: float) -> float:
     try:
         return float(scale + 0.0)  # float() alone would read a string
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"{op}: scale must be a real number, got {scale!r}") from None
+
+
+def _tensors(op: str, name: str, tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """One or many."""
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    if not isinstance(tensors, Iterable):
+        raise ValueError(f"{op}: {name} must be a tensor or a sequence of them, got {type(tensors).__name__}")
+    return list(tensors)
+
+
+def _no_tangents(op: str, **tensors: Tensor | None) -> None:
+    """Refuse forward-mode differentiation: torch drops the tangents of an operator that has only a backward, so that
+    the derivative would be zero."""
+    for name, t in tensors.items():
+        if isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None:
+            raise NotImplementedError(f"{op}: {name} must have no tangent, for only the backward is known")
 
 
 def columns_of(shape: Sequence[int]) -> int:
@@ -170,7 +188,7 @@ def zo_axpy_(
     Sources: MeZO (2305.17333), FedKSeed (2312.06353); LOZO (2410.07698) for Z = U V^T.
     """
     op = "zo_axpy_"
-    written = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    written = _tensors(op, "tensors", tensors)
     _ops.zo_axpy_(
         written,
         seed_tensor(seeds, op, "each of seeds"),
@@ -215,8 +233,7 @@ def zo_axpy_into_(
     The other arguments and the errors are those of :func:`zo_axpy_`.
     """
     op = "zo_axpy_into_"
-    written = [out] if isinstance(out, Tensor) else list(out)
-    read = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    written, read = _tensors(op, "out", out), _tensors(op, "tensors", tensors)
     _ops.zo_axpy_into_(
         written,
         read,
@@ -263,12 +280,16 @@ def zo_linear(
         ``(y_plus, y_minus)``, each ``[..., n]``. With one x, an infinity in it may give NaN where ``W ± c z`` in memory
         gives an infinity.
 
-    Differentiable in x, x_minus, weight and bias; saved for backward: those inputs and the seed.
+    Differentiable in x, x_minus, weight and bias; saved for backward: those inputs and the seed. Under autocast it
+    computes in the dtype of its inputs, as without.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown distribution, an id out of range.
+        NotImplementedError: forward-mode differentiation.
     """
     op = "zo_linear"
     at = integer(op, "tensor_id", tensor_id, IDS), integer(op, "offset", offset, INDICES)
     seeds = seed_tensor(seed, op, "seed")
+    if forward_ad._current_level >= 0:
+        _no_tangents(op, x=x, x_minus=x_minus, weight=weight, bias=bias)
     return _ops.zo_linear(x, x_minus, weight, bias, seeds, _scale(op, scale), *at, distribution)

@@ -43,6 +43,31 @@ def test_runs_under_inference_mode(spec, case, dtype, device):
         assert_same_bits([g.clone() for g in got], [w.clone() for w in want])
 
 
+@over_cases()
+def test_autocast_changes_nothing(spec, case, dtype, device):
+    """A kernel that asks torch for a product must get it in the dtype of its memory."""
+    args = make(case, device, dtype)
+    want = run(spec, args)
+    for low in (torch.bfloat16, torch.float16):
+        with torch.autocast(device.type, low):
+            got = run(spec, args)
+        assert_same_bits(got, want, str(low))
+
+
+@over_specs(where=lambda spec: spec.autograd is not None)
+def test_autocast_changes_no_gradient(spec, device):
+    case = next(c for c in spec.cases if not c.bench)
+
+    def gradients(enabled):
+        args = make(case, device, torch.float32)
+        inputs = [a.requires_grad_() for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            results = outputs(spec, args, spec.op(*args))
+            return torch.autograd.grad(results, inputs, [torch.ones_like(y) for y in results])
+
+    assert_same_bits(gradients(True), gradients(False))
+
+
 @over_cases(where=lambda spec: spec.mutates)
 def test_launch_is_the_call_without_its_checks(spec, case, dtype, device):
     args = make(case, device, dtype)

@@ -82,6 +82,46 @@ def test_an_exception_in_the_closure_leaves_the_weights(mode: str, error: type[B
     assert not torch.equal(bits(p), before)
 
 
+@pytest.mark.parametrize("mode", ["scratch", "copy"])
+def test_a_closure_may_leave_grad_enabled(mode: str) -> None:
+    p = nn.Parameter(torch.randn(9).bfloat16())
+    before = bits(p)
+    opt = MeZO([p], lr=1.0, perturb=mode)
+
+    def closure(fails: bool) -> Tensor:
+        torch.set_grad_enabled(True)
+        if fails:
+            raise RuntimeError("stop")
+        return p.double().sum()
+
+    with pytest.raises(RuntimeError, match="stop"):
+        opt.step(lambda: closure(True))
+    assert torch.equal(bits(p), before)
+    opt.step(lambda: closure(False))
+    assert not torch.equal(bits(p), before)
+
+
+def test_an_interrupt_while_the_weights_are_restored_leaves_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [nn.Parameter(torch.randn(9)) for _ in range(3)]
+    before = [bits(p) for p in params]
+    opt = MeZO(params, lr=1.0, perturb="copy")
+    copy, calls = Tensor.copy_, 0
+
+    def interrupted(self: Tensor, *args: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return copy(self, *args)
+
+    monkeypatch.setattr(Tensor, "copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(lambda: sum(p.sum() for p in params))
+    monkeypatch.undo()
+    assert calls > 2
+    assert all(torch.equal(a, bits(p)) for a, p in zip(before, params, strict=True))
+
+
 def test_an_exception_leaves_the_weights_in_place_too_up_to_rounding() -> None:
     p = nn.Parameter(torch.randn(50))
     before = p.detach().clone()
@@ -383,6 +423,24 @@ def test_a_default_device_is_not_that_of_the_parameters(mode: str) -> None:
     wanted = measured(model, lambda: model(x).sum(), lr=0.0, perturb=mode)
     with torch.device("meta"):
         assert measured(model, lambda: model(x).sum(), lr=0.0, perturb=mode) == wanted
+
+
+@pytest.mark.parametrize("mode", ["scratch", "copy"])
+def test_a_compiled_training_step_runs_the_step_as_it_is_and_compiled_models_compiled(mode: str) -> None:
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        return lambda *args: graphs.append(graph) or graph(*args)
+
+    torch._dynamo.reset()
+    model = nn.Linear(5, 2)
+    start = bits(model.weight)
+    compiled, x = torch.compile(model, backend=backend), torch.randn(3, 5)
+    opt = MeZO(model.parameters(), lr=1e-2, perturb=mode)
+    torch.compile(lambda: opt.step(lambda: compiled(x).square().mean()), backend="eager")()
+    assert opt.steps == 1
+    assert not torch.equal(bits(model.weight), start)
+    assert len(graphs) == (2 if mode == "copy" else 0)  # scratch sees into eager functions alone
 
 
 def test_the_update_itself_is_seen_by_autograd() -> None:

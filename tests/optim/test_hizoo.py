@@ -200,6 +200,16 @@ def test_beside_the_curvature_a_step_takes_a_few_slices() -> None:
     assert 0 < largest <= 4 * curvature._SLICE
 
 
+def test_state_of_inference_mode_serves_outside_of_it() -> None:
+    p = nn.Parameter(torch.ones(3))
+    opt = MeZO([p], variant="hizoo", smoothing=0.01, momentum=0.5, momentum_mode="store")
+    with torch.inference_mode():
+        opt.step(lambda: p.square().sum())
+    opt.step(lambda: p.square().sum())
+    assert not any(value.is_inference() for value in opt.state[p].values())
+    assert opt.steps == 2
+
+
 # --- state, log and replay --------------------------------------------------------------------------------------------
 
 RUNS = {name: options for name, options in VARIANTS.items() if name.startswith("hizoo")}

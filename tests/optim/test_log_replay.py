@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import resource
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -168,6 +170,79 @@ def test_a_file_grows_with_the_run_and_survives_its_end(tmp_path: Path) -> None:
     assert len(ZoLog.load(path)) == 8
 
 
+def test_a_log_does_not_go_into_another_file(tmp_path: Path) -> None:
+    """A resumed run continues the file of its log, be it ahead or behind, and overwrites nothing else."""
+    path = tmp_path / "run.zolog"
+    p = nn.Parameter(torch.ones(3))
+    opt = MeZO([p], lr=1e-2, log_file=path)
+    states = []
+    for _ in range(3):
+        opt.step(lambda: p.sum())
+        states.append(copy.deepcopy(opt.state_dict()))
+
+    def resumed(state: dict[str, Any], path: Path) -> MeZO:
+        again = MeZO([p], lr=1e-2, log_file=path)
+        again.load_state_dict(state)
+        again.step(lambda: p.sum())
+        again.log.close()
+        return again
+
+    assert len(resumed(states[1], path).log) == 3  # the file went on to step 3 without closing
+    assert len(resumed(states[0], path).log) == 2
+    assert len(resumed(states[1], path).log) == 3  # another second step is in the file, but so is the state's first
+    other = MeZO([p], lr=1e-2, seed=1)
+    other.step(lambda: p.sum())
+    for data in (other.log.to_bytes(), b"no log", b""):
+        path.write_bytes(data)
+        with pytest.raises(FileExistsError, match="something else than this run's log is there"):
+            resumed(states[1], path)
+        assert path.read_bytes() == data
+
+
+def test_a_full_disk_costs_no_step(tmp_path: Path) -> None:
+    """The step that fails to be written is taken, in memory the log has it, and the file as soon as there is room."""
+    path = tmp_path / "run.zolog"
+    p = nn.Parameter(torch.ones(3))
+    opt = MeZO([p], lr=1e-2, log_file=path)
+    opt.step(lambda: p.sum())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 2, hard))
+        with pytest.raises(OSError, match="too large"):
+            opt.step(lambda: p.sum())
+        after = p.detach().clone()
+        replayed = torch.ones(3)
+        replay_([replayed], ZoLog.from_bytes(opt.log.to_bytes()))
+        assert torch.equal(replayed, after)
+        with pytest.raises(OSError, match="too large"):
+            opt.log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    opt.step(lambda: p.sum())
+    opt.log.close()
+    assert ZoLog.load(path).to_bytes() == opt.log.to_bytes()
+    assert opt.steps == 3
+    replayed = torch.ones(3)
+    replay_([replayed], path)
+    assert torch.equal(replayed, p)
+
+
+def test_an_output_keeps_what_it_is(tmp_path: Path) -> None:
+    """A link stays a link, a private file private, and a device or a pipe is not replaced by a file."""
+    _, _, opt = run(torch.float32)
+    target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
+    target.touch(mode=0o600)
+    link.symlink_to(target)
+    os.mkfifo(pipe)
+    opt.log.save(link)
+    assert link.is_symlink()
+    assert target.read_bytes() == opt.log.to_bytes()
+    assert target.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(OSError, match=r"not a regular file: .*pipe"):
+        opt.log.save(pipe)
+    assert pipe.is_fifo()
+
+
 def test_damage_is_noticed(tmp_path: Path) -> None:
     _, _, opt = run(torch.float32)
     good = opt.log.to_bytes()
@@ -248,6 +323,7 @@ def test_replay_refuses_other_parameters_and_changes_nothing() -> None:
     for names, error, message in (
         ({"typo": "0.weight"}, ValueError, "replay_: names must be of parameters of the log, got typo"),
         (3, TypeError, "replay_: names must be a mapping from the log's names, got 3"),
+        ({"0.bias": 3}, LogError, "replay_: the log moves parameters that are not there: 3"),
         ({"0.bias": "0.weight"}, LogError, r"must have a name each, got 0\.weight for several"),
     ):
         with pytest.raises(error, match=message):

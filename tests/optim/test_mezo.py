@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import leanops as lo
-from leanops.optim import MeZO, ZoLog, decay_groups
+from leanops.optim import MeZO, ZoLog, decay_groups, mezo, replay_
 from leanops.optim import seeds as rule
 
 F64 = torch.float64
@@ -243,6 +243,75 @@ def test_a_run_resumes_to_the_same_bits(options: dict[str, Any], dtype: torch.dt
     for a, b in zip(model.parameters(), whole.parameters(), strict=True):
         assert torch.equal(a, b)
     assert opt.steps == 6
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_run_resumes_right_after_a_group_has_joined(before: int) -> None:
+    """Momentum starts anew where the group joins, and the state tells so although no step has followed."""
+
+    def start(groups: int) -> tuple[nn.Module, MeZO]:
+        model = mlp()
+        layers = [{"params": model[0].parameters()}, {"params": model[3].parameters(), "lr": 0.1}]
+        return model, MeZO(layers[:groups], lr=1e-2, momentum=0.7)
+
+    whole, opt = start(1)
+    for _ in range(before):
+        opt.step(loss_of(whole))
+    opt.add_param_group({"params": whole[3].parameters(), "lr": 0.1})
+    model, again = start(2)
+    model.load_state_dict(whole.state_dict())
+    again.load_state_dict(opt.state_dict())
+    for _ in range(3):
+        opt.step(loss_of(whole))
+        again.step(loss_of(model))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+    assert again.log.to_bytes() == opt.log.to_bytes()
+
+
+def test_the_log_before_the_first_step_is_that_of_the_run() -> None:
+    p = nn.Parameter(torch.ones(3))
+    opt = MeZO([p], lr=1e-2)
+    log = opt.log
+    p.data = p.data.bfloat16()
+    state = opt.state_dict()
+    opt.step(lambda: p.sum())
+    assert log is opt.log
+    assert len(log) == 1
+    again = MeZO([nn.Parameter(torch.ones(3).bfloat16())])
+    again.load_state_dict(state)
+    assert again.steps == 0
+
+
+def test_an_update_that_fails_is_no_step(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves no trace in the momentum, in the log or in what is resumed from it, but the log's file."""
+    p = nn.Parameter(torch.ones(3))
+    opt = MeZO([p], lr=0.1, momentum=0.5, log_file=tmp_path / "run.zolog")
+    for step in range(6):
+        if step in (0, 3):
+            opt.param_groups[0]["lr"] = 0.3
+            with monkeypatch.context() as patch:
+                patch.setattr(mezo, "apply_", failing)
+                with pytest.raises(MemoryError):
+                    opt.step(lambda: p.square().sum())
+            opt.param_groups[0]["lr"] = 0.1
+            saved = p.detach().clone(), opt.state_dict()
+        opt.step(lambda: p.square().sum())
+    opt.log.close()
+    start, resumed = torch.ones(3), nn.Parameter(saved[0])
+    replay_([start], tmp_path / "run.zolog")
+    assert torch.equal(start, p)
+    again = MeZO([resumed])
+    again.load_state_dict(saved[1])
+    for _ in range(3):
+        again.step(lambda: resumed.square().sum())
+    assert torch.equal(resumed, p)
+    start = torch.ones(3)
+    replay_([start], again.log)
+    assert torch.equal(start, p)
+
+
+def failing(*_: Any) -> None:
+    raise MemoryError
 
 
 def test_copies_and_pickles_continue_alike() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -119,6 +122,20 @@ def learned_full(size: int) -> SeedPool:
     for k in range(size):
         pool.add(k, k - 7.5)
     return pool
+
+
+def test_a_failed_save_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "pool"
+    learned().save(path)
+
+    def full(_: int) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        SeedPool(64).save(path)
+    assert SeedPool.load(path).to_bytes() == learned().to_bytes()
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_bad_input_is_refused() -> None:

@@ -74,6 +74,10 @@ def test_a_coefficient_is_a_real_number(value):
 def test_coefficients_are_one_real_vector():
     with refused("zo_axpy_: coeffs must be real, got torch.complex64"):
         axpy(1, torch.tensor([1 + 5j]))
+    with pytest.raises(ValueError, match=r"^zo_axpy_: coeffs must be a real number .* got"):
+        axpy(1, 10**400)
+    with pytest.raises(ValueError, match=r"^zo_linear: scale must be a real number, got"):
+        linear(scale=10**400)
     with refused("zo_linear: scale must be a real number, got tensor([1., 1.])"):
         linear(scale=torch.ones(2))
     for square in (torch.ones(1, 2), np.ones((1, 2)), [[1.0, 1.0]]):
@@ -162,3 +166,18 @@ def test_numbers_that_a_graph_does_not_know_stay_open():
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
     for seed, offset in ((5, 7), (6, 8), (11, 40)):
         assert torch.equal(compiled(torch.zeros(4), seed, offset), call(torch.zeros(4), seed, offset))
+
+
+def test_tensors_are_tensors():
+    for value, seen in ((None, "NoneType"), (3, "int")):
+        for call, name in (
+            (lambda v=value: lo.zo_axpy_(v, 1, 0.1), "zo_axpy_: tensors"),
+            (lambda v=value: lo.zo_axpy_into_(v, torch.ones(2), 1, 0.1), "zo_axpy_into_: out"),
+            (lambda v=value: lo.zo_axpy_into_(torch.ones(2), v, 1, 0.1), "zo_axpy_into_: tensors"),
+        ):
+            with refused(f"{name} must be a tensor or a sequence of them, got {seen}"):
+                call()
+    with refused("zo_linear: x must be a tensor, got None"):
+        lo.zo_linear(None, torch.ones(2, 2), seed=1, scale=0.1)
+    with refused("zo_linear: weight must be a tensor, got None"):
+        lo.zo_linear(torch.ones(2, 2), None, seed=1, scale=0.1)

@@ -181,6 +181,40 @@ def test_zo_linear_equals_materialised_weights():
         torch.testing.assert_close(plus, torch.nn.functional.linear(x, perturbed, bias))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("pair", [False, True])
+def test_zo_linear_under_autocast_computes_in_the_dtype_of_its_inputs(dtype, distribution, pair):
+    """A product that autocast had in another dtype would be read as if it were of this one."""
+    shapes = [(64, 33), (20, 33), (20,)]
+
+    def run(enabled):
+        torch.manual_seed(0)
+        x, weight, bias = (torch.randn(s, dtype=dtype).requires_grad_() for s in shapes)
+        other = torch.randn(64, 33, dtype=dtype) if pair else None
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            plus, minus = lo.zo_linear(x, weight, bias, seed=5, scale=0.1, distribution=distribution, x_minus=other)
+            (plus.double().square().sum() + minus.double().sum()).backward()
+        return [plus, minus, x.grad, weight.grad, bias.grad]
+
+    for inside, outside in zip(run(True), run(False), strict=True):
+        assert inside.dtype == dtype
+        assert torch.equal(inside, outside)
+
+
+def test_zo_linear_refuses_a_forward_mode_derivative():
+    """torch drops the tangents of an operator with a backward alone: the derivative would be zero without a word."""
+    x, weight = torch.randn(4, 3), torch.randn(2, 3)
+    for place, name in enumerate(("x", "weight")):
+        given = (x, weight)
+
+        def call(t, place=place, given=given):
+            return lo.zo_linear(*given[:place], t, *given[place + 1 :], seed=1, scale=0.1)[0]
+
+        with pytest.raises(NotImplementedError, match=f"zo_linear: {name} must have no tangent"):
+            torch.func.jvp(call, (given[place],), (given[place],))
+
+
 def test_many_seeds_equal_the_sum_over_seeds():
     seeds = torch.randint(-(2**63), 2**63 - 1, (300,))
     coeffs = torch.randn(300, dtype=torch.float64) * 1e-3
