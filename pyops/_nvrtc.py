@@ -146,7 +146,7 @@ def processors(like: torch.Tensor) -> int:
 def zeros(count: int, like: torch.Tensor) -> torch.Tensor:
     """Words of 4 zero bytes on the device of ``like``, by a memset on torch's current stream: no kernel."""
     words = torch.empty(count, dtype=torch.int32, device=like.device)
-    if not like.is_cuda:
+    if not like.is_cuda or not count:
         return words.zero_()
     import cupy
 

@@ -39,8 +39,10 @@ Momentum kind_of(ScalarType dtype) {
   return dtype == ScalarType::Char ? INT8 : dtype == ScalarType::BFloat16 ? BFLOAT16 : FLOAT32;
 }
 
-void check_tensor(size_t i, const Tensor& p, const Tensor& g, const Tensor& cover) {
+void check_tensor(size_t i, const Tensor& p, const Tensor& g, const Tensor& cover, const Tensor& first) {
   const ScalarType dtype = p.scalar_type();
+  LEANOPS_SM3_REQUIRE(p.is_cuda() && p.get_device_index() == first.get_device_index(), "params[", i,
+                      "] must be on the CUDA device of params[0]");
   LEANOPS_SM3_REQUIRE(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
                           dtype == ScalarType::Half || dtype == ScalarType::Double,
                       "params[", i, "] must be float32, bfloat16, float16 or float64");
@@ -49,6 +51,7 @@ void check_tensor(size_t i, const Tensor& p, const Tensor& g, const Tensor& cove
                       "grads[", i, "] must have the shape, dtype and device of params[", i, "]");
   i64 length = p.dim() == 0;
   for (i64 size : p.sizes()) length += size;
+  LEANOPS_SM3_REQUIRE(cover.dim() == 1, "covers[", i, "] must have one axis, got ", cover.dim());
   check_state("covers", i, cover, p, length, cover.scalar_type() == ScalarType::Float);
 }
 
@@ -68,12 +71,32 @@ void check_momentum(size_t i, const Tensor& p, const Tensor& m, const Tensor* sc
 
 // A number's address on the device; 0 where it is on the CPU, and then its value.
 template <class N>
-u64 place(const Tensor& t, N& value) {
-  LEANOPS_SM3_REQUIRE(t.numel() == 1, "lr, seed, grad_scale and found_inf must be one number, got ",
-                      t.numel());
-  if (t.is_cuda()) return address(t);
-  value = *(const N*)t.const_data_ptr();
-  return 0;
+u64 place(const char* name, const Tensor& t, ScalarType dtype, const Device& device, N& value) {
+  LEANOPS_SM3_REQUIRE(t.scalar_type() == dtype, name, " has a dtype that the operator does not take");
+  LEANOPS_SM3_REQUIRE(t.numel() == 1, name, " must be one number, got ", t.numel());
+  if (t.is_cpu()) {
+    value = *(const N*)t.const_data_ptr();
+    return 0;
+  }
+  LEANOPS_SM3_REQUIRE(t.is_cuda() && t.get_device_index() == device.index, name,
+                      " must be on the device of params[0], or on the CPU");
+  return address(t);
+}
+
+// Lifts, for a scope, what a graph's capture forbids its thread: torch pins memory by such calls, and older
+// versions of it fail there (pytorch/pytorch#167507).
+struct Relaxed {
+  Relaxed() { STD_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode)); }
+  ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
+  Relaxed(const Relaxed&) = delete;
+  Relaxed& operator=(const Relaxed&) = delete;
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+};
+
+Tensor pinned_words(i64 count) {
+  const Relaxed relaxed;
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return torch::stable::empty({count}, ScalarType::Long, std::nullopt, cpu, true, std::nullopt);
 }
 
 // The table to the device, from pinned memory, which torch keeps until the copy is done. A CUDA graph copies
@@ -82,9 +105,7 @@ Tensor upload(const std::vector<u64>& words, const Tensor& like, const Device& d
   static std::mutex mutex;
   static std::vector<Tensor>* captured = new std::vector<Tensor>;  // outlives the graphs
   const i64 count = (i64)words.size();
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  const Tensor pinned =
-      torch::stable::empty({count}, ScalarType::Long, std::nullopt, cpu, true, std::nullopt);
+  const Tensor pinned = pinned_words(count);
   std::copy(words.begin(), words.end(), (u64*)pinned.mutable_data_ptr());
   Tensor target = torch::stable::new_empty(like, {count}, ScalarType::Long);
   torch::stable::copy_(target, pinned, true);
@@ -111,8 +132,11 @@ void sm3_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vecto
   if (!scales.empty()) one_each("scales", scales.size(), momenta.size());
   if (n == 0) return;
   for (size_t i = 0; i < n; ++i) {
-    check_tensor(i, params[i], grads[i], covers[i]);
+    check_tensor(i, params[i], grads[i], covers[i], params[0]);
     if (momentum != 0) check_momentum(i, params[i], momenta[i], scales.empty() ? nullptr : &scales[i]);
+    LEANOPS_SM3_REQUIRE(0 <= tensor_ids[i] && tensor_ids[i] < (i64)1 << 32, "tensor_ids[", i,
+                        "] must be in [0, 4294967296), got ", tensor_ids[i]);
+    LEANOPS_SM3_REQUIRE(offsets[i] >= 0, "offsets[", i, "] must be at least 0, got ", offsets[i]);
   }
   const Device device(params[0]);
 
@@ -120,16 +144,19 @@ void sm3_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vecto
   numbers.lr_is_float = lr.scalar_type() == ScalarType::Float;
   if (numbers.lr_is_float) {
     float value = 0;
-    numbers.lr = place(lr, value);
+    numbers.lr = place("lr", lr, ScalarType::Float, device, value);
     numbers.lr_value = value;
   } else {
-    numbers.lr = place(lr, numbers.lr_value);
+    numbers.lr = place("lr", lr, ScalarType::Double, device, numbers.lr_value);
   }
-  numbers.seed = place(seed, numbers.seed_value);
+  numbers.seed = place("seed", seed, ScalarType::Long, device, numbers.seed_value);
   numbers.grad_scale_value = 1.0f;
-  if (grad_scale) numbers.grad_scale = place(*grad_scale, numbers.grad_scale_value);
+  if (grad_scale) {
+    numbers.grad_scale =
+        place("grad_scale", *grad_scale, ScalarType::Float, device, numbers.grad_scale_value);
+  }
   float found = 0;
-  if (found_inf) numbers.found_inf = place(*found_inf, found);
+  if (found_inf) numbers.found_inf = place("found_inf", *found_inf, ScalarType::Float, device, found);
   if (found != 0) return;
   numbers.weight_decay = decoupled ? weight_decay : 0.0;
   numbers.coupled_decay = (float)weight_decay;

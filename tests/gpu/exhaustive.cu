@@ -54,6 +54,7 @@ int main() {
   if (cudaMemset(wrong, 0, sizeof count) != cudaSuccess) return 2;
   roots<<<1 << 16, 256>>>(wrong);
   divisions<<<1 << 16, 256>>>(wrong + 1);
+  if (cudaGetLastError() != cudaSuccess) return 2;  // nothing ran
   if (cudaMemcpy(count, wrong, sizeof count, cudaMemcpyDeviceToHost) != cudaSuccess) return 2;
   std::printf("sqrt_bounded, sqrt_in_range: %llu of %llu differ from sqrt.rn.f32\n", count[0], 12ull << 24);
   std::printf("div_in_range: %llu of at most %llu differ from div.rn.f32\n", count[1], 16ull << 24);

@@ -9,8 +9,10 @@ import pytest
 import torch
 from gpu import agreement_sm3 as agreement
 from gpu.agreement_sm3 import DTYPES, MOMENTA, NAMED_OPTIONS, SPEC, Args, make, numbers_to
-from opsuite import assert_same_bits, clone
+from opsuite import assert_same_bits, clone, tensors
+from sm3.test_launch import over_bad_inputs
 
+from leanops import _native
 from leanops.sm3 import reference
 from leanops.sm3.cases import Options
 
@@ -136,9 +138,30 @@ def test_a_graph_replays_with_new_numbers(backend, count):
         assert_same_bits(SPEC.mutated(args), SPEC.mutated(expected))
 
 
+def test_a_step_is_captured_while_pinned_memory_is_in_use(backend):
+    """Whose events torch asks for when it pins more, which a capture forbids."""
+    shapes = [SHAPES[i % len(SHAPES)] for i in range(60)]  # more than a kernel's parameters hold
+    args = numbers_to(make(shapes, torch.bfloat16, Options(torch.bfloat16), "cuda"), "cuda")
+    backend.sm3_step_(*args)  # compiles
+    torch.cuda.synchronize()
+    expected = Args(*(clone([t.cpu() for t in part]) for part in args[:5]), *numbers_to(args, "cpu")[5:9], *args[9:])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(200_000_000)
+        torch.zeros(1).pin_memory().to("cuda", non_blocking=True)
+        graph.capture_begin()
+        backend.sm3_step_(*args)
+        graph.capture_end()
+    graph.replay()
+    reference.sm3_step_(*expected)
+    torch.cuda.synchronize()
+    assert_same_bits(SPEC.mutated(args), SPEC.mutated(expected))
+
+
 def test_a_side_stream_is_used(backend):
     """Work that the side stream has yet to do must be seen by the kernel, and the kernel by later work there."""
     args = make([(3000, 512)], torch.float32, Options(torch.float32), "cuda")
+    backend.sm3_step_(*args)  # compiles
     expected = Args(*(clone([t.cpu() for t in part]) for part in args[:5]), *args[5:])
     reference.sm3_step_(*expected)
     gradient = args.grads[0].clone()
@@ -185,3 +208,16 @@ def test_second_device(backend):
         pytest.skip("one CUDA device; needs two")
     agreement.step(backend, "cuda:1", torch.float32, torch.int8, "sum")
     assert torch.cuda.current_device() == 0
+
+
+@over_bad_inputs
+def test_the_library_refuses_what_would_leave_a_tensor_before_a_byte_changes(bad):
+    if not (state := _native.backends()["cuda"]).loaded:
+        pytest.skip(f"the CUDA library is not loaded: {state.detail}")
+    args = bad.make(torch.device("cuda"))
+    before = clone(args)
+    with pytest.raises(RuntimeError):
+        SPEC.launch(torch.device("cuda"), *args)
+    for now, then in zip(tensors(args), tensors(before), strict=True):
+        if not now.is_meta:
+            assert_same_bits([now.detach().to_dense()], [then.to_dense()])
