@@ -198,7 +198,8 @@ def step_kernel(
     scale = tl.load(grad_scale) if SCALE_THERE else scale_value
     factor = sign * tl.div_rn(tl.full([1], 1.0, tl.float32), tl.full([1], scale, tl.float32))
     factor = tl.sum(factor, axis=0)
-    keep = 1.0 - rate * decay_bits.to(tl.int64).to(tl.float64, bitcast=True)
+    decay = decay_bits.to(tl.int64).to(tl.float64, bitcast=True)
+    keep = tl.where(decay == 0.0, 1.0, 1.0 - rate * decay)  # without decay an infinite rate keeps w
     if form == IS_WIDE:
         _tile(
             slot, shape, number, key, rate, keep, factor, averages, couples, coupled, eps, beta, one_minus_beta, kept,
@@ -258,9 +259,9 @@ def _table(items: Sequence[plan.Item], device: torch.device) -> tuple[Tensor, Te
     cuda = device.type == "cuda"
     key = (tuple(slots), tuple(shapes), device, torch.cuda.current_stream(device).cuda_stream if cuda else 0)
     capturing = cuda and torch.cuda.is_current_stream_capturing()
-    if key in _tables and not capturing:
-        _tables.move_to_end(key)
-        return _tables[key]
+    if not capturing and (known := _tables.pop(key, None)) is not None:  # one step each, for calls of several threads
+        _tables[key] = known
+        return known
     maxima = torch.zeros(words, dtype=torch.int32, device=device)
     table = np.array(slots, dtype=np.int64)
     table[:, MAXIMA.value] = maxima.data_ptr() + 4 * table[:, MAXIMA.value]

@@ -70,5 +70,6 @@ def moved(w, step, lr, keep):
     if w.dtype == tl.float64:
         out = w * keep - lr * step.to(tl.float64)
     else:
-        out = tl.fma(tl.zeros_like(w) - lr.to(tl.float32), step, w * keep.to(tl.float32))
+        minus = -1.0 * lr.to(tl.float32)  # -lr is 0 - lr to Triton, which loses the sign where lr is 0
+        out = tl.fma(tl.broadcast_to(minus, w.shape), step, w * keep.to(tl.float32))
     return out

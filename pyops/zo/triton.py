@@ -129,9 +129,9 @@ def _table(pairs: Sequence[Pair], tile: int | tuple[int, int], device: torch.dev
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (rows, pairs[0].target.dtype, tile, device, stream)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if key in _tables and not capturing:
-        _tables.move_to_end(key)
-        return _tables[key]
+    if not capturing and (known := _tables.pop(key, None)) is not None:  # one step each, for calls of several threads
+        _tables[key] = known
+        return known
     words, first, aligned, size = [], 0, True, pairs[0].target.element_size()
     for target, source, offset, numel, tensor_id, columns in rows:
         words.append((target, source, offset, numel, first, tensor_id, columns))

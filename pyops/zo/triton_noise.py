@@ -167,7 +167,7 @@ def accumulate(acc, c, z):
     if acc.dtype == tl.float64:
         return acc + c * z.to(tl.float64)
     else:
-        return tl.fma(tl.zeros_like(acc) + c, z, acc)
+        return tl.fma(tl.broadcast_to(c, acc.shape), z, acc)  # 0 + c would lose the sign of -0
 
 
 @triton.jit

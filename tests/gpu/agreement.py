@@ -127,7 +127,7 @@ def special_values(backend: Any, device: str, dtype: torch.dtype) -> None:
     special = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 65504.0, -65504.0, 3.3e38]
     special += [6e-8, -6e-8, 6.1e-5, -6.1e-5, 1e-40]
     for rounding in ("nearest", "stochastic"):
-        for c in (0.0, 1e-8, 40.0):
+        for c in (0.0, -0.0, 1e-8, 40.0):
             expected = torch.tensor(special * 700, dtype=torch.float32).to(dtype)
             actual = expected.to(device, copy=True)
             rest = (i64(9), f64(c), f64(0.0), [1], [0], "gaussian", rounding, False)

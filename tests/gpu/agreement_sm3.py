@@ -174,8 +174,9 @@ def skips(backend: Any, device: str) -> None:
 def learning_rates(backend: Any, device: str) -> None:
     for numbers in dict.fromkeys(("cpu", device)):
         for dtype in (torch.float32, torch.float64):
-            for lr in (0.1, 1e-3, 0.0):
-                args = make([(70, 300)], dtype, Options(weight_decay=0.1), device)
+            for lr, decay in ((0.1, 0.1), (1e-3, 0.1), (0.0, 0.1), (torch.inf, 0.0)):
+                args = make([(70, 300)], dtype, Options(weight_decay=decay), device)
+                args.params[0][::2] = -0.0  # whose sign a step of 0 may keep or not
                 check(backend, numbers_to(args._replace(lr=torch.tensor([lr], dtype=dtype)), numbers))
 
 

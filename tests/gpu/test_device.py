@@ -76,6 +76,7 @@ def test_a_side_stream_is_used(backend, distribution):
     agreement.reference.zo_axpy_([expected], i64(3), f64(0.5), f64(0.0), [1], [0], distribution, "nearest", False)
     side = torch.cuda.Stream()
     p = torch.ones(1 << 20, device="cuda")
+    backend.zo_axpy_([p], i64(3), f64(0.5), f64(0.0), [1], [0], distribution, "nearest", False)  # compiles
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
         torch.cuda._sleep(200_000_000)
