@@ -22,15 +22,20 @@ over_bad_inputs = pytest.mark.parametrize(
 )
 
 
-@over_bad_inputs
-def test_what_would_leave_a_tensor_is_refused_before_a_byte_changes(bad):
-    args = bad.make(torch.device("cpu"))
+def assert_the_kernel_refuses(bad, device):
+    """Before a byte changes."""
+    args = bad.make(device)
     before = clone(args)
     with pytest.raises(RuntimeError):
-        SPEC.launch(torch.device("cpu"), *args)
+        SPEC.launch(device, *args)
     for now, then in zip(tensors(args), tensors(before), strict=True):
         if not now.is_meta:
             assert_same_bits([now.detach().to_dense()], [then.to_dense()])
+
+
+@over_bad_inputs
+def test_what_would_leave_a_tensor_is_refused_before_a_byte_changes(bad):
+    assert_the_kernel_refuses(bad, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("backend", ["nvrtc", "triton"])
