@@ -184,9 +184,9 @@ class Call:
         self._ids, self._offsets = [i.tensor_id for i in items], [p.offset for p in self._parts]
         self._at = [i.at for i in items]
         states = [i.state for i in items]
-        self._momentum = bool(group["momentum"])
+        self._momentum, dtype = bool(group["momentum"]), momentum_dtype(group)
         for state, local in zip(states, self._locals, strict=True):
-            complete(state, local, self._momentum, momentum_dtype(group))
+            complete(state, local, self._momentum, dtype)
         self._empty = torch.empty(0, dtype=torch.float32, device=device)
         lists = self._state(states)
         kept = list(chain.from_iterable(lists))

@@ -107,12 +107,13 @@ def _prepare(key: str, index: int) -> tuple[bool, bool]:
         if managed.is_sharded(p):
             raise ValueError("SM3: a step on sharded parameters cannot be compiled; compile the model and call step()")
         check_step(name_of(group, place, position + place), p, p.grad)
+    momentum, dtype = bool(group["momentum"]), momentum_dtype(group)
     for _, p in moved:
         state = optimizer.state.setdefault(p, {})
-        complete(state, p.detach(), bool(group["momentum"]), momentum_dtype(group))
+        complete(state, p.detach(), momentum, dtype)
         # each on its own: views of one tensor, as eager steps leave them, would be compared pair by pair
         state["step"] = number(state["step"]).detach().to(home_of_step(group, p.device), copy=True)
-    return isinstance(group["lr"], Tensor), bool(group["momentum"])
+    return isinstance(group["lr"], Tensor), momentum
 
 
 # what torch.compiler.assume_constant_result sets, which would import the compiler with this package: the function runs
