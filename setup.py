@@ -20,9 +20,10 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-FAMILIES = [path.parent.name for path in Path("pyops").glob("*/specs.py")]
-PACKAGES = {f"leanops.{f.replace('/', '.')}": f for f in ("optim", "autotune", "bench", "bench/convergence")}
-PACKAGES |= {"leanops": "pyops"} | {f"leanops.{family}": f"pyops/{family}" for family in FAMILIES}
+FOLDERS = [
+    p.parent for top in ("pyops", "optim", "autotune", "bench") for p in sorted(Path(top).glob("**/__init__.py"))
+]
+PACKAGES = {".".join(("leanops", *f.parts[f.parts[0] == "pyops" :])): str(f) for f in FOLDERS}
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra"
 ISA_FLAGS = {"baseline": "", "avx2": "-mavx2 -mfma -mf16c", "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq"}

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from leanops.optim.backward_flops import BackwardFlops
 from leanops.optim.fused_backward import FusedBackward, fuse_into_backward
-from leanops.optim.half_fine_tuning import HalfFineTuning
-from leanops.optim.lisa import LISA
-from leanops.optim.log import LogError, ZoLog
-from leanops.optim.mezo import MeZO, decay_groups
-from leanops.optim.prefix_knapsack import prefix_knapsack
-from leanops.optim.replay import replay_, replay_file
+from leanops.optim.integrations.trainer_callback import trainer_callback
 from leanops.optim.reset import reset_momentum_
-from leanops.optim.seed_pool import SeedPool
+from leanops.optim.selection.backward_flops import BackwardFlops
+from leanops.optim.selection.half_fine_tuning import HalfFineTuning
+from leanops.optim.selection.lisa import LISA
+from leanops.optim.selection.prefix_knapsack import prefix_knapsack
+from leanops.optim.selection.tensor_selector import TensorSelection, TensorSelector
 from leanops.optim.sm3 import SM3
-from leanops.optim.tensor_selector import TensorSelection, TensorSelector
-from leanops.optim.trainer_callback import trainer_callback
+from leanops.optim.zo.log import LogError, ZoLog
+from leanops.optim.zo.mezo import MeZO, decay_groups
+from leanops.optim.zo.replay import replay_, replay_file
+from leanops.optim.zo.seed_pool import SeedPool
 
 __all__ = [
     "LISA",

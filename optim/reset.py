@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from leanops.optim.mezo import MeZO
-from leanops.optim.params import is_sharded
-from leanops.optim.selection import holder
-from leanops.optim.sm3 import SM3
+from leanops.optim.common import capabilities
+from leanops.optim.common.parameters import is_sharded
 
 # what a fresh entry holds, in both parts if it is complex; of torch's optimizers and SM3. A string names the option of
 # the group that it starts from.
@@ -79,8 +77,9 @@ def reset_momentum_(optimizer: Any, *, covers: bool = False) -> None:
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"reset_momentum_: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if isinstance(optimizer, MeZO):
-        raise ValueError("reset_momentum_: optimizer must not be MeZO: its log would no longer replay")
+    if capabilities.replayable(optimizer):
+        kind = type(optimizer).__name__
+        raise ValueError(f"reset_momentum_: optimizer must not be {kind}: its log would no longer replay")
     # an optimizer may keep something of its own there too, by name
     keys = {key for p, state in optimizer.state.items() if isinstance(p, Tensor) for key in state}
     if covers and keys and not any(map(_is_cover, keys)):
@@ -91,7 +90,7 @@ def reset_momentum_(optimizer: Any, *, covers: bool = False) -> None:
     plan, owners = [], {id(optimizer): optimizer}
     for group in optimizer.param_groups:
         for p in group["params"]:
-            own = holder(optimizer, p)
+            own = capabilities.holder(optimizer, p)
             owners[id(own)] = own
             if own.state.get(p):
                 plan.append((own, p, _starts(own, group, own.state[p], covers)))
@@ -114,7 +113,7 @@ def _starts(own: Optimizer, group: dict[str, Any], state: dict[str, Any], covers
         start = group.get(start) if isinstance(start, str) else start
         if start is None or not (value is None or isinstance(value, int | float) or _is_plain(value)):
             return None
-        if value is not None and (covers or not _is_cover(key)) and not (key == "step" and isinstance(own, SM3)):
+        if value is not None and (covers or not _is_cover(key)) and key not in capabilities.kept_by_reset(own):
             found[key] = float(start)
     return found
 

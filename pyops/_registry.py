@@ -23,7 +23,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from leanops import _checks
+from leanops.common.written_memory import WrittenMemory
 
 NAMESPACE = "leanops"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -153,8 +153,8 @@ class OpSpec:
         torch._C._increment_version(counted(self.mutated(args)) if written is None else written)
 
     @cached_property
-    def _memory(self) -> _checks.WrittenMemory:
-        return _checks.WrittenMemory(self.name, [a.name for a in self.op._schema.arguments], self._written_places)
+    def _memory(self) -> WrittenMemory:
+        return WrittenMemory(self.name, [a.name for a in self.op._schema.arguments], self._written_places)
 
     @cached_property
     def _written_places(self) -> list[int]:

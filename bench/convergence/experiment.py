@@ -129,7 +129,7 @@ def identity(settings: Settings, text: corpus.Text) -> dict[str, Any]:
     here, optim = Path(__file__).parent, Path(leanops.optim.__file__).parent
     sources = {
         "leanops.bench": [here / f"{name}.py" for name in ("methods", "corpus", "worker")],
-        "leanops.optim": [*optim.glob("*.py")],
+        "leanops.optim": [*optim.rglob("*.py")],
         "operators": [*Path(_native.__file__).parent.glob("sm3/*.py"), *_native.FOLDER.glob("*.so")],
     }
     hashes = {name: fingerprint.source_hash(files) for name, files in sources.items()}

@@ -4,37 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from leanops._checks import IDS, INDICES, in_range, same_layout
+from leanops.common.checks import IDS, INDICES, LARGEST_FLOAT32, in_range, same_layout
+from leanops.common.dtypes import FLOATS, dtype_names
 from leanops.sm3.reference import axes_of, scale_shape
 
 _OP = "sm3_step_"
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MOMENTA = (torch.float32, torch.bfloat16, torch.int8)
-LARGEST = torch.finfo(torch.float32).max
 _SHAPE, _DTYPE, _DEVICE, _LAYOUT = map(attrgetter, ("shape", "dtype", "device", "layout"))
-
-
-def rate_is_one_number(op: str, lr: Any) -> None:
-    """Refuse every other learning rate."""
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"{op}: Tensor lr must be 1-element, got shape {list(lr.shape)}")
-    elif not hasattr(lr, "__float__"):
-        raise TypeError(f"{op}: lr must be a number or a one-element tensor, got {lr!r}")
 
 
 def _dense(name: str, t: Tensor, dtypes: Sequence[torch.dtype], device: torch.device, like: str) -> None:
     if t.layout != torch.strided:
         raise ValueError(f"{_OP}: {name} must be a dense tensor, got layout {t.layout}")
     if t.dtype not in dtypes:
-        names = [str(d).removeprefix("torch.") for d in dtypes]
-        wanted = f"{', '.join(names[:-1])} or {names[-1]}" if names[1:] else names[0]
-        raise ValueError(f"{_OP}: {name} must be {wanted}, got {t.dtype}")
+        raise ValueError(f"{_OP}: {name} must be {dtype_names(dtypes)}, got {t.dtype}")
     if t.device != device:
         raise ValueError(f"{_OP}: {name} must be on {device} as {like}, got {t.device}")
 
@@ -55,7 +42,7 @@ def _fit(
         {torch.strided}.issuperset(map(_LAYOUT, tensors))
         and len(set(map(_DEVICE, tensors))) <= 1
         and all(map(Tensor.is_contiguous, kept))
-        and set(_FLOATS).issuperset(dtypes)
+        and set(FLOATS).issuperset(dtypes)
         and dtypes == list(map(_DTYPE, grads))
         and {torch.float32}.issuperset(map(_DTYPE, [*covers, *scales]))
         and set(_MOMENTA).issuperset(stored)
@@ -75,7 +62,7 @@ def _explain(
 ) -> None:
     """Raise for the first tensor that does not fit."""
     for i, (p, g, cover) in enumerate(zip(params, grads, covers, strict=True)):
-        _dense(f"params[{i}]", p, _FLOATS, params[0].device, "params[0]")
+        _dense(f"params[{i}]", p, FLOATS, params[0].device, "params[0]")
         if g.layout != torch.strided:
             raise ValueError(f"{_OP}: grads[{i}] must be a dense tensor, got layout {g.layout}")
         same_layout(_OP, f"grads[{i}]", g, f"params[{i}]", p)
@@ -132,7 +119,7 @@ def step_(
     if not 0 < beta <= 1:
         raise ValueError(f"{_OP}: beta must be in (0, 1], got {beta}")
     for name, value in (("eps", eps), ("weight_decay", weight_decay)):
-        if not 0 <= value <= LARGEST:
+        if not 0 <= value <= LARGEST_FLOAT32:
             raise ValueError(f"{_OP}: {name} must be at least 0 and finite in float32, got {value}")
     n = len(params)
     for name, values in (("grads", grads), ("covers", covers), ("tensor_ids", tensor_ids), ("offsets", offsets)):

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leanops import _nvrtc
-from leanops._upload import to_device
+from leanops.common import nvrtc
+from leanops.common.dtypes import CXX_NAMES
+from leanops.common.upload import to_device
 from leanops.sm3 import plan
 
 # csrc/sm3/call.cuh, byte for byte
@@ -24,20 +25,14 @@ CALL = np.dtype(
     + [(n, "u1") for n in ("lr_is_float", "averages", "couples", "maximizes")]
     + [("unused", "u1", 4), ("words", "u8", _INLINE_WORDS)]
 )
-_TYPE = {
-    torch.float32: "float",
-    torch.float64: "double",
-    torch.bfloat16: "leanops::bf16",
-    torch.float16: "leanops::fp16",
-}
 
 
-def step(dtype: torch.dtype, momentum: torch.dtype | None, stochastic: bool) -> _nvrtc.Kernel:
+def step(dtype: torch.dtype, momentum: torch.dtype | None, stochastic: bool) -> nvrtc.Kernel:
     """The kernel that serves parameters and momenta of these types."""
     random = "true" if stochastic and dtype.itemsize == 2 else "false"
-    arguments = f"<{_TYPE[dtype]}, {plan.KINDS[momentum]}, {random}>"
+    arguments = f"<{CXX_NAMES[dtype]}, {plan.KINDS[momentum]}, {random}>"
     parameters = ("const __grid_constant__ Call",)
-    return _nvrtc.Kernel(
+    return nvrtc.Kernel(
         "sm3/sm3.cuh", "leanops::sm3", f"step{arguments}", parameters, plan.THREADS, f"RESIDENT{arguments}"
     )
 
@@ -91,7 +86,7 @@ def sm3_step_(
         for items in groups:
             like, m = items[0].param, items[0].momentum
             table = plan.table(items)
-            scratch = _nvrtc.zeros(table.scratch, like)
+            scratch = nvrtc.zeros(table.scratch, like)
             table.place(scratch.data_ptr())
             words = table.words()
             call["tiles"], call["tensors"] = table.tiles, len(items)
@@ -102,4 +97,4 @@ def sm3_step_(
             else:
                 there = to_device(torch.from_numpy(words.view(np.int64)), like.device)
                 call["table"] = there.data_ptr()
-            _nvrtc.launch(kernel, like, min(table.tiles, _nvrtc.processors(like) * 32), (call,))
+            nvrtc.launch(kernel, like, min(table.tiles, nvrtc.processors(like) * 32), (call,))

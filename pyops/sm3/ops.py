@@ -7,10 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from leanops._checks import IDS, INDICES, integers, one_of, require
-from leanops.sm3.checks import rate_is_one_number
+from leanops.common.checks import IDS, INDICES, integers, one_of, rate_is_one_number, require
+from leanops.common.seeds import seed_tensor
 from leanops.sm3.reference import axes_of, scale_shape
-from leanops.zo.ops import seed_tensor
 
 _ops = torch.ops.leanops
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leanops._exact import divide, fma, fp32, sqrt
-from leanops.zo.reference import round_to
+from leanops.common.exact import divide, fma, fp32, sqrt
+from leanops.common.rounding import round_to
 
 VERSION = "sm3/1"
 

@@ -6,10 +6,10 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from leanops._registry import Cost, Loader, OpSpec, register
+from leanops.common.dtypes import FLOATS
 from leanops.sm3 import checks, reference
 from leanops.sm3.cases import step_bad, step_cases, step_fuzz, step_large
 
@@ -50,7 +50,7 @@ register(
         fuzz=step_fuzz,
         bad_inputs=step_bad(),
         cost=_cost,
-        dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+        dtypes=FLOATS,
         exact=True,
         large=step_large,
         backends={"triton": _loader("triton"), "nvrtc": _loader("nvrtc")},

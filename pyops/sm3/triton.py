@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leanops._upload import float64_bits, to_device
+from leanops.common.triton import find_row, round_by, rounding_bits, widen
+from leanops.common.upload import float64_bits, to_device
 from leanops.sm3 import plan
 from leanops.sm3.triton_update import average, bits_of, min_or_nan, moved, quotient
-from leanops.zo.triton_noise import find_row, round_by, rounding_bits, widen
 
 # a tile is STEPS times so many rows of so many columns: 8 elements a thread at a time. Narrow ones are for matrices of
 # no more columns; an int8 momentum's blocks of 256 columns are wide ones'.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from leanops.zo.triton_noise import narrow, widen
+from leanops.common.triton import narrow, widen
 
 
 @triton.jit

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from leanops._checks import IDS, INDICES, in_range, one_of, require, same_layout
+from leanops.common.checks import IDS, INDICES, in_range, one_of, require, same_layout
+from leanops.common.dtypes import FLOATS
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_RANK = 64  # of low-rank noise: the factors of a tile fit the buffers of every backend
 
 

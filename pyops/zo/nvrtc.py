@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leanops import _nvrtc
+from leanops.common import nvrtc
+from leanops.common.dtypes import CXX_NAMES
 from leanops.zo.launch import dense, dense_pairs
 
 # csrc/zo/call.cuh, byte for byte
@@ -31,44 +32,38 @@ CALL = np.dtype(
 )
 _UPLOAD = np.dtype([("target", "u8"), ("count", "i8"), ("words", "u8", _UPLOAD_WORDS)])
 
-_TYPE = {
-    torch.float32: "float",
-    torch.float64: "double",
-    torch.bfloat16: "leanops::bf16",
-    torch.float16: "leanops::fp16",
-}
 _PANEL = 8 << 20  # elements of z (or of W ± c z) at a time: they stay in the L2 cache until the product reads them
 
 
-def _core(body: str, parameters: Sequence[str], threads: int = 256, resident: str = "1") -> _nvrtc.Kernel:
-    return _nvrtc.Kernel("zo/zo.cuh", "leanops::zo", body, tuple(parameters), threads, resident)
+def _core(body: str, parameters: Sequence[str], threads: int = 256, resident: str = "1") -> nvrtc.Kernel:
+    return nvrtc.Kernel("zo/zo.cuh", "leanops::zo", body, tuple(parameters), threads, resident)
 
 
-def work(dtype: torch.dtype, distribution: str, mode: int, stochastic: bool) -> _nvrtc.Kernel:
+def work(dtype: torch.dtype, distribution: str, mode: int, stochastic: bool) -> nvrtc.Kernel:
     """The kernel that serves a call."""
     random = "true" if stochastic and dtype.itemsize == 2 else "false"
-    body = f"work<{_TYPE[dtype]}, {int(distribution == 'rademacher')}, {mode}, {random}>"
-    resident = f"RESIDENT<{_TYPE[dtype]}, {mode}, {random}>"
+    body = f"work<{CXX_NAMES[dtype]}, {int(distribution == 'rademacher')}, {mode}, {random}>"
+    resident = f"RESIDENT<{CXX_NAMES[dtype]}, {mode}, {random}>"
     return _core(body, ["const __grid_constant__ Call"], 32 * _WARPS, resident)
 
 
-def low_rank(dtype: torch.dtype, stochastic: bool) -> _nvrtc.Kernel:
+def low_rank(dtype: torch.dtype, stochastic: bool) -> nvrtc.Kernel:
     """The kernel that serves matrices of low-rank noise."""
     random = "true" if stochastic and dtype.itemsize == 2 else "false"
-    body, resident = f"low_rank<{_TYPE[dtype]}, {random}>", f"LOW_RANK_RESIDENT<{random}>"
+    body, resident = f"low_rank<{CXX_NAMES[dtype]}, {random}>", f"LOW_RANK_RESIDENT<{random}>"
     parameters = ("const __grid_constant__ Call",)
-    return _nvrtc.Kernel("zo/lowrank.cuh", "leanops::zo", body, parameters, 32 * _WARPS, resident)
+    return nvrtc.Kernel("zo/lowrank.cuh", "leanops::zo", body, parameters, 32 * _WARPS, resident)
 
 
 COPY_WORDS = _core("copy_words", ["const __grid_constant__ Upload"], 128)
 
 
-def combine(dtype: torch.dtype) -> _nvrtc.Kernel:
-    return _core(f"combine<{_TYPE[dtype]}>", ["leanops::u64"] * 5 + ["double"] + ["leanops::i64"] * 4)
+def combine(dtype: torch.dtype) -> nvrtc.Kernel:
+    return _core(f"combine<{CXX_NAMES[dtype]}>", ["leanops::u64"] * 5 + ["double"] + ["leanops::i64"] * 4)
 
 
-def add_bias(dtype: torch.dtype) -> _nvrtc.Kernel:
-    return _core(f"add_bias<{_TYPE[dtype]}>", ["leanops::u64"] * 2 + ["leanops::i64"] * 2)
+def add_bias(dtype: torch.dtype) -> nvrtc.Kernel:
+    return _core(f"add_bias<{CXX_NAMES[dtype]}>", ["leanops::u64"] * 2 + ["leanops::i64"] * 2)
 
 
 def _upload(words: np.ndarray[Any, Any], like: Tensor) -> Tensor:
@@ -79,7 +74,7 @@ def _upload(words: np.ndarray[Any, Any], like: Tensor) -> Tensor:
         count = min(_UPLOAD_WORDS, words.size - done)
         part["target"], part["count"] = target.data_ptr() + 8 * done, count
         part["words"][0, :count] = words[done : done + count]
-        _nvrtc.launch(COPY_WORDS, like, 1, (part,))
+        nvrtc.launch(COPY_WORDS, like, 1, (part,))
     return target
 
 
@@ -132,7 +127,7 @@ def _run_low_rank(call: np.ndarray[Any, Any], slots: Sequence[tuple[int, ...]], 
 
 
 def _start(
-    call: np.ndarray[Any, Any], table: np.ndarray[Any, Any], units: Any, like: Tensor, kernel: _nvrtc.Kernel
+    call: np.ndarray[Any, Any], table: np.ndarray[Any, Any], units: Any, like: Tensor, kernel: nvrtc.Kernel
 ) -> None:
     """Launch over the tensors of ``table``, which have so many units each."""
     table["first"] = np.cumsum(units) - units
@@ -143,11 +138,11 @@ def _start(
     else:
         keep = _upload(table.view(np.uint64), like)
         call["slots"] = keep.data_ptr()
-    _nvrtc.launch(kernel, like, _grid(int(units.sum()), _WARPS, like), (call,))
+    nvrtc.launch(kernel, like, _grid(int(units.sum()), _WARPS, like), (call,))
 
 
 def _grid(work_items: int, per_block: int, like: Tensor) -> int:
-    return min(-(-work_items // per_block), _nvrtc.processors(like) * 32)
+    return min(-(-work_items // per_block), nvrtc.processors(like) * 32)
 
 
 def zo_noise_(out: Tensor, seed: Tensor, tensor_id: int, offset: int, distribution: str) -> None:
@@ -260,10 +255,10 @@ def zo_linear(
             turn = flat @ plus.t()
             arguments = [np.uint64(t.data_ptr()) for t in (y_plus, y_minus, y_plus, turn)]
             arguments += [bias_at, np.float64(scale), *map(np.int64, (rows, n, first, width))]
-            _nvrtc.launch(combine(x.dtype), x, _grid(rows * width, 256, x), arguments)
+            nvrtc.launch(combine(x.dtype), x, _grid(rows * width, 256, x), arguments)
     if pair and b is not None and rows * n:
         for y in (y_plus, y_minus):
             arguments = [np.uint64(y.data_ptr()), bias_at, np.int64(rows), np.int64(n)]
-            _nvrtc.launch(add_bias(x.dtype), x, _grid(rows * n, 256, x), arguments)
+            nvrtc.launch(add_bias(x.dtype), x, _grid(rows * n, 256, x), arguments)
     shape = (*x.shape[:-1], n)
     return y_plus.reshape(shape), y_minus.reshape(shape)

@@ -11,36 +11,17 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from leanops._checks import IDS, INDICES, as_list, integer, integers, is_integer, require
+from leanops.common.checks import IDS, INDICES, as_list, integer, integers, require
+from leanops.common.seeds import as_vector, seed_tensor, wrapped
 
 _ops = torch.ops.leanops
-
-
-def seed_tensor(seeds: int | Iterable[int] | Tensor, op: str, name: str) -> Tensor:
-    """Seeds as the operators take them: int64 [K], the bits of numbers in [-2^63, 2^64). ``op`` and ``name`` are for
-    the message."""
-    if isinstance(seeds, Tensor):
-        return _vector(seeds)
-    return torch.tensor([_wrapped(op, name, s) for s in as_list(seeds)], dtype=torch.int64, device="cpu")
-
-
-def _wrapped(op: str, name: str, seed: int) -> int:
-    """The int64 with the bits of a seed."""
-    if (type(seed) is not int and not is_integer(seed)) or not -(1 << 63) <= seed < 1 << 64:
-        raise ValueError(f"{op}: {name} must be an integer in [-2^63, 2^64), got {seed!r}")
-    seed = int(seed) if isinstance(seed, np.integer) else seed
-    return seed - (1 << 64) if seed >= 1 << 63 else seed
-
-
-def _vector(values: Tensor) -> Tensor:
-    return values.reshape(1) if values.dim() == 0 else values
 
 
 def _scalars(op: str, name: str, values: float | Iterable[float] | Tensor) -> Tensor:
     """Numbers as the operators take them: float64 [K]."""
     if isinstance(values, Tensor):
         require(not values.is_complex(), f"{op}: {name} must be real, got {values.dtype}")
-        return _vector(values).to(torch.float64)
+        return as_vector(values).to(torch.float64)
     # a compiled graph has no tolist() of floats
     items = list(values) if isinstance(values, np.ndarray) and values.ndim == 1 else as_list(values)
     try:
@@ -129,7 +110,7 @@ def zo_noise(
     sizes = [integer(op, "shape", size, INDICES) for size in as_list(shape)]
     at = integer(op, "tensor_id", tensor_id, IDS), integer(op, "offset", offset, INDICES)
     place = torch.empty(0).device if device is None else torch.device(device)  # get_default_device breaks a graph
-    return _ops.zo_noise(sizes, _wrapped(op, "seed", seed), *at, distribution, dtype, place)
+    return _ops.zo_noise(sizes, wrapped(op, "seed", seed), *at, distribution, dtype, place)
 
 
 def zo_axpy_(

@@ -2,7 +2,7 @@
 
 ``zo/1`` defines the noise ``z`` as a function of (seed, tensor_id, index) alone: Philox4x32-10 counters, 24-bit
 uniforms, and a Box-Muller transform of fixed fp32 polynomials with every fma written out. Low-rank noise is made of
-two such Gaussians, one of rows and one of columns. Read from :func:`philox` down; the operators at the end only apply
+two such Gaussians, one of rows and one of columns. Read from the top down; the operators at the end only apply
 it.
 """
 
@@ -13,15 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from leanops._exact import fma, sqrt
+from leanops.common.exact import fma, sqrt
+from leanops.common.philox import words_at
+from leanops.common.rounding import round_to
+from leanops.common.streams import GAUSSIAN, LEFT, RADEMACHER, RIGHT
 
 VERSION = "zo/1"
 
-_MASK = 0xFFFFFFFF
 _CHUNK = 1 << 18  # elements worked on at a time, so that the temporaries stay small (a multiple of 128)
-
-# stream numbers: the last counter word
-GAUSSIAN, RADEMACHER, ROUNDING, LEFT, RIGHT = 0, 1, 2, 3, 4
 
 # minimax polynomials, rounded to fp32: -2 ln(1 + f) / f on [-1/4, 1/2]; -sin(pi y) / y and cos(pi y) in y^2, |y| <= 1/2
 _LOG = [float.fromhex(c) for c in (
@@ -37,41 +36,11 @@ _COS = [float.fromhex(c) for c in (
 _MINUS_2_LN2 = float.fromhex("-0x1.62e43p+0")
 
 
-def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> list[Tensor]:
-    """Philox4x32-10 (Salmon et al., SC'11). Words are held in int64 tensors, values in [0, 2^32)."""
-    c0, c1, c2, c3 = (c if isinstance(c, Tensor) else torch.tensor(c, device="cpu") for c in counter)
-    k0, k1 = key
-    for _ in range(10):
-        # the int64 products wrap modulo 2^64, which leaves all 64 bits right
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return [c0, c1, c2, c3]
-
-
 def _horner(coefficients: list[float], x: Tensor) -> Tensor:
     p = torch.full_like(x, coefficients[-1])
     for c in reversed(coefficients[:-1]):
         p = fma(p, x, c)
     return p
-
-
-def _words(index: Tensor, per_block: int, stream: int, seed: int, tensor_id: int) -> Tensor:
-    """The four Philox words of every element's block, [n, 4], for a contiguous run of indices."""
-    first, last = int(index[0]) // per_block, int(index[-1]) // per_block
-    block = torch.arange(first, last + 1, device=index.device)
-    words = torch.stack(
-        torch.broadcast_tensors(
-            *philox((block & _MASK, block >> 32, tensor_id, stream), (seed & _MASK, (seed >> 32) & _MASK))
-        ),
-        dim=1,
-    )
-    return words[index // per_block - first]
 
 
 def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +59,7 @@ def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def gaussian(index: Tensor, seed: int, tensor_id: int, stream: int) -> Tensor:
     """Standard normal values, fp32, at a contiguous run of indices (int64) of a stream."""
-    x = _words(index, 4, stream, seed, tensor_id)
+    x = words_at(index, 4, stream, seed, tensor_id)
     half = (index % 4 // 2)[:, None] * 2  # which pair of words: 0 or 2
     even, odd = box_muller(x.gather(1, half)[:, 0], x.gather(1, half + 1)[:, 0])
     return torch.where(index % 2 == 0, even, odd)
@@ -121,35 +90,10 @@ def noise(index: Tensor, seed: int, tensor_id: int, distribution: str) -> Tensor
     if index.numel() == 0:
         return torch.empty(0, device=index.device)
     if distribution == "rademacher":
-        words = _words(index, 128, RADEMACHER, seed, tensor_id)
+        words = words_at(index, 128, RADEMACHER, seed, tensor_id)
         word = words.gather(1, (index % 128 // 32)[:, None])[:, 0]
         return (1 - 2 * ((word >> (index % 32)) & 1)).float()
     return gaussian(index, seed, tensor_id, GAUSSIAN)
-
-
-def rounding_bits(index: Tensor, seed: int, tensor_id: int) -> Tensor:
-    """The 16 random bits that stochastic rounding adds, int64 in [0, 2^16)."""
-    words = _words(index, 8, ROUNDING, seed, tensor_id)
-    word = words.gather(1, (index % 8 // 2)[:, None])[:, 0]
-    return (word >> (16 * (index % 2))) & 0xFFFF
-
-
-def round_to(acc: Tensor, dtype: torch.dtype, rounding: str, index: Tensor, seed: int, tensor_id: int) -> Tensor:
-    """Round fp32 (fp64 for fp64) once to ``dtype``: ties to even, or stochastically for bf16 and fp16."""
-    if rounding == "nearest" or dtype not in (torch.bfloat16, torch.float16):
-        return acc.to(dtype)
-    r = rounding_bits(index, seed, tensor_id)
-    bits = acc.view(torch.int32).long() & _MASK
-    if dtype == torch.bfloat16:
-        up = ((bits + r) & 0xFFFF0000).to(torch.uint32).view(torch.float32).to(dtype)
-        return torch.where(acc.isfinite(), up, acc.to(dtype))
-    normal = ((bits + (r >> 3)) & 0xFFFFE000).to(torch.uint32).view(torch.float32)
-    magnitude = torch.where(normal.abs() < 65536.0, normal, normal.sign() * torch.inf).to(dtype)
-    # below 2^-14 the spacing of fp16 is constant, 2^-24: round |acc| / 2^-24, whose bits are the fp16 code
-    small = acc.abs() < 2.0**-14
-    code = (torch.where(small, acc.abs(), 0.0) * 2.0**40).long() + r >> 16
-    subnormal = torch.where(bits & 0x80000000 != 0, code | 0x8000, code).to(torch.uint16).view(dtype)
-    return torch.where(acc.isfinite(), torch.where(small, subnormal, magnitude), acc.to(dtype))
 
 
 def _axpy(

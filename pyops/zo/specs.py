@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from leanops._registry import Autograd, BadInput, Cost, Loader, OpSpec, register
+from leanops.common.dtypes import FLOATS
 from leanops.zo import checks, reference
 from leanops.zo.autograd import linear_backward, linear_setup_context
 from leanops.zo.cases import (
@@ -29,8 +30,6 @@ from leanops.zo.cases import (
     noise_large,
     noise_like,
 )
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _backends(name: str) -> dict[str, Loader]:
@@ -60,7 +59,7 @@ register(
         fuzz=noise_fuzz,
         bad_inputs=noise_bad(),
         cost=lambda out, *_: Cost(read=0, written=_bytes([out])),
-        dtypes=DTYPES,
+        dtypes=FLOATS,
         exact=True,
         large=noise_large,
         backends=_backends("zo_noise_"),
@@ -115,7 +114,7 @@ register(
             BadInput("distribution", lambda d: ([4], 1, 0, 0, "cauchy", torch.float32, d), "zo_noise: .*cauchy"),
         ),
         cost=lambda shape, *_: Cost(read=0, written=4 * torch.Size(shape).numel()),
-        dtypes=DTYPES,
+        dtypes=FLOATS,
         exact=True,
     )
 )
@@ -138,7 +137,7 @@ register(
         fuzz=lambda draw, dtype: axpy_fuzz(draw, dtype, into=False),
         bad_inputs=axpy_bad("zo_axpy_"),
         cost=lambda tensors, *_: Cost(read=_bytes(tensors), written=_bytes(tensors)),
-        dtypes=DTYPES,
+        dtypes=FLOATS,
         exact=True,
         large=axpy_large(into=False),
         backends=_backends("zo_axpy_"),
@@ -157,7 +156,7 @@ register(
         fuzz=lambda draw, dtype: axpy_fuzz(draw, dtype, into=True),
         bad_inputs=axpy_bad("zo_axpy_into_"),
         cost=lambda out, *_: Cost(read=_bytes(out), written=_bytes(out)),
-        dtypes=DTYPES,
+        dtypes=FLOATS,
         exact=True,
         large=axpy_large(into=True),
         backends=_backends("zo_axpy_into_"),
@@ -216,7 +215,7 @@ register(
         fuzz=linear_fuzz,
         bad_inputs=linear_bad(),
         cost=_linear_cost,
-        dtypes=DTYPES,
+        dtypes=FLOATS,
         exact=False,
         depth=lambda x, *_: max(x.shape[-1], 1),
         plain=_linear_plain,

@@ -19,12 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leanops._upload import float64_bits, to_device
+from leanops.common.triton import find_row, round_to, widen
+from leanops.common.upload import float64_bits, to_device
 from leanops.zo.launch import Pair, dense, dense_pairs
 from leanops.zo.triton_linear import linear
 from leanops.zo.triton_lowrank import low_rank_update
 from leanops.zo.triton_lowrank import tile_of as low_rank_tile_of
-from leanops.zo.triton_noise import accumulate, find_row, noise, round_to, widen
+from leanops.zo.triton_noise import accumulate, noise
 
 
 def tile_of(dtype: torch.dtype, distribution: str, terms: int) -> int:

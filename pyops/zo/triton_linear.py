@@ -14,18 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leanops.zo.triton_noise import (
-    GAUSSIAN,
-    INTERPRETED,
-    RADEMACHER,
-    box_muller,
-    in_order,
-    narrow,
-    noise_at,
-    philox,
-    signs,
-    widen,
-)
+from leanops.common.triton import INTERPRETED, in_order, narrow, philox, widen
+from leanops.zo.triton_noise import GAUSSIAN, RADEMACHER, box_muller, noise_at, signs
 
 
 @triton.jit

@@ -11,18 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from leanops.zo import reference
-from leanops.zo.triton_noise import (
-    accumulate,
-    find_row,
-    gaussian_at,
-    round_by,
-    rounding_bits,
-    widen,
-)
+from leanops.common import streams
+from leanops.common.triton import find_row, round_by, rounding_bits, widen
+from leanops.zo.triton_noise import accumulate, gaussian_at
 
-LEFT = tl.constexpr(reference.LEFT)
-RIGHT = tl.constexpr(reference.RIGHT)
+LEFT = tl.constexpr(streams.LEFT)
+RIGHT = tl.constexpr(streams.RIGHT)
 _ELEMENTS = 1024  # of a tile of 128 threads
 
 

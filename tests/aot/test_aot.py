@@ -14,9 +14,10 @@ import pytest
 import torch
 from aot import aot
 
-from leanops import _nvrtc, _registry
+from leanops import _registry
+from leanops.common import nvrtc
 from leanops.sm3 import nvrtc as sm3_nvrtc
-from leanops.zo import nvrtc
+from leanops.zo import nvrtc as zo_nvrtc
 
 # docs of performance targets: an in-place axpy is bandwidth-bound on an H200 up to 28 instructions an element in bf16;
 # IEEE-only Gaussian noise was counted at 47.5 by a first version
@@ -82,11 +83,11 @@ def test_triton_steps_of_sm3_fit(arch, tmp_path):
     assert [r for r in rows if r.local_bytes] == []
 
 
-def nvrtc_kernels() -> list[_nvrtc.Kernel]:
-    kernels = [nvrtc.COPY_WORDS, nvrtc.combine(torch.float16), nvrtc.add_bias(torch.bfloat16)]
+def nvrtc_kernels() -> list[nvrtc.Kernel]:
+    kernels = [zo_nvrtc.COPY_WORDS, zo_nvrtc.combine(torch.float16), zo_nvrtc.add_bias(torch.bfloat16)]
     for distribution in ("gaussian", "rademacher"):
-        kernels += [nvrtc.work(torch.bfloat16, distribution, mode, True) for mode in range(4)]
-    kernels += [nvrtc.low_rank(dtype, True) for dtype in (torch.bfloat16, torch.float64)]
+        kernels += [zo_nvrtc.work(torch.bfloat16, distribution, mode, True) for mode in range(4)]
+    kernels += [zo_nvrtc.low_rank(dtype, True) for dtype in (torch.bfloat16, torch.float64)]
     kernels += [sm3_nvrtc.step(torch.bfloat16, momentum, True) for momentum in sm3_nvrtc.plan.KINDS]
     return kernels
 
@@ -99,13 +100,13 @@ def library() -> aot.Nvrtc:
     return found
 
 
-def nvrtc_text(kernel: _nvrtc.Kernel) -> str:
-    return _nvrtc.program(kernel, aot.ROOT / "csrc")
+def nvrtc_text(kernel: nvrtc.Kernel) -> str:
+    return nvrtc.program(kernel, aot.ROOT / "csrc")
 
 
 def test_nvrtc_compiles_what_the_launchers_launch(arch, library):
     for kernel in nvrtc_kernels():
-        binary = _nvrtc.compiled(library, nvrtc_text(kernel), _nvrtc.target(library, arch))
+        binary = nvrtc.compiled(library, nvrtc_text(kernel), nvrtc.target(library, arch))
         assert binary.startswith(b"\x7fELF")
 
 
@@ -117,10 +118,10 @@ def flushing(ptx: bytes) -> list[str]:
 
 def test_nvrtc_flushes_no_subnormal(library):
     for kernel in nvrtc_kernels():
-        assert flushing(_nvrtc.compiled(library, nvrtc_text(kernel), "compute_90")) == []
+        assert flushing(nvrtc.compiled(library, nvrtc_text(kernel), "compute_90")) == []
     # as CuPy would compile it
-    text = nvrtc_text(nvrtc.work(torch.bfloat16, "gaussian", 1, True))
-    assert flushing(_nvrtc.compiled(library, text, "compute_90", (*_nvrtc.OPTIONS, "-ftz=true")))
+    text = nvrtc_text(zo_nvrtc.work(torch.bfloat16, "gaussian", 1, True))
+    assert flushing(nvrtc.compiled(library, text, "compute_90", (*nvrtc.OPTIONS, "-ftz=true")))
 
 
 def test_a_launcher_loads_what_nvrtc_compiled_and_the_next_process_what_it_finds(library, tmp_path, monkeypatch):
@@ -132,23 +133,23 @@ def test_a_launcher_loads_what_nvrtc_compiled_and_the_next_process_what_it_finds
     monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert _nvrtc._loaded.__wrapped__(nvrtc.COPY_WORDS, 0) == "entry"
-    monkeypatch.setattr(_nvrtc, "compiled", lambda *args: pytest.fail("compiled again"))
-    assert _nvrtc._loaded.__wrapped__(nvrtc.COPY_WORDS, 0) == "entry"
+    assert nvrtc._loaded.__wrapped__(zo_nvrtc.COPY_WORDS, 0) == "entry"
+    monkeypatch.setattr(nvrtc, "compiled", lambda *args: pytest.fail("compiled again"))
+    assert nvrtc._loaded.__wrapped__(zo_nvrtc.COPY_WORDS, 0) == "entry"
     assert loaded[0] == loaded[1]
     assert loaded[0].startswith(b"\x7fELF")
 
 
 def test_an_error_of_nvrtc_shows_its_log(library):
     with pytest.raises(RuntimeError, match=r"NVRTC: .*\n?.*leanops.cu\(1\): error"):
-        _nvrtc.compiled(library, "int broken = ;", "sm_90")
+        nvrtc.compiled(library, "int broken = ;", "sm_90")
 
 
 def test_nvrtc_makes_ptx_for_devices_newer_than_itself(library):
     newest = max(library.getSupportedArchs())
-    assert _nvrtc.target(library, newest) == f"sm_{newest}"
-    assert _nvrtc.target(library, newest + 1) == f"compute_{newest}"
-    assert b".visible .entry entry" in _nvrtc.compiled(library, nvrtc_text(nvrtc.COPY_WORDS), f"compute_{newest}")
+    assert nvrtc.target(library, newest) == f"sm_{newest}"
+    assert nvrtc.target(library, newest + 1) == f"compute_{newest}"
+    assert b".visible .entry entry" in nvrtc.compiled(library, nvrtc_text(zo_nvrtc.COPY_WORDS), f"compute_{newest}")
 
 
 @pytest.mark.parametrize("family", aot.FAMILIES)
@@ -165,4 +166,4 @@ def _family(function: Callable[..., object]) -> str:
 
 def test_every_include_of_the_cores_is_resolved():
     for core in Path(aot.ROOT, "csrc").glob("*/*.cuh"):
-        assert "#include" not in _nvrtc.flatten(core)
+        assert "#include" not in nvrtc.flatten(core)

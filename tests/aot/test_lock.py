@@ -11,12 +11,12 @@ import time
 
 import pytest
 
-from leanops import _nvrtc
+from leanops.common import nvrtc
 
 _HOLDER = """
 import sys, time
-from leanops import _nvrtc
-with _nvrtc.exclusive("kernel"):
+from leanops.common import nvrtc
+with nvrtc.exclusive("kernel"):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -41,7 +41,7 @@ def test_kill_9_of_a_builder_frees_the_lock(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     (tmp_path / "leanops").write_text("a file where a folder should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with _nvrtc.exclusive("kernel"):
+    with nvrtc.exclusive("kernel"):
         pass
 
 
@@ -50,14 +50,14 @@ def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(_nvrtc.fcntl, "flock", no_lock)
-    assert _nvrtc.kept("a", lambda: b"binary") == b"binary"
-    assert _nvrtc.kept("a", lambda: b"other") == b"binary"
+    monkeypatch.setattr(nvrtc.fcntl, "flock", no_lock)
+    assert nvrtc.kept("a", lambda: b"binary") == b"binary"
+    assert nvrtc.kept("a", lambda: b"other") == b"binary"
 
 
 def test_an_error_of_who_holds_the_lock_is_raised(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(OSError, match="of the compiler"), _nvrtc.exclusive("kernel"):
+    with pytest.raises(OSError, match="of the compiler"), nvrtc.exclusive("kernel"):
         raise OSError("of the compiler")
 
 
@@ -65,8 +65,8 @@ def test_a_user_without_a_home_keeps_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", "relative, so ignored")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as it is where nobody knows the user
-    assert _nvrtc.kept("a", lambda: b"first") == b"first"
-    assert _nvrtc.kept("a", lambda: b"second") == b"second"
+    assert nvrtc.kept("a", lambda: b"first") == b"first"
+    assert nvrtc.kept("a", lambda: b"second") == b"second"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -76,9 +76,9 @@ def test_a_binary_that_cannot_be_written_leaves_no_part(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(_nvrtc.Path, "write_bytes", fail)
-    assert _nvrtc.kept("a", lambda: b"binary") == b"binary"
-    assert [file.suffix for file in _nvrtc.cache_folder().iterdir()] == [".lock"]
+    monkeypatch.setattr(nvrtc.Path, "write_bytes", fail)
+    assert nvrtc.kept("a", lambda: b"binary") == b"binary"
+    assert [file.suffix for file in nvrtc.cache_folder().iterdir()] == [".lock"]
 
 
 def test_a_binary_is_made_once_and_again_where_its_file_is_damaged(tmp_path, monkeypatch):
@@ -89,16 +89,16 @@ def test_a_binary_is_made_once_and_again_where_its_file_is_damaged(tmp_path, mon
         made.append(b"binary %d" % len(made))
         return made[-1]
 
-    assert [_nvrtc.kept("a", make), _nvrtc.kept("a", make)] == [b"binary 0"] * 2
-    assert _nvrtc.kept("b", make) == b"binary 1"
-    for file in _nvrtc.cache_folder().glob("*.bin"):
+    assert [nvrtc.kept("a", make), nvrtc.kept("a", make)] == [b"binary 0"] * 2
+    assert nvrtc.kept("b", make) == b"binary 1"
+    for file in nvrtc.cache_folder().glob("*.bin"):
         file.write_bytes(file.read_bytes()[:-1])
-    assert _nvrtc.kept("a", make) == b"binary 2"
-    assert _nvrtc.kept("a", make) == b"binary 2"
-    assert {file.suffix for file in _nvrtc.cache_folder().iterdir()} == {".bin", ".lock"}
+    assert nvrtc.kept("a", make) == b"binary 2"
+    assert nvrtc.kept("a", make) == b"binary 2"
+    assert {file.suffix for file in nvrtc.cache_folder().iterdir()} == {".bin", ".lock"}
 
 
 def test_a_binary_is_made_where_the_folder_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "leanops").write_text("a file where a folder should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert _nvrtc.kept("a", lambda: b"binary") == b"binary"
+    assert nvrtc.kept("a", lambda: b"binary") == b"binary"

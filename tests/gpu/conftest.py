@@ -11,7 +11,8 @@ import pytest
 import torch
 from gpu.emulated import Emulator, build
 
-from leanops import _native, _nvrtc
+from leanops import _native
+from leanops.common import nvrtc
 
 
 class _Native:
@@ -45,8 +46,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 @pytest.fixture
 def emulator(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Emulator:
     emulator = Emulator(library)
-    monkeypatch.setattr(_nvrtc, "launch", emulator.launch)
-    monkeypatch.setattr(_nvrtc, "processors", emulator.processors)
+    monkeypatch.setattr(nvrtc, "launch", emulator.launch)
+    monkeypatch.setattr(nvrtc, "processors", emulator.processors)
     return emulator
 
 

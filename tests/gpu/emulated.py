@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from leanops import _nvrtc
+from leanops.common import nvrtc
 
 ROOT = Path(__file__).resolve().parents[2]
 # a vector access to an address that does not suit it ends the process, as on the device
@@ -40,14 +40,14 @@ def build(folder: Path) -> ctypes.CDLL:
 
 
 class Emulator:
-    """Has the signatures of ``_nvrtc.launch`` and ``_nvrtc.processors``, for CPU tensors."""
+    """Has the signatures of ``nvrtc.launch`` and ``nvrtc.processors``, for CPU tensors."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         self.launches: list[str] = []
         self.order = 0  # of blocks and threads: 0 as numbered, 1 backwards, others mixed
 
-    def launch(self, kernel: _nvrtc.Kernel, like: torch.Tensor, grid: int, arguments: Sequence[Any]) -> None:
+    def launch(self, kernel: nvrtc.Kernel, like: torch.Tensor, grid: int, arguments: Sequence[Any]) -> None:
         assert grid > 0, "a launch of no blocks is an error on the device"
         arrays = [np.ascontiguousarray(a).reshape(1) for a in arguments]
         pointers = (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from leanops.optim import TensorSelector
-from leanops.optim.backward_flops import measure
+from leanops.optim.selection.backward_flops import measure
 
 
 @pytest.mark.parametrize("name", MODELS)

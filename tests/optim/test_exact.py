@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import leanops as lo
+from leanops.common import seeds as seed_rule
 from leanops.optim import MeZO
-from leanops.optim import seeds as rule
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 EPS = 1e-2
@@ -19,7 +19,7 @@ EPS = 1e-2
 
 def perturbed(p: Tensor, sign: int, tensor_id: int = 0, *, step: int = 0, distribution: str = "gaussian") -> Tensor:
     out = torch.empty_like(p)
-    seed = rule.derive(0, step, 0)
+    seed = seed_rule.derive(0, step, 0)
     lo.zo_axpy_into_(out, p.detach(), seed, sign * EPS, tensor_ids=[tensor_id], distribution=distribution)
     return out
 
@@ -242,15 +242,15 @@ def test_an_embedding_perturbs_only_the_rows_that_are_looked_up(ids: torch.dtype
     table = nn.Embedding(40_000, 4)
     tokens = torch.tensor([[5, 39_999, 5], [0, 17, 5]], dtype=ids)
     sizes: list[int] = []
-    from leanops.optim import scratch
+    from leanops.optim.zo import perturb_at_use
 
-    original = scratch._Mode._perturb
+    original = perturb_at_use._Mode._perturb
 
     def noted(self: Any, out: list[Tensor], *rest: Any) -> None:
         sizes.append(sum(t.numel() for t in out))
         original(self, out, *rest)
 
-    monkeypatch.setattr(scratch._Mode, "_perturb", noted)
+    monkeypatch.setattr(perturb_at_use._Mode, "_perturb", noted)
     plus, minus = evaluate([table.weight], lambda: table(tokens), perturb="scratch")
     assert sizes == [4 * 4, 4 * 4]
     assert torch.equal(plus, nn.functional.embedding(tokens, perturbed(table.weight, 1)))

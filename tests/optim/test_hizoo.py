@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from zo_runs import DTYPES, HIZOO, VARIANTS, model_of, run, same, take
 
 import leanops as lo
-from leanops.optim import LogError, MeZO, ZoLog, curvature, replay_, scratch
-from leanops.optim.noise import Noise, Seed
-from leanops.optim.params import Slot
+from leanops.optim import LogError, MeZO, ZoLog, replay_
+from leanops.optim.common.parameters import Slot
+from leanops.optim.zo import hizoo, perturb_at_use
+from leanops.optim.zo.directions import Noise, Seed
 
 F64 = torch.float64
 
@@ -24,7 +25,7 @@ F64 = torch.float64
 @pytest.fixture(params=[1 << 17, 3])
 def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole tensors, and pieces of three elements."""
-    monkeypatch.setattr(curvature, "_SLICE", request.param)
+    monkeypatch.setattr(hizoo, "_SLICE", request.param)
 
 
 def noise(opt: MeZO, params: list[Tensor], k: int) -> list[Tensor]:
@@ -41,7 +42,7 @@ def test_roots_are_rounded_correctly(dtype: torch.dtype) -> None:
     p, h = torch.randn(1 << 16, generator=g, dtype=dtype), torch.rand(1 << 16, generator=g, dtype=dtype) * 1e3
     slot = Slot(p, p, 3, 0, "p", 0, h)
     out = torch.empty_like(p)
-    curvature.perturb_into_([out], [slot], Seed(7), 1e-2)
+    hizoo.perturb_into_([out], [slot], Seed(7), 1e-2)
     step = torch.zeros_like(p)
     lo.zo_axpy_(step, 7, 1e-2, tensor_ids=[3])
     assert np.array_equal(out.numpy(), step.numpy() / np.sqrt(h.numpy()) + p.numpy())
@@ -53,7 +54,7 @@ def test_roots_are_rounded_correctly(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("momentum", "mode"), [(0.0, "recompute"), (0.7, "store")])
 @pytest.mark.parametrize("directions", [1, 3])
 def test_a_run_is_that_of_the_formula(slices: None, directions: int, momentum: float, mode: str) -> None:
-    """Five steps against the formula of leanops.optim.curvature, written out in float64."""
+    """Five steps against the formula of leanops.optim.zo.hizoo, written out in float64."""
     g = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(s, generator=g, dtype=F64)) for s in ((3, 4), (5,))]
     root = torch.randn(17, 17, generator=g, dtype=F64)
@@ -137,8 +138,8 @@ def test_a_step_evaluates_twice_a_direction_and_once_and_logs_two_scalars_a_dire
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scratch_and_copy_take_the_same_steps(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scratch, "_ROW", 1)  # an embedding's rows one by one
-    monkeypatch.setattr(curvature, "_SLICE", 50)
+    monkeypatch.setattr(perturb_at_use, "_ROW", 1)  # an embedding's rows one by one
+    monkeypatch.setattr(hizoo, "_SLICE", 50)
     found = []
     for mode in ("scratch", "copy"):
         torch.manual_seed(2)
@@ -195,9 +196,9 @@ def test_beside_the_curvature_a_step_takes_a_few_slices() -> None:
     assert opt.state[w]["curvature"].dtype == torch.float32
     slot = opt._slots()[0]
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as seen:
-        curvature.step_(slot, [], [Noise("gaussian").seeds(0, 1, 1)[0]], [1.0, 1.0], 1e-3, 0.0, 0.0, 1e-8, "nearest")
+        hizoo.step_(slot, [], [Noise("gaussian").seeds(0, 1, 1)[0]], [1.0, 1.0], 1e-3, 0.0, 0.0, 1e-8, "nearest")
     largest = max(e.self_cpu_memory_usage for e in seen.events())
-    assert 0 < largest <= 4 * curvature._SLICE
+    assert 0 < largest <= 4 * hizoo._SLICE
 
 
 def test_state_of_inference_mode_serves_outside_of_it() -> None:

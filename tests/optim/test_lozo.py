@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from zo_runs import DTYPES, run, same
 
 import leanops as lo
+from leanops.common import seeds as seed_rule
 from leanops.optim import MeZO, ZoLog, replay_
-from leanops.optim import seeds as rule
-from leanops.optim.noise import Noise
+from leanops.optim.zo.directions import Noise
 
 F64 = torch.float64
 
@@ -140,7 +140,7 @@ def test_v_lives_for_a_period_and_u_for_a_direction() -> None:
     lefts = [s.left for pair in steps for s in pair]
     assert len(set(lefts)) == 300
     assert not {s[0].right for s in steps} & set(lefts)
-    assert steps[3][1].left == rule.derive(7, 3, 1)
+    assert steps[3][1].left == seed_rule.derive(7, 3, 1)
 
 
 def test_updates_of_a_period_stay_within_the_span_of_v() -> None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import leanops as lo
+from leanops.common import seeds as seed_rule
 from leanops.optim import MeZO, ZoLog, decay_groups, mezo, replay_
-from leanops.optim import seeds as rule
 
 F64 = torch.float64
 
@@ -30,7 +30,7 @@ def quadratic(n: int = 40, seed: int = 0) -> tuple[nn.Parameter, Tensor, Tensor]
 
 
 def noise(opt: MeZO, p: Tensor, direction: int = 0, *, step: int | None = None, tensor_id: int = 0) -> Tensor:
-    seed = rule.derive(opt.log.header["seed"], opt.steps if step is None else step, direction)
+    seed = seed_rule.derive(opt.log.header["seed"], opt.steps if step is None else step, direction)
     return lo.zo_noise(p.shape, seed, tensor_id=tensor_id, dtype=F64, distribution=opt.log.header["distribution"])
 
 

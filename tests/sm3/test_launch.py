@@ -8,8 +8,9 @@ import pytest
 import torch
 from opsuite import assert_same_bits, clone, tensors
 
-from leanops import _nvrtc, _registry
-from leanops.sm3 import nvrtc
+from leanops import _registry
+from leanops.common import nvrtc
+from leanops.sm3 import nvrtc as sm3_nvrtc
 
 SPEC = _registry.spec("sm3_step_")
 # overlaps, which the memory check finds, and numbers that no memory depends on
@@ -45,8 +46,8 @@ def test_no_launcher_in_python_gets_as_far_as_its_kernel(bad, backend, monkeypat
         pytest.fail("a kernel is launched")
 
     if backend == "nvrtc":
-        launchers = nvrtc
-        monkeypatch.setattr(_nvrtc, "launch", launched)
+        launchers = sm3_nvrtc
+        monkeypatch.setattr(nvrtc, "launch", launched)
     else:
         pytest.importorskip("triton", reason="Triton is not installed: pip install 'leanops[triton]'")
         launchers = importlib.import_module("leanops.sm3.triton")

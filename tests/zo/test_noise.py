@@ -8,6 +8,9 @@ import pytest
 import torch
 
 import leanops as lo
+from leanops.common import streams
+from leanops.common.philox import philox
+from leanops.common.rounding import rounding_bits
 from leanops.zo import reference
 
 ALL = 0xFFFFFFFF
@@ -28,13 +31,13 @@ N = 1 << 20
     ],
 )
 def test_philox_gives_the_published_words(counter, key, words):
-    assert tuple(int(w) for w in reference.philox(counter, key)) == words
+    assert tuple(int(w) for w in philox(counter, key)) == words
 
 
 def test_the_signs_are_the_bits_of_philox():
     seed, tensor_id = (0x299F31D0 << 32) | 0xA4093822, 0x13198A2E
     block = 5
-    words = reference.philox((block, 0, tensor_id, reference.RADEMACHER), (seed & ALL, seed >> 32))
+    words = philox((block, 0, tensor_id, streams.RADEMACHER), (seed & ALL, seed >> 32))
     z = lo.zo_noise(128, seed, tensor_id=tensor_id, offset=128 * block, distribution="rademacher")
     bits = torch.tensor([int(w) >> j & 1 for w in words for j in range(32)])
     assert torch.equal(z, 1.0 - 2.0 * bits)
@@ -44,7 +47,7 @@ def test_gaussian_is_within_5e_6_of_the_exact_transform():
     seed, tensor_id = 77, 3
     z = lo.zo_noise(N, seed, tensor_id=tensor_id).double().view(-1, 2, 2)
     block = torch.arange(N // 4)
-    x = reference.philox((block, block * 0, torch.tensor(tensor_id), torch.tensor(reference.GAUSSIAN)), (seed, 0))
+    x = philox((block, block * 0, torch.tensor(tensor_id), torch.tensor(streams.GAUSSIAN)), (seed, 0))
     for pair in (0, 1):
         u1 = ((x[2 * pair] >> 8) + 1).double() * 2.0**-24
         u2 = (x[2 * pair + 1] >> 8).double() * 2.0**-24
@@ -107,7 +110,7 @@ def test_ids_seeds_and_lags_are_uncorrelated(distribution):
 def test_streams_are_uncorrelated():
     gaussian = lo.zo_noise(N, 9)
     sign = lo.zo_noise(N, 9, distribution="rademacher")
-    uniform = reference.rounding_bits(torch.arange(N), 9, 0).double() / 2**16 - 0.5
+    uniform = rounding_bits(torch.arange(N), 9, 0).double() / 2**16 - 0.5
     for a, b in ((gaussian, sign), (gaussian, uniform * math.sqrt(12)), (sign, uniform * math.sqrt(12))):
         assert abs(correlation(a, b)) < 5
 

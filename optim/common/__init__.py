@@ -1,0 +1,1 @@
+"""What the optimizers share: parameters and their memory, and what an optimizer can tell of itself."""

@@ -1,0 +1,1 @@
+"""Callbacks and adapters for trainers."""

@@ -1,0 +1,1 @@
+"""Which parameters train: LISA, half fine-tuning and TensorSelector, over any optimizer."""

@@ -1,0 +1,118 @@
+"""LISA: a few blocks train at a time, drawn at random."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from leanops.optim.selection.freezing import Blocks, Named, Rounds, at_least, find_blocks, find_params, smallest
+
+
+class LISA(Rounds):
+    r"""Layerwise importance sampling: in each round, γ of the N blocks train, and the rest of the model always does.
+
+    .. math::
+
+        S_r = \text{the } \gamma \text{ blocks } b \text{ with the smallest keys } \text{philox}(\text{seed}, r, b),
+        \qquad r = \lfloor t / K \rfloor
+
+    which is uniform without replacement, anew every K steps. A block is drawn with probability γ / N in a round, each
+    pair with probability γ(γ - 1) / (N(N - 1)), independently of other rounds. Frozen blocks have no gradients, no
+    gradient computation, and no optimizer state: with Adam, 8 bytes a parameter of γ blocks instead of N.
+
+    ::
+
+        opt = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        lisa = LISA(model, opt, active=2, period=20)
+        for batch in data:
+            loss_of(model, batch).backward()
+            opt.step()
+            lisa.step()
+            opt.zero_grad()
+
+    Args:
+        model: any module. Parameters that do not require grad when LISA is made stay out of it, so that adapters and
+            models that are frozen in part work as they are.
+        optimizer: any torch optimizer that keeps its state by parameter and holds all parameters that do; make it
+            before LISA. Where it counts steps by parameter group (``group["step"]``), blocks that train again do not
+            start as in a new one, and a warning says so.
+        active: γ, published: 2 (of 32), up to 8.
+        period: K, published: 3 to 50 draws over a run, that is tens to hundreds of steps.
+        blocks: what is drawn from: None for the entries of the longest ``nn.ModuleList``, a container's name
+            (``"model.layers"``), a regular expression that blocks' names match in full (``r"encoder\.block\.\d+"``),
+            or a list of modules or names. Blocks without a trainable parameter are not counted.
+        always: what trains in every round: None for all that is outside the blocks (embeddings, head, final norm), or a
+            regular expression found in parameters' names, or a list of modules and parameters; whatever else lies
+            outside the blocks then stays frozen. Parameters shared by an active block train with it.
+        seed: the draws follow from it and from the number of the round.
+
+    ``active_blocks`` has the names of the blocks that train now. See ``attach`` for counting steps by a hook,
+    :func:`leanops.optim.trainer_callback` for Hugging Face's Trainer, and ``state_dict``, with which a run resumes to
+    the same bits, in the middle of a round too.
+
+    DistributedDataParallel: make LISA after it, and give it ``find_unused_parameters=True``.
+
+    Raises:
+        TypeError: model or optimizer of the wrong kind.
+        ValueError: more active blocks than there are; blocks or always that match nothing, or blocks that cannot be
+            told; an optimizer without one of the trainable parameters; a model that LISA, HalfFineTuning or
+            TensorSelector has frozen and not released. Nothing is frozen then.
+
+    Source: LISA (2403.17919), algorithm 1.
+    """
+
+    _SETTINGS = ("active", "blocks", "always")
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any,
+        *,
+        active: int = 2,
+        period: int = 20,
+        blocks: Blocks = None,
+        always: Named | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, optimizer, at_least("LISA", "period", period, 1), seed)
+        params, module = self._freezer.params, self._freezer.model
+        names = {id(p): n for n, p in params.items()}
+        self._blocks = {}
+        for block, m in find_blocks("LISA", module, blocks).items():
+            inside = {names[id(p)] for p in m.parameters() if id(p) in names}
+            if inside:
+                self._blocks[block] = inside
+        self.active = at_least("LISA", "active", active, 1)
+        if active > len(self._blocks):
+            raise ValueError(
+                f"LISA: active must be at most the number of blocks with trainable parameters, {len(self._blocks)}, "
+                f"got {active}"
+            )
+        sampled = set().union(*self._blocks.values())
+        self._always = (
+            {n for n in params if n not in sampled}
+            if always is None
+            else find_params("LISA", "always", module, params.keys(), always)
+        )
+        self._apply()
+
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the blocks that are drawn from."""
+        return list(self._blocks)
+
+    @property
+    def always(self) -> list[str]:
+        """Names of the parameters that train in every round."""
+        return sorted(self._always)
+
+    @property
+    def active_blocks(self) -> list[str]:
+        """Names of the blocks that train now."""
+        return self._drawn(self._round)
+
+    def _drawn(self, round_: int) -> list[str]:
+        names = self.blocks
+        return [names[i] for i in smallest(self.seed, round_, range(len(names)), self.active)]
+
+    def _draw(self, round_: int) -> set[str]:
+        return self._always.union(*(self._blocks[b] for b in self._drawn(round_)))

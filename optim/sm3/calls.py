@@ -1,0 +1,419 @@
+"""The operator calls of an SM3 step: one a group and device, made once and used again while nothing has changed.
+
+Gathering a thousand parameters anew, and refusing what does not fit, costs more than the kernel's work on small ones.
+So a call keeps its lists, and each step only looks whether parameters, state and gradients are still those: 0.6 us a
+parameter. Whatever a user replaces (a parameter's memory or strides, an entry of the state, ...) is noticed and
+gathered again. The memory of large weights and of their state is not held between steps: its owner may move it away.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from itertools import chain, repeat
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from leanops import _registry
+from leanops.common import seeds, streams
+from leanops.common.checks import LARGEST_FLOAT32, rate_is_one_number
+from leanops.common.dtypes import FLOATS
+from leanops.optim.common import parameters
+from leanops.optim.sm3.state import MOMENTUM_DTYPES, Part, State, complete, loaded_group, number, part_of
+
+OPERATOR = _registry.spec("sm3_step_")
+_SMALL = 1 << 14  # elements; a step takes about 10 us for them
+
+_dtype, _shape, _layout = map(operator.attrgetter, ("dtype", "shape", "layout"))
+
+Group = dict[str, Any]
+Grads = list[list[Tensor | None]]  # of every group's every parameter
+
+
+class Numbers(NamedTuple):
+    """The operator's last arguments."""
+
+    momentum: float
+    beta: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    maximize: bool
+    stochastic_rounding: bool
+
+
+def numbers(group: Group, momentum: float | None = None) -> Numbers:
+    """A group's numbers, of which the momentum may be given; ValueError for one out of its range: NaN is in none, and
+    what is infinite in float32 is not finite."""
+    n = Numbers(
+        float(group["momentum"] if momentum is None else momentum),
+        float(group["beta"]),
+        float(group["eps"]),
+        float(group["weight_decay"]),
+        bool(group["decoupled"]),
+        bool(group["maximize"]),
+        bool(group["stochastic_rounding"]),
+    )
+    if not 0 <= n.momentum < 1:
+        raise ValueError(f"SM3: momentum must be in [0, 1), got {n.momentum}")
+    if not 0 < n.beta <= 1:
+        raise ValueError(f"SM3: beta must be in (0, 1], got {n.beta}")
+    for name in ("eps", "weight_decay"):
+        if not 0 <= getattr(n, name) <= LARGEST_FLOAT32:
+            raise ValueError(f"SM3: {name} must be a finite number >= 0, got {getattr(n, name)}")
+    return n
+
+
+def momentum_dtype(group: Group) -> torch.dtype | None:
+    """That of the group's new momenta; a saved group has its name."""
+    dtype: torch.dtype | None = loaded_group(group)["momentum_dtype"]
+    if dtype is not None and dtype not in MOMENTUM_DTYPES:
+        names = ", ".join(map(str, (None, *MOMENTUM_DTYPES)))
+        raise ValueError(f"SM3: momentum_dtype must be one of {names}, got {dtype}")
+    return dtype
+
+
+def rate(lr: Any, device: torch.device) -> Tensor:
+    """lr as the operator takes it: one element of float32 or float64, on the CPU or on the parameters' device."""
+    rate_is_one_number("SM3", lr)
+    if not isinstance(lr, Tensor):
+        return torch.tensor(lr, dtype=torch.float64, device="cpu")
+    wide = lr if lr.dtype in (torch.float32, torch.float64) else lr.double()
+    return beside(wide, device)
+
+
+def beside(t: Tensor, device: torch.device) -> Tensor:
+    """A number on the CPU or on the device, for the operator reads no other."""
+    return t if t.device == device or t.device.type == "cpu" else t.to(device)
+
+
+def scaler(value: Any, device: torch.device) -> Tensor | None:
+    """What GradScaler leaves at the optimizer, as the operator takes it."""
+    return None if value is None else beside(number(value), device)
+
+
+def rounding_seed(seed: int, taken: Tensor) -> Tensor:
+    """The seed of a call, whose parameters have taken up to so many steps: another one for every step in a row."""
+    return taken.to(torch.int64) + rounding_start(seed)
+
+
+@cache
+def rounding_start(seed: int) -> int:
+    """An int64 that follows from an optimizer's seed."""
+    start = seeds.derive(seeds.check("SM3", seed), 0, stream=streams.SM3_SEEDS)
+    return start - 2**64 if start >= 2**63 else start
+
+
+def home_of_step(group: Group, device: torch.device) -> torch.device:
+    """Where ``step`` lies: as in torch, on the parameters' device for these flags."""
+    return device if group["capturable"] or group["fused"] else torch.device("cpu")
+
+
+def name_of(group: Group, place: int, position: int) -> str:
+    return str(group["param_names"][place] if "param_names" in group else position)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def check_parameter(name: str, p: Tensor) -> None:
+    """Refuse what no step can move, when it is given."""
+    if p.is_complex():
+        raise ValueError(f"SM3: parameter {name} must be real, got {p.dtype}; use torch.view_as_real")
+    if p.layout != torch.strided:
+        raise ValueError(f"SM3: parameter {name} must be dense, got layout {p.layout}")
+
+
+def _plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether none is a wrapper, a subclass with a dispatch of its own, whose values lie elsewhere."""
+    types: set[type[Tensor]] = set(map(type, tensors))
+    return all(t.__torch_dispatch__ is Tensor.__torch_dispatch__ for t in types)
+
+
+def check_step(name: str, p: Tensor, g: Tensor) -> None:
+    """Refuse what this step cannot move."""
+    check_parameter(name, p)
+    if p.dtype not in FLOATS:
+        raise ValueError(f"SM3: parameter {name} must be float32, bfloat16, float16 or float64, got {p.dtype}")
+    if not _plain((p,)) and not parameters.is_sharded(p) and not isinstance(p, FakeTensor):
+        raise ValueError(f"SM3: parameter {name} must be a plain tensor or a DTensor, got {type(p).__name__}")
+    if p.is_neg():
+        raise ValueError(f"SM3: parameter {name} must not be a negated view; use its resolve_neg()")
+    if p.device.type == "meta":
+        raise ValueError(f"SM3: parameter {name} must have data, but it is on the meta device")
+    if g.layout != torch.strided:
+        kind = "sparse gradients" if g.layout == torch.sparse_coo else f"gradients of layout {g.layout}"
+        raise RuntimeError(f"SM3 does not support {kind}; parameter {name} has one (nn.Embedding: pass sparse=False)")
+    if parameters.is_sharded(g) != parameters.is_sharded(p):
+        raise ValueError(f"SM3: parameter {name} is {type(p).__name__}, but its gradient {type(g).__name__}")
+    if g.dtype != p.dtype or g.shape != p.shape or g.device != p.device:
+        raise ValueError(
+            f"SM3: the gradient of parameter {name} must be {p.dtype} {list(p.shape)} on {p.device} as the parameter, "
+            f"got {g.dtype} {list(g.shape)} on {g.device}"
+        )
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+
+class Item(NamedTuple):
+    """A parameter that a step moves."""
+
+    place: int  # in its group
+    tensor_id: int
+    part: Part
+    state: State
+    at: int  # of the state among those of the optimizer
+
+
+class Call:
+    """One operator call: parameters of one group on one device. The ``step`` of each is a view of one tensor."""
+
+    def __init__(self, group: Group, items: Sequence[Item], device: torch.device, whole: bool) -> None:
+        self.device, self.fresh = device, True
+        self._places = None if whole else [i.place for i in items]  # None: every parameter of the group, in order
+        self._parts = [i.part for i in items]
+        self._params = [p.param for p in self._parts]
+        self._sharded = any(map(parameters.is_sharded, self._params))
+        self._locals = [p.local for p in self._parts]
+        self._ids, self._offsets = [i.tensor_id for i in items], [p.offset for p in self._parts]
+        self._at = [i.at for i in items]
+        states = [i.state for i in items]
+        self._momentum, dtype = bool(group["momentum"]), momentum_dtype(group)
+        for state, local in zip(states, self._locals, strict=True):
+            complete(state, local, self._momentum, dtype)
+        self._empty = torch.empty(0, dtype=torch.float32, device=device)
+        lists = self._state(states)
+        kept = list(chain.from_iterable(lists))
+        self._home = home_of_step(group, device)
+        taken = [number(s["step"]).detach().to(self._home).reshape(()) for s in states]
+        self._steps = torch.stack(taken)
+        for state, view in zip(states, self._steps.unbind(), strict=True):
+            state["step"] = view
+        if any(map(Tensor.is_inference, kept)) and not torch.is_inference_mode_enabled():
+            raise RuntimeError("SM3: state that torch.inference_mode() made cannot be written outside of it; clone it")
+        self.plain = _plain(self._locals) and _plain(kept)
+        self._kept = None if any(map(_is_large, kept)) else lists
+        entries = list(chain.from_iterable(map(dict.values, states)))
+        self._large_entries = [(i, weakref.ref(e)) for i, e in enumerate(entries) if _is_large(e)]
+        self._entries = [None if _is_large(e) else e for e in entries]
+        # As long as C++ holds a tensor, too, letting go of it after a call does not take the interpreter's lock, which
+        # on thousands of small tensors costs a third of a step. C++ must not hold a parameter (one with an attribute
+        # that leads here would never be freed) nor the memory of a large one, which its owner may want to move between
+        # steps.
+        small = self.plain and not self._sharded
+        self._give([t.detach() if small and t.numel() <= _SMALL else t for t in self._locals])
+        pairs = list(zip(self._locals, self._given, strict=True))
+        self._small, self._aliases = [t for t, a in pairs if t is not a], [a for t, a in pairs if t is not a]
+        self._large = [t for t, a in pairs if t is a]
+        if self.plain:
+            self._geometries = list(map(_geometry, self._large))
+            held = [*self._aliases, *(t for t in kept if not _is_large(t))]
+            self._held = torch.ScriptList(held) if held else None
+        self._dtypes, self._shapes = list(map(_dtype, self._locals)), list(map(_shape, self._locals))
+        self._no_seed = torch.zeros((), dtype=torch.int64, device="cpu")
+
+    def _give(self, weights: list[Tensor]) -> None:
+        """What the operator is given, and whose version counters move, where that is known before the state is."""
+        self._given = weights
+        self._counted = self._kept and _registry.counted([*weights, *chain.from_iterable(self._kept)])
+
+    def _state(self, states: Sequence[State]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Covers, momenta and scales, as the operator takes them."""
+        momenta = [s["momentum_buffer"] for s in states] if self._momentum else []
+        coded = any(m.dtype == torch.int8 for m in momenta)
+        scales = [s.get("momentum_scale", self._empty) for s in states] if coded else []
+        return [s["cover"] for s in states], momenta, scales
+
+    def pick(self, grads: Sequence[Tensor | None]) -> Sequence[Any]:
+        """The gradients of the call's parameters, out of those of the group's."""
+        return grads if self._places is None else [grads[i] for i in self._places]
+
+    def fits(self, group: Group, grads: Sequence[Tensor], states: Sequence[State]) -> bool:
+        """Whether the call is what would be gathered now, for these gradients of its parameters."""
+        if not self.plain or (self._steps.is_inference() and not torch.is_inference_mode_enabled()):
+            return False
+        if bool(group["momentum"]) != self._momentum or home_of_step(group, self.device) != self._home:
+            return False
+        entries = list(chain.from_iterable(map(dict.values, map(states.__getitem__, self._at))))
+        if len(entries) != len(self._entries):
+            return False
+        for i, large in self._large_entries:
+            if entries[i] is None or entries[i] is not large():
+                return False
+            entries[i] = None
+        if not all(map(operator.is_, entries, self._entries)):
+            return False
+        if self._sharded:
+            self._large = list(map(parameters.local, self._params))
+            self._give(self._large)
+        if not all(map(Tensor.is_set_to, self._small, self._aliases)):
+            return False
+        if list(map(_geometry, self._large)) != self._geometries or list(map(_dtype, grads)) != self._dtypes:
+            return False
+        return list(map(_layout, grads)).count(torch.strided) == len(grads)
+
+    def has_shapes(self, grads: Sequence[Tensor]) -> bool:
+        """Whether gradients still have those of the parameters: they may be resized in place. 0.14 us each."""
+        return self._sharded or list(map(_shape, grads)) == self._shapes
+
+    def arguments(
+        self, group: Group, grads: Sequence[Any], states: Sequence[State], grad_scale: Any, found_inf: Any
+    ) -> tuple[Any, ...]:
+        """What the operator takes."""
+        if self._sharded or not _plain(grads):
+            grads = [_local_gradient(p, g) for p, g in zip(self._params, grads, strict=True)]
+        n = numbers(group)
+        return (
+            self._given,
+            grads,
+            *(self._kept or self._state([states[i] for i in self._at])),
+            rate(group["lr"], self.device),
+            rounding_seed(group["seed"], self._steps.amax()) if n.stochastic_rounding else self._no_seed,
+            scaler(grad_scale, self.device),
+            scaler(found_inf, self.device),
+            self._ids,
+            self._offsets,
+            *n,
+        )
+
+    def run(self, arguments: tuple[Any, ...], found_inf: Any) -> None:
+        """Move the parameters and count the step, unless the gradients were found to be infinite."""
+        if self.plain:
+            OPERATOR.launch(self.device, *arguments, written=self._counted)
+            self.fresh = False
+        else:
+            OPERATOR.op(*arguments)
+        self._steps.add_(1 if found_inf is None else (found_inf.to(self._home).reshape(()) == 0).float())
+
+    def columns(self, state: Mapping[Any, State]) -> Iterator[tuple[Any, Tensor, bool]]:
+        """Of each parameter whose rows are shared: with whom, the covers of its other axes as int32, and whether this
+        process has none of the rows."""
+        for part in self._parts:
+            if part.group is not None and part.local.dim() > 1 and part.param.numel():
+                rows = part.local.shape[0]
+                yield part.group, state[part.param]["cover"].view(torch.int32)[rows:], rows == 0
+
+
+def _is_large(entry: Any) -> bool:
+    return isinstance(entry, Tensor) and entry.numel() > _SMALL
+
+
+def _geometry(t: Tensor) -> tuple[Any, ...]:
+    return t.data_ptr(), t.shape, t.stride()
+
+
+def _local_gradient(p: Any, g: Any) -> Tensor:
+    """This process's part of a gradient. A wrapper gives its values up, or raises, before anything is written."""
+    if parameters.is_sharded(p):
+        if g.placements != p.placements:
+            g = g.redistribute(p.device_mesh, p.placements)
+        g = g.to_local()
+    if _plain((g,)) or isinstance(g, FakeTensor):
+        return g
+    values: Tensor = g.wait() if hasattr(g, "wait") else g.clone()
+    if not _plain((values,)):
+        raise ValueError(f"SM3: a gradient must be a plain tensor or a DTensor, got {type(g).__name__}")
+    return values
+
+
+class Plan:
+    """The calls of a step of an optimizer, for the gradients that are there."""
+
+    def __init__(self, optimizer: Any, grads: Grads) -> None:
+        """Gather what moves. Nothing is made or changed before everything that a step refuses has been looked for."""
+        self._groups = [
+            (list(group["params"]), None if all(g is not None for g in gs) else [g is not None for g in gs])
+            for group, gs in zip(optimizer.param_groups, grads, strict=True)
+        ]
+        found: list[tuple[int, torch.device, list[tuple[int, int, Part]]]] = []
+        seen: set[int] = set()
+        position = 0
+        for index, (group, gs) in enumerate(zip(optimizer.param_groups, grads, strict=True)):
+            numbers(group)
+            rate_is_one_number("SM3", group["lr"])
+            momentum_dtype(group)
+            first = group.get("tensor_id", position)
+            by_device: dict[torch.device, list[tuple[int, int, Part]]] = {}
+            for place, (p, g) in enumerate(zip(group["params"], gs, strict=True)):
+                if g is None or id(p) in seen:
+                    continue
+                seen.add(id(p))  # torch warns of a parameter that comes twice; it moves once
+                name = name_of(group, place, position + place)
+                check_step(name, p, g)
+                part = part_of("SM3", name, p)
+                by_device.setdefault(part.local.device, []).append((place, first + place, part))
+            found += [(index, device, items) for device, items in by_device.items()]
+            position += len(gs)
+
+        state = optimizer.state
+        for part in (part for *_, items in found for *_, part in items):
+            state.setdefault(part.param, {})
+        at = {id(p): n for n, p in enumerate(state)}
+        self._owners = list(state)
+        self._calls: list[tuple[int, Call]] = []
+        for index, device, items in found:
+            group = optimizer.param_groups[index]
+            made = [Item(place, i, part, state[part.param], at[id(part.param)]) for place, i, part in items]
+            self._calls.append((index, Call(group, made, device, len(made) == len(group["params"]))))
+        self._columns: dict[tuple[int, torch.device], tuple[Any, list[Tensor], list[Tensor]]] = {}
+        for _, call in self._calls:
+            for group, tail, absent in call.columns(state):
+                _, tails, blanks = self._columns.setdefault((id(group), call.device), (group, [], []))
+                tails.append(tail)
+                blanks += [tail] if absent else []
+
+    def fits(self, optimizer: Any, grads: Grads) -> bool:
+        """Whether the plan is what would be gathered now."""
+        groups = optimizer.param_groups
+        if len(groups) != len(self._groups):
+            return False
+        for group, gs, (params, active) in zip(groups, grads, self._groups, strict=True):
+            if len(gs) != len(params) or not all(map(operator.is_, group["params"], params)):
+                return False
+            if not all(map(operator.is_not, gs, repeat(None))) if active is None else _present(gs) != active:
+                return False
+        owners, states = list(optimizer.state), list(optimizer.state.values())
+        if len(owners) != len(self._owners) or not all(map(operator.is_, owners, self._owners)):
+            return False
+        # the first call itself refuses a gradient of another shape before anything is written
+        return all(call.has_shapes(call.pick(grads[i])) for i, call in self._calls[1:]) and all(
+            call.fits(groups[i], call.pick(grads[i]), states) for i, call in self._calls
+        )
+
+    def run(self, optimizer: Any, grads: Grads) -> None:
+        """One step. Nothing is written when it refuses a gradient, a number or the state."""
+        groups, states = optimizer.param_groups, list(optimizer.state.values())
+        grad_scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+        found_inf = None if found_inf is None else number(found_inf)
+        ready = [(c, c.arguments(groups[i], c.pick(grads[i]), states, grad_scale, found_inf)) for i, c in self._calls]
+        for call, arguments in ready:
+            if call.fresh and call.plain:
+                OPERATOR.refuse(*arguments)
+        for call, arguments in ready:
+            call.run(arguments, found_inf)
+        for group, tails, blanks in self._columns.values():
+            _combine(group, tails, blanks)
+
+
+def _present(grads: Sequence[Tensor | None]) -> list[bool]:
+    return [g is not None for g in grads]
+
+
+def _combine(group: Any, tails: list[Tensor], blanks: list[Tensor]) -> None:
+    """The maximum over the processes that share rows, of all parameters' column covers at once.
+
+    Bits of non-negative numbers are ordered as the numbers, and NaN lies above infinity: as integers they survive
+    libraries whose maximum drops a NaN. Who has no rows of a parameter has an old cover, which must not count.
+    """
+    for tail in blanks:
+        tail.zero_()
+    flat = torch.cat(tails).bitwise_and_(0x7FFFFFFF)
+    torch.distributed.all_reduce(flat, torch.distributed.ReduceOp.MAX, group=group)
+    for tail, new in zip(tails, flat.split([t.numel() for t in tails]), strict=True):
+        tail.copy_(new)

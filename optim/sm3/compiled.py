@@ -1,0 +1,196 @@
+"""SM3's step as torch.compile traces it: the operator in the graph, and numbers that are read when it runs."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanops.common.checks import rate_is_one_number
+from leanops.optim.common import parameters
+from leanops.optim.sm3.calls import (
+    OPERATOR,
+    check_step,
+    home_of_step,
+    momentum_dtype,
+    name_of,
+    numbers,
+    rate,
+    rounding_start,
+    scaler,
+)
+from leanops.optim.sm3.state import complete, number
+
+_live: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+_keys = itertools.count()
+
+# A number that a graph reads as a constant is guarded, and each new one compiles anew. These operators read what
+# schedules change, a group's lr and momentum, when the graph runs, whoever has set them since; and its seed, for an
+# integer that is another one in the next optimizer is no constant to the tracer. The momentum reaches sm3_step_ through
+# an operator that takes it as a tensor.
+_library = torch.library.Library("leanops", "FRAGMENT")
+_library.define("_sm3_compiled_step_" + OPERATOR.schema.replace("float momentum", "Tensor momentum"))
+
+
+def _group(optimizer: str, group: int) -> dict[str, Any]:
+    """A group, once no group has a number that is refused: a graph may move one before it reads those of the next."""
+    groups: list[dict[str, Any]] = _live[optimizer].param_groups
+    for g in groups:
+        numbers(g)
+        rate_is_one_number("SM3", g["lr"])
+    return groups[group]
+
+
+def _lr(like: Tensor, optimizer: str, group: int) -> Tensor:
+    value = rate(_group(optimizer, group)["lr"], like.device)
+    return value.to("cpu", torch.float64, copy=True).reshape(())
+
+
+def _momentum(like: Tensor, optimizer: str, group: int) -> Tensor:
+    return torch.tensor(numbers(_group(optimizer, group)).momentum, dtype=torch.float64, device="cpu")
+
+
+def _start(like: Tensor, optimizer: str, group: int) -> Tensor:
+    start = rounding_start(_live[optimizer].param_groups[group]["seed"])
+    return torch.tensor(start, dtype=torch.int64, device="cpu")
+
+
+def _step(
+    params: list[Tensor], grads: list[Tensor], covers: list[Tensor], momenta: list[Tensor], scales: list[Tensor],
+    lr: Tensor, seed: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None, tensor_ids: list[int],
+    offsets: list[int], momentum: Tensor, *rest: Any
+) -> None:  # fmt: skip
+    """``sm3_step_``; where the momentum has become 0, what was traced with one leaves the momenta as they are."""
+    share = momentum.item()
+    kept = (momenta, scales) if share else ([], [])
+    OPERATOR.op(params, grads, covers, *kept, lr, seed, grad_scale, found_inf, tensor_ids, offsets, share, *rest)
+
+
+for _name, _read, _dtype in (
+    ("_sm3_lr", _lr, torch.float64),
+    ("_sm3_momentum", _momentum, torch.float64),
+    ("_sm3_start", _start, torch.int64),
+):
+    _library.define(f"{_name}(Tensor like, str optimizer, int group) -> Tensor")
+    _library.impl(_name, _read, "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        f"leanops::{_name}",
+        lambda like, optimizer, group, dtype=_dtype: torch.empty((), dtype=dtype, device="cpu"),
+        lib=_library,
+    )
+_library.impl("_sm3_compiled_step_", _step, "CompositeExplicitAutograd")
+torch.library.register_fake("leanops::_sm3_compiled_step_", lambda *args: None, lib=_library)
+
+
+def enlist(optimizer: Any) -> str:
+    """A name by which a graph finds the optimizer again. A second integer would be no constant to the tracer."""
+    key = str(next(_keys))
+    _live[key] = optimizer
+    return key
+
+
+def _prepare(key: str, index: int) -> tuple[bool, bool]:
+    """While a group's step is traced: refuse what does not fit, make the state. Whether the lr is a tensor, and whether
+    there is momentum."""
+    optimizer = _live[key]
+    group = optimizer.param_groups[index]
+    numbers(group)
+    params = group["params"]
+    if len({id(p) for p in params}) != len(params):
+        raise ValueError("SM3: a parameter that comes twice in a group cannot be compiled")
+    position = sum(len(g["params"]) for g in optimizer.param_groups[:index])
+    moved = [(place, p) for place, p in enumerate(params) if p.grad is not None]
+    for place, p in moved:
+        if parameters.is_sharded(p):
+            raise ValueError("SM3: a step on sharded parameters cannot be compiled; compile the model and call step()")
+        check_step(name_of(group, place, position + place), p, p.grad)
+    momentum, dtype = bool(group["momentum"]), momentum_dtype(group)
+    for _, p in moved:
+        state = optimizer.state.setdefault(p, {})
+        complete(state, p.detach(), momentum, dtype)
+        # each on its own: views of one tensor, as eager steps leave them, would be compared pair by pair
+        state["step"] = number(state["step"]).detach().to(home_of_step(group, p.device), copy=True)
+    return isinstance(group["lr"], Tensor), momentum
+
+
+# what torch.compiler.assume_constant_result sets, which would import the compiler with this package: the function runs
+# while a graph is traced, and its results are constants in it
+_prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def traced_step(optimizer: Any, key: str, like: Tensor) -> None:
+    """The step of an optimizer on plain tensors, written for the tracer: lists, and one operator a group and device."""
+    # not optimizer.param_groups: the tracer would guard every value in it, the learning rate among them
+    groups = optimizer.__dict__["param_groups"]
+    fixed = [_prepare(key, index) for index in range(len(groups))]
+    # all gradients before any state: through the keys of the state, the tracer would guard which tensor a gradient is
+    moved = [[(i, p, p.grad) for i, p in enumerate(g["params"]) if p.grad is not None] for g in groups]
+    position = 0
+    for index, group in enumerate(groups):
+        is_tensor, moves = fixed[index]
+        lr = group["lr"] if is_tensor else torch.ops.leanops._sm3_lr(like, key, index)
+        momentum = torch.ops.leanops._sm3_momentum(like, key, index) if moves else None
+        start = torch.ops.leanops._sm3_start(like, key, index) if group["stochastic_rounding"] else None
+        first = group.get("tensor_id", position)
+        devices: list[torch.device] = []
+        for _, p, _ in moved[index]:
+            if p.device not in devices:
+                devices.append(p.device)
+        for device in devices:
+            items = [m for m in moved[index] if m[1].device == device]
+            _traced_call(optimizer, group, items, first, device, lr, momentum, start)
+        position += len(group["params"])
+
+
+def _traced_call(
+    optimizer: Any,
+    group: dict[str, Any],
+    moved: list[tuple[int, Tensor, Tensor]],
+    first: int,
+    device: torch.device,
+    lr: Tensor,
+    momentum: Tensor | None,
+    start: Tensor | None,
+) -> None:
+    """``momentum``: None where it is 0, which is then a constant of the graph. ``start``: of the seeds of stochastic
+    rounding."""
+    params, grads, covers, momenta, scales, ids, steps = [], [], [], [], [], [], []
+    n = numbers(group) if momentum is None else numbers(group, 0.0)
+    for place, p, g in moved:
+        state = optimizer.state[p]
+        params.append(p)
+        grads.append(g)
+        covers.append(state["cover"])
+        steps.append(state["step"])
+        ids.append(first + place)
+        if momentum is not None:
+            momenta.append(state["momentum_buffer"])
+            scales.append(state["momentum_scale"] if "momentum_scale" in state else state["cover"].new_empty(0))
+    found_inf = scaler(getattr(optimizer, "found_inf", None), device)
+    if start is None:
+        seed = torch.zeros((), dtype=torch.int64, device="cpu")
+    else:
+        seed = torch.stack(steps).amax().to(torch.int64) + start
+    step = torch.ops.leanops.sm3_step_ if momentum is None else torch.ops.leanops._sm3_compiled_step_
+    step(
+        params,
+        grads,
+        covers,
+        momenta,
+        scales,
+        rate(lr, device),
+        seed,
+        scaler(getattr(optimizer, "grad_scale", None), device),
+        found_inf,
+        ids,
+        [0] * len(ids),
+        n.momentum if momentum is None else momentum,
+        *n[1:],
+    )
+    if found_inf is None:
+        torch._foreach_add_(steps, 1)
+    else:
+        torch._foreach_add_(steps, (found_inf.to(steps[0].device).reshape(()) == 0).float())

@@ -1,0 +1,1 @@
+"""The zeroth-order optimizers: MeZO with its log and replay, and SeedPool."""

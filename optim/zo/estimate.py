@@ -1,0 +1,249 @@
+"""The estimate of a step: which evaluations it needs, on whom, and what comes of them."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leanops.optim.common.parameters import check_apart, is_sharded
+from leanops.optim.zo.directions import Noise, Seed
+from leanops.optim.zo.perturb_at_use import Scratch
+from leanops.optim.zo.perturb_in_place import Copy, InPlace, Perturber, drop_unsharded, fsdp_modules
+from leanops.optim.zo.slots import Slot
+
+MODES = ("auto", "scratch", "copy", "inplace")
+
+
+class Reduction:
+    """One small all-reduce a step over a process group, or none."""
+
+    def __init__(self, group: Any, parallel: str, directions: int) -> None:
+        if parallel not in ("data", "direction"):
+            raise ValueError(f"MeZO: parallel must be one of data, direction, got {parallel!r}")
+        self.group = group
+        self._parallel = parallel
+        self._device = torch.device("cpu")
+        self._world, self._rank = 1, 0
+        if group is not None:
+            self._world, self._rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+        elif parallel == "direction":
+            raise ValueError("MeZO: parallel='direction' needs a process_group")
+        if parallel == "direction" and directions < self._world:
+            raise ValueError(f"MeZO: parallel='direction' needs a direction a process, {self._world}, got {directions}")
+
+    def use(self, slots: Sequence[Slot]) -> None:
+        """Take the mesh's group for sharded parameters, and the device that the group's backend works on."""
+        sharded: list[Any] = [s.param for s in slots if is_sharded(s.param)]
+        if sharded and self._parallel == "direction":
+            raise ValueError(
+                "MeZO: parallel='direction' cannot be used with sharded parameters: their ranks evaluate together"
+            )
+        if self.group is None and sharded:
+            mesh = sharded[0].device_mesh
+            self.group = mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group()
+            self._world, self._rank = (
+                torch.distributed.get_world_size(self.group),
+                torch.distributed.get_rank(self.group),
+            )
+        if self.group is not None and slots:
+            backend = torch.distributed.get_backend(self.group)
+            self._device = slots[0].local.device if backend == "nccl" else torch.device("cpu")
+
+    def mine(self, direction: int) -> bool:
+        """Whether this process evaluates a direction."""
+        return self._parallel == "data" or direction % self._world == self._rank
+
+    @property
+    def first(self) -> bool:
+        return self._parallel == "data" or self._rank == 0
+
+    def __call__(self, values: list[float]) -> list[float]:
+        """The mean over processes (data), or what each process knows put together (direction: 0 elsewhere)."""
+        if self.group is None:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self._device)
+        torch.distributed.all_reduce(total, group=self.group)
+        if self._parallel == "data":
+            total /= self._world
+        return [float(v) for v in total.tolist()]
+
+
+class Evaluator:
+    """Runs the closure at the perturbed weights that an estimate asks for."""
+
+    def __init__(self, mode: str, noise: Noise, model: nn.Module | None, same_rng: bool) -> None:
+        if mode not in MODES:
+            raise ValueError(f"MeZO: perturb must be one of {', '.join(MODES)}, got {mode!r}")
+        self._mode = mode
+        self._noise = noise
+        self._model = model
+        self._same_rng = same_rng
+        self._perturber: Perturber | None = None
+        self._for: tuple[int, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy of the optimizer is for other parameters; what it evaluates is found out anew
+        mode = "copy" if self._mode == "auto" and _opaque(self._model) else self._mode
+        return {**self.__dict__, "_perturber": None, "_for": (), "_model": None, "_mode": mode}
+
+    def _ready(self, op: str, slots: Sequence[Slot]) -> Perturber:
+        key = tuple(id(t) for s in slots for t in (s.param, s.curvature))
+        if self._perturber is None or key != self._for:
+            check_apart(op, ((s.name, s.local) for s in slots))
+            mode = self._choose(slots)
+            if mode == "scratch":
+                self._perturber = Scratch(slots, self._noise, op)
+            else:
+                self._perturber = (Copy if mode == "copy" else InPlace)(slots, self._noise, self._model)
+            self._for = key
+        return self._perturber
+
+    def _choose(self, slots: Sequence[Slot]) -> str:
+        sharded = any(is_sharded(s.param) for s in slots)
+        if self._mode == "scratch" and sharded:
+            raise ValueError("MeZO: perturb='scratch' cannot be used with sharded parameters; use 'copy' (or 'auto')")
+        if sharded and self._model is None and "torch.distributed.fsdp" in sys.modules:
+            raise ValueError(
+                "MeZO: sharded parameters under FSDP need model=, so that the weights it keeps gathered can be dropped"
+            )
+        if self._mode != "auto":
+            return self._mode
+        return "copy" if sharded or _opaque(self._model) else "scratch"
+
+    def estimate(
+        self,
+        closure: Callable[[], Any],
+        slots: Sequence[Slot],
+        seeds: Sequence[Seed],
+        eps: float,
+        variant: str,
+        reduce: Reduction,
+        op: str = "MeZO.step",
+    ) -> tuple[list[float], Any]:
+        """The scalars of the step, rounded to fp32 as the log keeps them, and the mean of the losses."""
+        mine = [k for k in range(len(seeds)) if reduce.mine(k)]
+        two_sided = variant in ("spsa", "sign", "hizoo")
+        points = [(seeds[k], sign * eps) for k in mine for sign in ((1, -1) if two_sided else (1,))]
+        if variant in ("one_sided", "hizoo") or (variant == "fzoo" and reduce.first):
+            points.append((seeds[0], 0.0))
+        losses, kind = self._losses(op, closure, slots, points)
+        n = len(seeds)
+        raw = [0.0] * n
+        if two_sided:
+            for i, k in enumerate(mine):
+                raw[k] = (losses[2 * i] - losses[2 * i + 1]) / (2.0 * eps)
+            if variant == "hizoo":
+                raw += [0.0] * n
+                for i, k in enumerate(mine):
+                    raw[n + k] = (losses[2 * i] + losses[2 * i + 1] - 2.0 * losses[-1]) / eps / (2.0 * eps)
+        elif variant == "one_sided":
+            for i, k in enumerate(mine):
+                raw[k] = (losses[i] - losses[-1]) / eps
+        else:
+            raw = [*raw, losses[-1] if reduce.first else 0.0]
+            for i, k in enumerate(mine):
+                raw[k] = losses[i]
+        scalars = reduce(raw)
+        if variant == "sign":
+            scalars = [g if math.isnan(g) else float((g > 0) - (g < 0)) for g in scalars]
+        elif variant == "fzoo":
+            scalars = _fzoo(scalars[:-1], scalars[-1])
+        elif variant == "hizoo":
+            scalars = scalars[:n] + [abs(c) for c in scalars[n:]]
+        finite = all(map(math.isfinite, losses))
+        mean = math.fsum(x / len(losses) for x in losses) if finite else sum(losses) / len(losses)
+        rounded = torch.tensor(scalars, dtype=torch.float64, device="cpu").float().tolist()
+        if kind is None:
+            return rounded, mean
+        dtype, device = kind
+        return rounded, torch.tensor(mean, dtype=torch.promote_types(dtype, torch.float32), device=device)
+
+    def _losses(
+        self, op: str, closure: Callable[[], Any], slots: Sequence[Slot], points: Sequence[tuple[Seed, float]]
+    ) -> tuple[list[float], tuple[torch.dtype, torch.device] | None]:
+        perturber = self._ready(op, slots)
+        rng = _Generators(slots) if self._same_rng else None
+        found: list[Any] = []
+        kind = None
+
+        def evaluation() -> Tensor | float:
+            nonlocal kind
+            torch.clear_autocast_cache()  # it keeps casts of parameters until the outermost autocast ends
+            with torch.no_grad():  # and off again where the closure leaves grad enabled
+                loss = closure()
+            if isinstance(loss, Tensor):
+                kind = loss.dtype, loss.device
+            return _scalar(op, loss)
+
+        try:
+            with perturber.session():
+                for i, (seed, scale) in enumerate(points):
+                    if rng is not None and i:
+                        rng.restore()
+                    found.append(perturber.evaluate(evaluation, seed, scale, rng.restore if rng else _nothing))
+        finally:
+            torch.clear_autocast_cache()
+        drop_unsharded(fsdp_modules(self._model))
+        tensors = [v for v in found if isinstance(v, Tensor)]
+        on_device = iter(
+            torch.stack(tensors).tolist() if tensors else []
+        )  # one wait for the device, after all evaluations
+        return [next(on_device) if isinstance(v, Tensor) else v for v in found], kind
+
+
+def _fzoo(losses: list[float], base: float) -> list[float]:
+    mean = sum(losses) / len(losses)
+    sigma = math.sqrt(sum((x - mean) * (x - mean) for x in losses) / len(losses))
+    if math.isinf(sigma):
+        return [math.nan] * len(losses)
+    if sigma == 0.0:
+        return [0.0] * len(losses)  # no direction differs from another: nothing to learn from
+    return [(x - base) / sigma for x in losses]
+
+
+def _scalar(op: str, loss: Any) -> Tensor | float:
+    """A copy of the value: the closure may use the same memory for its next result."""
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1 or loss.is_complex():
+            raise ValueError(f"{op}: closure must return a real scalar, got {loss.dtype} of shape {list(loss.shape)}")
+        if is_sharded(loss):
+            loss = loss.full_tensor()  # type: ignore[attr-defined]
+        return loss.detach().reshape(()).to(torch.float64, copy=True)
+    try:
+        return float(loss)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{op}: closure must return a scalar tensor or a number, got {type(loss).__name__}") from error
+
+
+def _nothing() -> None:
+    pass
+
+
+def _opaque(model: nn.Module | None) -> bool:
+    """Whether a model runs code that no TorchFunctionMode sees into."""
+    if model is None:
+        return False
+    return any(
+        getattr(m, "_compiled_call_impl", None) is not None
+        or type(m).__name__ == "OptimizedModule"
+        or isinstance(m, torch.jit.ScriptModule)
+        for m in model.modules()
+    ) or bool(fsdp_modules(model))
+
+
+class _Generators:
+    """The state of torch's generators on the CPU and on the parameters' devices."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = {s.local.device: torch.cuda.get_rng_state(s.local.device) for s in slots if s.local.is_cuda}
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda.items():
+            torch.cuda.set_rng_state(state, device)

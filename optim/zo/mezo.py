@@ -1,0 +1,397 @@
+"""MeZO: fine-tuning with forward passes alone, in the memory of inference."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
+
+from leanops.common import seeds
+from leanops.common.checks import finite
+from leanops.common.dtypes import dtype_name
+from leanops.optim.common import parameters
+from leanops.optim.zo import hizoo
+from leanops.optim.zo.directions import Noise, Seed
+from leanops.optim.zo.estimate import Evaluator, Reduction
+from leanops.optim.zo.log import FIELDS, ZoLog
+from leanops.optim.zo.run_record import Record
+from leanops.optim.zo.slots import Slot, slot_of
+from leanops.optim.zo.update import accumulate_, apply_, descend_, new_momentum, terms, window
+from leanops.zo import MAX_RANK, VERSION
+
+VARIANTS = ("spsa", "one_sided", "sign", "fzoo", "hizoo")
+_RUN = ("zo", "seed_rule", "variant", "directions", "rounding", "momentum_mode", "smoothing")
+_EXEMPT = ("bias", "layer_norm", "layernorm")
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two parameter groups: names with bias, layer_norm or layernorm (in any case) do not decay, all others do."""
+    pairs = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    exempt = [any(word in n.lower() for word in _EXEMPT) for n, _ in pairs]
+    groups: list[dict[str, Any]] = []
+    for free, decay in ((False, weight_decay), (True, 0.0)):
+        chosen = [pair for pair, e in zip(pairs, exempt, strict=True) if e == free]
+        if chosen:
+            groups.append({"params": chosen, "weight_decay": decay})
+    return groups
+
+
+def _one_of(name: str, value: object, options: Sequence[str]) -> None:
+    if value not in options:
+        raise ValueError(f"MeZO: {name} must be one of {', '.join(options)}, got {value!r}")
+
+
+class MeZO(Optimizer):
+    r"""Zeroth-order SGD: two evaluations of any function a step, no backward pass, no gradient, no activations kept.
+
+    .. math::
+
+        g = \frac{L(\theta + \epsilon z) - L(\theta - \epsilon z)}{2 \epsilon}, \qquad
+        \theta \leftarrow (1 - \eta \lambda)\, \theta - \eta\, g\, z
+
+    with ``z`` regenerated from a seed (``zo/1``) wherever it is used, never stored. ``n`` directions: the mean of their
+    updates, applied in one pass. Other estimates of g: ``one_sided``, (L(θ + εz) - L(θ)) / ε; ``sign``, sign of the
+    difference; ``fzoo``, (L(θ + εz_i) - L(θ)) / σ with σ the (biased) standard deviation of the n losses L(θ + εz_i);
+    ``hizoo``, spsa along z / sqrt(h), where the curvature h, one fp32 number an element, is learnt from a third
+    evaluation, L(θ); see :mod:`leanops.optim.zo.hizoo`.
+    On a quadratic function spsa gives g = zᵀ∇L exactly, whatever ε is.
+
+    **The weights are exactly what they were** after the evaluations, in every dtype, also when the closure raises;
+    only the update changes them.
+
+    Args:
+        params: parameters, (name, parameter) pairs or groups with their own lr, weight_decay and momentum, as in
+            torch.optim. Those that do not require grad do not move. A parameter's id is its position.
+        lr: η. Published: 1e-6 or 1e-7 for all weights, 1e-4 for LoRA, 1e-2 for prefixes.
+        eps: ε. Published: 1e-3 for all weights, 1e-2 for LoRA, 1e-1 for prefixes.
+        weight_decay: λ, of the group; :func:`decay_groups` makes the usual two groups of a model.
+        momentum: β in m ← β m + g z, θ ← θ - η m (no dampening).
+        directions: n.
+        distribution: of z, ``"gaussian"``, ``"rademacher"`` (less variance, and far cheaper to make; FZOO's own) or
+            ``"lowrank"``, which is LOZO: Z = U Vᵀ for a parameter of two or more dimensions (rows: ``size(0)``), plain
+            Gaussian for the others. U is new in every direction of every step, V every ``period`` steps.
+        rounding: of the update, ``"nearest"`` or ``"stochastic"``. In bf16 and fp16 nearest rounding swallows most of a
+            small update (a cosine of 0.15 with what was intended at lr 1e-7); stochastic rounding is right on average.
+        seed: of the run; the seed of each direction of each step follows from it.
+        model: gives names to the parameters (for the log), and tells ``perturb="auto"`` what it has to deal with;
+            required with FSDP.
+        variant: ``"spsa"``, ``"one_sided"``, ``"sign"``, ``"fzoo"`` or ``"hizoo"``. HiZOO needs Gaussian z; it keeps 4
+            bytes a parameter (8 in fp64) and a second scalar a direction in the log; its momentum must be stored.
+        momentum_mode: ``"recompute"``: no memory, m is made anew from scalars and seeds of the last steps (those with
+            β^j >= 2^-24: 158 steps at 0.9, each as much noise as an update; a change of what moves starts anew);
+            ``"store"``: a tensor a parameter, fp32.
+        perturb: ``"scratch"`` perturbs a weight where it is used, into scratch as large as the largest use; ``"copy"``
+            perturbs all weights in place and restores them from a copy; ``"inplace"`` adds and subtracts, is **not
+            exact** and for machines without room for either; ``"auto"`` is copy for compiled, scripted and sharded
+            models and scratch for all others.
+        on_nonfinite: what a step does when a loss is NaN or infinite: ``"raise"`` FloatingPointError, or ``"skip"`` the
+            step (it is logged as skipped). The weights do not change in either case.
+        same_rng: every evaluation of a step sees the same state of torch's generators (the same dropout masks), and the
+            state advances as if one evaluation had run.
+        log_file: append the log to this file as the run goes on; see :class:`ZoLog`.
+        process_group: average g over these processes, one scalar a step (and direction), nothing else. DTensor
+            parameters use the group of their mesh by themselves.
+        parallel: ``"data"``: every process evaluates the same perturbation on its own data; ``"direction"``: process j
+            evaluates directions j, j + W, ... of n >= W.
+        rank: r of ``"lowrank"``, U [n, r] and V [m, r]. E Z Zᵀ is r times that of Gaussian z: a learning rate of LOZO's
+            paper, whose estimate has a factor 1/r, is to be divided by r here.
+        period: of ``"lowrank"``, the steps that V lives.
+        smoothing: α of ``"hizoo"``, the share of a step's curvature in h. Published: 1e-10 to 1e-6.
+
+    ``step(closure)`` calls ``closure()`` under no_grad, two times a direction (n + 1 times in all for one_sided and
+    fzoo, 2n + 1 times for hizoo), and returns the mean of the evaluations. The closure returns a scalar: a tensor of
+    one element or a number. It need not be differentiable. It must not draw a new batch at each call. The first step
+    may evaluate once more, to find weights that are used out of sight (see :mod:`leanops.optim.zo.perturb_at_use`).
+
+    Raises:
+        ValueError: bad hyperparameters; parameters that are not dense floats, that overlap, or come twice.
+        RuntimeError: no closure; a parameter whose dtype or shape has changed. FloatingPointError: see on_nonfinite.
+
+    Sources: MeZO (2305.17333), FZOO, LOZO (2410.07698), HiZOO (2402.15173).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-6,
+        eps: float = 1e-3,
+        *,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        directions: int = 1,
+        distribution: str = "gaussian",
+        rounding: str = "nearest",
+        seed: int = 0,
+        model: nn.Module | None = None,
+        variant: str = "spsa",
+        momentum_mode: str = "recompute",
+        perturb: str = "auto",
+        on_nonfinite: str = "raise",
+        same_rng: bool = True,
+        log_file: str | os.PathLike[str] | None = None,
+        process_group: Any = None,
+        parallel: str = "data",
+        rank: int = 2,
+        period: int = 50,
+        smoothing: float = 1e-8,
+    ) -> None:
+        if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
+            raise ValueError(f"MeZO: directions must be an integer >= 1, got {directions!r}")
+        if variant == "fzoo" and directions < 2:
+            raise ValueError("MeZO: fzoo needs at least 2 directions, for it divides by the deviation of their losses")
+        _one_of("distribution", distribution, ("gaussian", "rademacher", "lowrank"))
+        if variant == "hizoo" and distribution != "gaussian":
+            raise ValueError(f"MeZO: hizoo needs distribution='gaussian', got {distribution!r}")  # ±1 show no curvature
+        if not 0.0 < finite("MeZO", "smoothing", smoothing, 0.0) < 1.0:
+            raise ValueError(f"MeZO: smoothing must be in (0, 1), got {smoothing}")
+        if not isinstance(model, nn.Module | None):
+            raise TypeError(f"MeZO: model must be a torch.nn.Module or None, got {type(model).__name__}")
+        for name, value, most in (("rank", rank, MAX_RANK), ("period", period, 2**63)):
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(f"MeZO: {name} must be an integer in [1, {most}], got {value!r}")
+        noise = Noise(distribution, rank, period) if distribution == "lowrank" else Noise(distribution)
+        _one_of("rounding", rounding, ("nearest", "stochastic"))
+        _one_of("variant", variant, VARIANTS)
+        _one_of("momentum_mode", momentum_mode, ("recompute", "store"))
+        _one_of("on_nonfinite", on_nonfinite, ("raise", "skip"))
+        settings = {
+            "zo": VERSION,
+            "seed": seeds.check("MeZO", seed),
+            "seed_rule": seeds.RULE,
+            "variant": variant,
+            "directions": directions,
+            **noise.settings,
+            "rounding": rounding,
+            "momentum_mode": momentum_mode,
+            "eps": finite("MeZO", "eps", eps, 0.0, above=True),
+        }
+        if variant == "hizoo":
+            settings["smoothing"] = float(smoothing)
+        self._on_nonfinite = on_nonfinite
+        self._names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
+        self._evaluator = Evaluator(perturb, noise, model, same_rng)
+        self._reduction = Reduction(process_group, parallel, directions)
+        self._log_file = log_file
+        self._record = Record(settings)
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self._record.begin(self._flat(), len(self.param_groups))
+
+    # --- capabilities, see leanops.optim.common.capabilities ----------------------------------------------------------
+
+    needs_gradients = False
+    replayable = True
+
+    @property
+    def state_is_replayed(self) -> bool:
+        return bool(self._record.settings["momentum_mode"] == "store")
+
+    # --- parameters ---------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; their ids continue those that are there. Nothing is added when an error is raised."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+            new = self._describe(group, len(self.param_groups) - 1)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        self._record.join(new)
+
+    def _flat(self) -> list[Tensor]:
+        """Every parameter; the position is the id."""
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _check_hyper(self, group: dict[str, Any]) -> None:
+        for name in FIELDS:
+            finite("MeZO", name, group[name], 0.0)
+        if float(group["momentum"]) >= 1.0:
+            raise ValueError(f"MeZO: momentum must be below 1, got {group['momentum']}")
+        settings = self._record.settings
+        if group["momentum"] and settings["variant"] == "hizoo" and settings["momentum_mode"] != "store":
+            raise ValueError("MeZO: momentum of hizoo needs momentum_mode='store': the log cannot tell past curvatures")
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        self._check_hyper(group)
+        if len({id(p) for p in group["params"]}) != len(group["params"]):
+            raise ValueError("MeZO: a parameter group must not hold a parameter twice")
+        named = [(self._names.get(id(p), str(i)), p) for i, p in enumerate(self._flat()) if p.requires_grad]
+        for name, p in named:
+            parameters.check("MeZO", name, p)
+        parameters.check_apart("MeZO", ((name, parameters.local(p)) for name, p in named))
+
+    def _describe(self, group: dict[str, Any], index: int) -> list[dict[str, Any]]:
+        first = len(self._record.entries)
+        names = group.get("param_names", [None] * len(group["params"]))
+        return [
+            {
+                "name": name or self._names.get(id(p), str(first + i)),
+                "id": first + i,
+                "shape": list(p.shape),
+                "dtype": dtype_name(p.dtype),
+                "group": index,
+            }
+            for i, (p, name) in enumerate(zip(group["params"], names, strict=True))
+        ]
+
+    def _slots(self) -> list[list[Slot]]:
+        """What moves, by group."""
+        found: list[list[Slot]] = [[] for _ in self.param_groups]
+        curved = self._record.settings["variant"] == "hizoo"
+        for p, entry in zip(self._flat(), self._record.entries, strict=True):
+            if dtype_name(p.dtype) != entry["dtype"] or list(p.shape) != entry["shape"]:
+                raise RuntimeError(
+                    f"MeZO: parameter {entry['name']} was {entry['dtype']} {entry['shape']} when the run began, "
+                    f"now it is {p.dtype} {list(p.shape)}: its log would not replay"
+                )
+            if p.requires_grad:
+                parameters.check("MeZO.step", entry["name"], p)
+                slot = slot_of("MeZO", entry["name"], entry["id"], p)
+                found[entry["group"]].append(self._curved(slot) if curved else slot)
+        return found
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    @property
+    def log(self) -> ZoLog:
+        """The log of the run so far."""
+        if not self._record.begun:
+            self._record.begin(self._flat(), len(self.param_groups))
+        return self._record.log
+
+    @property
+    def eps(self) -> float:
+        """ε; may be set between steps."""
+        return float(self._record.settings["eps"])
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._record.settings["eps"] = finite("MeZO", "eps", value, 0.0, above=True)
+        if self._record.begun:
+            self.log.change(eps=self.eps)
+
+    @property
+    def steps(self) -> int:
+        """Steps taken, skipped ones included: the next step's seeds follow from this number."""
+        return len(self._record.log)
+
+    @_disable_dynamo  # a compiled training step runs it as it is; compiled models inside stay compiled
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; see the class. Returns the mean of the evaluations, a tensor where the closure returns tensors."""
+        if closure is None:
+            raise RuntimeError(
+                "MeZO.step: needs a closure that evaluates the loss, as in opt.step(lambda: loss_fn(model(x), y)); "
+                "a trainer that calls backward() and step() by itself has to call step(closure) in its training step"
+            )
+        for group in self.param_groups:
+            self._check_hyper(group)
+        record, log = self._record, self.log
+        slots = self._slots()
+        moving = list(chain.from_iterable(slots))
+        step_seeds = record.step_seeds(self.steps)
+        self._reduction.use(moving)
+        scalars, loss = self._evaluator.estimate(
+            closure, moving, step_seeds, self.eps, record.settings["variant"], self._reduction
+        )
+        applied = all(map(math.isfinite, scalars))
+        if not applied and self._on_nonfinite == "raise":
+            raise FloatingPointError(
+                f"MeZO: step {self.steps}: a loss, or the estimate from it in fp32, is not finite "
+                f"(estimates {scalars}); nothing was changed"
+            )
+        if self._log_file is not None and not log.attached:
+            log.attach(self._log_file, new=not len(log))
+        record.note(self.param_groups, slots)
+        if applied:
+            self._update(slots, step_seeds, scalars)
+            longest = max(window(float(g["momentum"])) for g in self.param_groups)
+            record.remember(step_seeds, scalars, longest)
+        log.append(scalars if applied else None)
+        return loss
+
+    def _update(self, slots: list[list[Slot]], step_seeds: list[Seed], scalars: list[float]) -> None:
+        settings = self._record.settings
+        noise, rounding = Noise.of(settings), settings["rounding"]
+        history = [(step_seeds, scalars), *self._record.history]
+        for group, moved in zip(self.param_groups, slots, strict=True):
+            lr, beta = float(group["lr"]), float(group["momentum"])
+            decay = lr * float(group["weight_decay"])
+            if settings["variant"] == "hizoo":
+                momenta = [self._momentum(s) for s in moved if beta]
+                smoothing = settings["smoothing"]
+                hizoo.step_(moved, momenta, step_seeds, scalars, lr, beta, decay, smoothing, rounding)
+            elif beta and settings["momentum_mode"] == "store":
+                momenta = [self._momentum(s) for s in moved]
+                accumulate_(moved, momenta, step_seeds, scalars, beta, noise)
+                if lr:  # a step of zero length changes no bit, the sign of a zero included
+                    descend_(moved, momenta, lr, decay, rounding, step_seeds[0].left)
+            elif moved and lr:
+                apply_(moved, *terms(history, lr, beta), decay, noise, rounding)
+
+    def _momentum(self, slot: Slot) -> Tensor:
+        state = self.state[slot.param]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = new_momentum(slot)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
+
+    def _curved(self, slot: Slot) -> Slot:
+        state = self.state[slot.param]
+        if "curvature" not in state:
+            state["curvature"] = hizoo.flat(slot)
+        return slot._replace(curvature=state["curvature"])
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, and under ``"mezo"`` the log (as bytes in a tensor): with it a run resumes to the same bits."""
+        state = super().state_dict()
+        state["mezo"] = {"log": torch.frombuffer(bytearray(self.log.to_bytes()), dtype=torch.uint8), "eps": self.eps}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume a run; the base seed and eps are the saved run's.
+
+        Raises ValueError, and changes nothing, where the state is another kind of run's: other parameters, variant,
+        directions, distribution, rounding or momentum mode.
+        """
+        op = "MeZO.load_state_dict"
+        if "mezo" not in state_dict:
+            raise ValueError(f"{op}: not the state of a MeZO optimizer, it has no entry 'mezo'")
+        if missing := {"log", "eps"} - state_dict["mezo"].keys():
+            raise ValueError(f"{op}: the entry 'mezo' must hold 'log' and 'eps', it lacks {', '.join(sorted(missing))}")
+        log = ZoLog.from_bytes(state_dict["mezo"]["log"].cpu().numpy().tobytes(), name=op)
+        settings = self._record.settings
+        for key in (*_RUN, "distribution", "rank", "period"):
+            if (theirs := log.header.get(key)) != (mine := settings.get(key)):
+                raise ValueError(f"{op}: {key} must be the saved run's, {theirs!r}, got {mine!r}")
+        saved = [(e["id"], e["shape"], e["dtype"]) for e in log.params()]
+        mine = [(i, list(p.shape), dtype_name(p.dtype)) for i, p in enumerate(self._flat())]
+        if saved != mine:
+            differing = next((a, b) for a, b in zip([*saved, None], [*mine, None], strict=False) if a != b)
+            raise ValueError(f"{op}: parameter (id, shape, dtype) must be {differing[0]} as saved, got {differing[1]}")
+        super().load_state_dict(state_dict)
+        settings |= {"seed": log.header["seed"], "eps": state_dict["mezo"]["eps"]}
+        # torch casts state to the parameter's dtype; momenta are wider than half-precision parameters
+        for p, i in zip(
+            self._flat(), chain.from_iterable(g["params"] for g in state_dict["param_groups"]), strict=True
+        ):
+            for key, value in state_dict["state"].get(i, {}).items():
+                self.state[p][key] = value.to(p.device, copy=True)
+        self._record.restore(log)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._reduction.group is not None:
+            raise TypeError("MeZO: an optimizer with a process group cannot be copied or pickled; use state_dict()")
+        mine = {k: self.__dict__[k] for k in ("_on_nonfinite", "_evaluator", "_reduction", "_record")}
+        # names stand in the record; a copy does not append to the original's file
+        return {**super().__getstate__(), **mine, "_names": {}, "_log_file": None}

@@ -1,0 +1,134 @@
+"""Evaluating a function at perturbed weights: in place, with a saved copy or (inexactly) without one.
+
+A perturber opens a session for the evaluations of one step; within it, ``at(seed, scale)`` is a context in which the
+weights read as ``round(W + scale z(seed))``. :mod:`leanops.optim.zo.perturb_at_use` has the perturber that never
+writes the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from leanops.optim.zo import hizoo
+from leanops.optim.zo.directions import Noise, Seed
+from leanops.optim.zo.slots import Slot, by_device
+from leanops.zo import zo_axpy_, zo_axpy_into_
+
+Closure = Callable[[], Tensor | float]
+
+
+class Perturber(Protocol):
+    def session(self) -> AbstractContextManager[None]:
+        """Around the evaluations of one step; at its end the weights are what they were, whatever happened."""
+        ...
+
+    def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> Tensor | float:
+        """closure() at W + scale z(seed). ``again`` prepares a repeated call (it resets random number generators)."""
+        ...
+
+
+class Copy:
+    """The weights are perturbed in place and restored from a saved copy: exact, at twice the memory of the weights.
+
+    Everything sees the perturbed weights: compiled graphs, scripted modules, FSDP, C++ code.
+    """
+
+    def __init__(self, slots: Sequence[Slot], noise: Noise, model: nn.Module | None = None) -> None:
+        self._parts = by_device(slots)
+        self._noise = noise
+        self._sharded = fsdp_modules(model)
+        self._saved: list[list[Tensor]] = []
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        self._saved = []
+        try:
+            for part in self._parts:
+                self._saved.append([s.local.clone() for s in part])
+            yield
+        finally:
+            try:
+                self._restore()
+            except BaseException:  # an interrupt in the midst of it
+                self._restore()
+                raise
+
+    def _restore(self) -> None:
+        for part, saved in zip(self._parts, self._saved, strict=False):
+            for s, old in zip(part, saved, strict=True):
+                s.local.copy_(old)
+        self._saved = []
+        drop_unsharded(self._sharded)
+
+    def place(self, seed: Seed, scale: float) -> None:
+        """Let the weights be W + scale z(seed), within a session."""
+        for part, saved in zip(self._parts, self._saved, strict=True):
+            outs = [s.local for s in part]
+            if part[0].curvature is not None:
+                kept = [s._replace(local=old) for s, old in zip(part, saved, strict=True)]
+                hizoo.perturb_into_(outs, kept, seed, scale)
+            else:
+                zo_axpy_into_(outs, saved, seed.left, scale, **self._noise.arguments(part, [seed]))
+        drop_unsharded(self._sharded)
+
+    def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> Tensor | float:
+        self.place(seed, scale)
+        return closure()
+
+
+class InPlace:
+    """W + eps z, then - 2 eps z, then + eps z, in place, no extra memory. **Not exact.**
+
+    Each of the additions rounds. In bf16 one such cycle at weights of 0.02 and eps = 1e-3 leaves 45% of the weights
+    changed, by 7.8e-5 RMS, eight times a typical update, and the damage grows as the square root of the number of
+    steps; in fp32 the change is about one part in 10^7 a step. A log does not replay to the same bits. Only for a
+    machine that has no room for the scratch of the default mode.
+    """
+
+    def __init__(self, slots: Sequence[Slot], noise: Noise, model: nn.Module | None = None) -> None:
+        self._parts = by_device(slots)
+        self._noise = noise
+        self._sharded = fsdp_modules(model)
+        self._seed, self._scale = Seed(0), 0.0
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        self._seed, self._scale = Seed(0), 0.0
+        try:
+            yield
+        finally:
+            self._move(self._seed, -self._scale)
+            self._scale = 0.0
+
+    def _move(self, seed: Seed, scale: float) -> None:
+        if scale:
+            for part in self._parts:
+                outs = [s.local for s in part]
+                if part[0].curvature is not None:
+                    hizoo.perturb_into_(outs, part, seed, scale)
+                else:
+                    zo_axpy_(outs, seed.left, scale, **self._noise.arguments(part, [seed]))
+        drop_unsharded(self._sharded)
+
+    def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> Tensor | float:
+        if seed != self._seed and self._scale:
+            self._move(self._seed, -self._scale)
+            self._scale = 0.0
+        self._move(seed, scale - self._scale)
+        self._seed, self._scale = seed, scale
+        return closure()
+
+
+def fsdp_modules(model: nn.Module | None) -> list[nn.Module]:
+    """Modules that FSDP (fully_shard) manages."""
+    return [] if model is None else [m for m in model.modules() if hasattr(m, "reshard") and hasattr(m, "unshard")]
+
+
+def drop_unsharded(modules: Sequence[nn.Module]) -> None:
+    """Let FSDP gather the weights anew: its root keeps them gathered after a forward pass, and they would be stale."""
+    for module in modules:
+        module.reshard()  # type: ignore[operator]

@@ -1,0 +1,389 @@
+"""From the weights at the start and a log to the weights at the end, the same bits as the run's."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanops.common import seeds as seed_rule
+from leanops.common.checks import is_integer
+from leanops.optim.common import parameters
+from leanops.optim.common.parameters import Params
+from leanops.optim.zo import hizoo
+from leanops.optim.zo.directions import Noise, Seed, left
+from leanops.optim.zo.log import LogError, ZoLog, replacing
+from leanops.optim.zo.safetensors_header import copies, read_header
+from leanops.optim.zo.slots import Slot, by_device, slot_of
+from leanops.optim.zo.update import History, accumulate_, apply_, descend_, new_momentum, terms, window
+from leanops.zo import VERSION, columns_of, zo_axpy_
+
+_CALL = 8192  # seeds a call
+_SLICE = 1 << 18  # elements that stay in a cache while steps of several terms pass over them
+_FILE_SLICE = 1 << 22  # elements of a file's tensor in memory at a time
+
+
+@dataclass
+class Update:
+    """One applied step for the parameters of a group."""
+
+    seeds: Sequence[Seed]
+    scalars: Sequence[float]
+    terms: tuple[list[Seed], list[float]]  # seeds and coefficients, momentum's window included
+    lr: float
+    beta: float
+    decay: float
+    write: bool = True  # False: before `start` or with lr 0, only stored momentum and curvature take part
+
+
+@dataclass
+class Program:
+    """The updates of a parameter group, and for each the ids that stood still."""
+
+    updates: list[Update] = field(default_factory=list)
+    frozen: list[frozenset[int]] = field(default_factory=list)
+
+    def of(self, tensor_id: int) -> list[Update]:
+        return [u for u, ids in zip(self.updates, self.frozen, strict=True) if tensor_id not in ids]
+
+
+def programs(log: ZoLog, start: int = 0, stop: int | None = None) -> list[Program]:
+    """Every group's updates of steps [start, stop)."""
+    header = log.header
+    if header["zo"] != VERSION or header["seed_rule"] != seed_rule.RULE:
+        raise LogError(
+            f"replay_: the log's noise is {header['zo']} with seeds {header['seed_rule']}, "
+            f"this version has {VERSION} with {seed_rule.RULE}"
+        )
+    end = len(log) if stop is None else stop
+    if not (is_integer(start) and is_integer(end) and 0 <= start <= end <= len(log)):
+        text = f"must be integers in order within [0, {len(log)}]"
+        raise ValueError(f"replay_: start and stop {text}, got {start!r} and {stop!r}")
+    noise, base, n, stored = Noise.of(header), header["seed"], log.directions, header["momentum_mode"] == "store"
+    curved = header.get("variant") == "hizoo"
+    found: list[Program] = []
+    history: History = deque()
+    for step in log.steps(stop=stop):
+        found += [Program() for _ in range(len(step.groups) - len(found))]
+        if step.restart:
+            history.clear()
+        if step.scalars is None:
+            continue
+        seeds = noise.seeds(base, step.index, n)
+        history.appendleft((seeds, step.scalars))
+        longest = max(window(values["momentum"]) for values in step.groups)
+        while len(history) > longest:
+            history.pop()
+        for program, values in zip(found, step.groups, strict=True):
+            lr, beta = values["lr"], values["momentum"]
+            write = step.index >= start and lr != 0.0
+            if not write and not (stored and beta) and not curved:
+                continue
+            both = ([], []) if curved else terms(history, lr, beta)
+            program.updates.append(Update(seeds, step.scalars, both, lr, beta, lr * values["weight_decay"], write))
+            program.frozen.append(step.frozen)
+    return found
+
+
+def _fusable(updates: Sequence[Update], dtype: torch.dtype, stored: bool) -> bool:
+    """Whether one sequential pass has the run's bits: a step has one term, or nothing is rounded between its terms."""
+    if stored and any(u.beta for u in updates):
+        return False
+    return dtype in (torch.float32, torch.float64) or all(len(u.terms[0]) == 1 for u in updates)
+
+
+def _run(slots: Sequence[Slot], updates: Sequence[Update], header: Mapping[str, Any], fused: bool) -> None:
+    """Apply a program to tensors of one device and of one kind of dtype."""
+    noise, rounding = Noise.of(header), header["rounding"]
+    stored = header["momentum_mode"] == "store"
+    curved = header.get("variant") == "hizoo"
+    if fused and curved:
+        raise LogError("replay_: fused=True cannot replay hizoo, whose steps follow from the curvature before them")
+    tensors = [s.local for s in slots]
+
+    def pass_over(seeds: list[Seed], coeffs: list[float], decay: float | list[float], sequential: bool) -> None:
+        if seeds:
+            how: dict[str, Any] = {"decay": decay, "rounding": rounding, "sequential": sequential}
+            zo_axpy_(tensors, left(seeds), coeffs, **how, **noise.arguments(slots, seeds))
+
+    if fused:
+        pass_over(*_combined(updates, stored), False)
+    elif not curved and _fusable(updates, slots[0].local.dtype, stored):
+        seeds: list[Seed] = []
+        coeffs: list[float] = []
+        decays: list[float] = []
+        for u in updates:
+            seeds += u.terms[0]
+            coeffs += u.terms[1]
+            decays += [u.decay] + [0.0] * (len(u.terms[0]) - 1)
+            if len(seeds) >= _CALL:
+                pass_over(seeds, coeffs, decays, True)
+                seeds, coeffs, decays = [], [], []
+        pass_over(seeds, coeffs, decays, True)
+    else:
+        for part in _slices(slots):
+            _each([part], updates, header)
+
+
+def _each(slots: Sequence[Slot], updates: Sequence[Update], header: Mapping[str, Any]) -> None:
+    """Step by step, as the run did it."""
+    noise, rounding, stored = Noise.of(header), header["rounding"], header["momentum_mode"] == "store"
+    momenta: list[Tensor] = []
+    if curved := header.get("variant") == "hizoo":
+        slots = [s._replace(curvature=hizoo.flat(s)) for s in slots]
+    for u in updates:
+        if curved:
+            momenta = momenta or [new_momentum(s) for s in slots if u.beta]
+            lr = u.lr if u.write else 0.0
+            smoothing = header["smoothing"]
+            hizoo.step_(slots, momenta, u.seeds, u.scalars, lr, u.beta, u.decay, smoothing, rounding)
+            continue
+        if stored and u.beta:
+            momenta = momenta or [new_momentum(s) for s in slots]
+            accumulate_(slots, momenta, u.seeds, u.scalars, u.beta, noise)
+            if u.write:
+                descend_(slots, momenta, u.lr, u.decay, rounding, u.seeds[0].left)
+        else:
+            apply_(slots, *u.terms, u.decay, noise, rounding)
+
+
+def _slices(slots: Sequence[Slot]) -> Iterator[Slot]:
+    for s in slots:
+        if not s.local.is_contiguous():
+            yield s
+            continue
+        flat = s.local.view(-1)
+        for start in range(0, flat.numel(), _SLICE):
+            yield s._replace(local=flat[start : start + _SLICE], offset=s.offset + start)
+
+
+def _combined(updates: Sequence[Update], stored: bool) -> tuple[list[Seed], list[float], float]:
+    """All steps as one: (1 - decay) p + sum c z, in double precision."""
+    total: dict[Seed, float] = {}
+    momentum: dict[Seed, float] = {}
+    keep = 1.0
+    after: list[float] = []  # of each step, the product of the later (1 - decay), the last step first
+    for u in reversed(updates):  # what a step adds is decayed by the steps after it
+        after.append(keep)
+        if not (stored and u.beta):
+            for seed, c in zip(*u.terms, strict=True):
+                total[seed] = total.get(seed, 0.0) + keep * c
+        if u.write:
+            keep *= 1.0 - u.decay
+    if stored:
+        for u, later in zip(updates, reversed(after), strict=True):
+            if u.beta:
+                momentum = {s: m * u.beta for s, m in momentum.items()}
+                for seed, g in zip(u.seeds, u.scalars, strict=True):
+                    momentum[seed] = momentum.get(seed, 0.0) + g / len(u.scalars)
+                if u.write:
+                    for seed, m in momentum.items():
+                        total[seed] = total.get(seed, 0.0) - u.lr * later * m
+    return list(total), list(total.values()), 1.0 - keep
+
+
+def _moved(log: ZoLog, found: Sequence[Program]) -> dict[int, list[Update]]:
+    """For each parameter that moves in these steps, its updates; parameters that move alike share one list."""
+    shared: dict[tuple[int, tuple[bool, ...]], list[Update]] = {}
+    out: dict[int, list[Update]] = {}
+    for entry in log.params():
+        i, g = entry["id"], entry["group"]
+        if g >= len(found):
+            continue
+        frozen = set().union(*found[g].frozen) if found[g].frozen else set()
+        key = (g, tuple(i in ids for ids in found[g].frozen) if i in frozen else ())
+        if key not in shared:
+            shared[key] = found[g].of(i)
+        if shared[key]:
+            out[i] = shared[key]
+    return out
+
+
+def _loaded(op: str, log: Any) -> ZoLog:
+    if isinstance(log, ZoLog):
+        return log
+    if not isinstance(log, (str, os.PathLike)):
+        raise TypeError(f"{op}: log must be a ZoLog or the name of its file, got {type(log).__name__}")
+    return ZoLog.load(log)
+
+
+def _named(op: str, log: ZoLog, moved: Mapping[int, Any], names: Mapping[str, str] | None) -> dict[int, str]:
+    """id -> name where the weights are, of each parameter that moves."""
+    names = {} if names is None else names
+    if not isinstance(names, Mapping):
+        raise TypeError(f"{op}: names must be a mapping from the log's names, got {names!r}")
+    entries = log.params()
+    known = {e["name"] for e in entries}
+    if unknown := [str(n) for n in names if n not in known]:
+        raise ValueError(f"{op}: names must be of parameters of the log, got {', '.join(unknown[:8])}")
+    found = {e["id"]: names.get(e["name"], e["name"]) for e in entries if e["id"] in moved}
+    if twice := [n for n, count in Counter(found.values()).items() if count > 1]:
+        raise LogError(f"{op}: parameters of the log must have a name each, got {', '.join(twice[:8])} for several")
+    return found
+
+
+def _match(params: Params, log: ZoLog, moved: Mapping[int, Any], names: Mapping[str, str] | None) -> dict[int, Tensor]:
+    """id -> tensor, by name where both sides have names, else by position. Nothing fits silently."""
+    pairs, named = parameters.named("replay_", params)
+    entries = log.params()
+    if not named:
+        if names is not None:
+            raise ValueError("replay_: names need params that have names, got tensors alone")
+        if len(pairs) != len(entries):
+            raise LogError(
+                f"replay_: the log has {len(entries)} parameters, got {len(pairs)} tensors (give names to pick)"
+            )
+        tensors = {e["id"]: t for e, (_, t) in zip(entries, pairs, strict=True) if e["id"] in moved}
+    else:
+        table = dict(pairs)
+        wanted = _named("replay_", log, moved, names)
+        missing = [n for n in wanted.values() if n not in table]
+        if missing:
+            raise LogError(f"replay_: the log moves parameters that are not there: {', '.join(map(str, missing[:8]))}")
+        tensors = {i: table[n] for i, n in wanted.items()}
+    for entry in entries:
+        if entry["id"] in tensors:
+            t = tensors[entry["id"]]
+            parameters.check("replay_", entry["name"], t)
+            _fits("replay_", entry, list(t.shape), str(t.dtype).removeprefix("torch."))
+    return tensors
+
+
+def _fits(where: object, entry: Mapping[str, Any], shape: list[int], dtype: str) -> None:
+    if (entry["shape"], entry["dtype"]) != (shape, dtype):
+        raise LogError(
+            f"{where}: parameter {entry['name']} must be {entry['dtype']} {entry['shape']}, got {dtype} {shape}"
+        )
+
+
+@torch.no_grad()
+def replay_(
+    params: Params,
+    log: ZoLog | str | os.PathLike[str],
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    fused: bool = False,
+    names: Mapping[str, str] | None = None,
+) -> None:
+    r"""Repeat the updates of a run, :math:`\theta_T` from :math:`\theta_0` and the log, without evaluating anything.
+
+    The result has the bits of the run, on any device, for nearest and stochastic rounding. Where a step has one
+    term (one direction, no momentum), and always in fp32 and fp64, thousands of steps are one pass that reads and
+    writes the weights once. Half-precision weights with several terms a step are rounded once a step, which a single
+    pass cannot repeat: there the steps run one after another over slices that stay in the cache.
+
+    Args:
+        params: the start weights, which become the end weights: a module, a mapping, (name, tensor) pairs, or as many
+            tensors as the run had parameters, in its order. DTensors are replayed shard by shard.
+        log: the log, or its file.
+        start, stop: only steps [start, stop); the weights given are those before step ``start``.
+        fused: all steps as one sum, in one pass, whatever the dtype. **Loses the bits of the run**: the weights are
+            rounded once instead of once a step, so in half precision (nearest) small updates that the run lost arrive.
+        names: the log's name of a parameter -> its name in ``params``, where they differ.
+
+    Raises:
+        LogError: a damaged log; another definition of the noise; parameters that are missing or differ in shape or
+            dtype.
+        ValueError: ``start`` or ``stop`` outside the run; ``names`` of no parameter of the log; tensors that overlap.
+        Nothing is written when an error is raised.
+    """
+    log = _loaded("replay_", log)
+    moved = _moved(log, programs(log, start, stop))
+    entries = {e["id"]: e["name"] for e in log.params()}
+    slots = [slot_of("replay_", entries[i], i, t) for i, t in _match(params, log, moved, names).items()]
+    parameters.check_apart("replay_", ((s.name, s.local) for s in slots))
+    alike: dict[tuple[int, bool], list[Slot]] = {}
+    for s in slots:
+        wide = s.local.dtype in (torch.float32, torch.float64)
+        alike.setdefault((id(moved[s.tensor_id]), wide), []).append(s)
+    for together in alike.values():
+        for part in by_device(together):
+            _run(part, moved[part[0].tensor_id], log.header, fused)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+Progress = Callable[[int, int], None]
+
+
+def replay_file(
+    base: str | os.PathLike[str],
+    log: ZoLog | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    progress: Progress | None = None,
+    *,
+    fused: bool = False,
+    names: Mapping[str, str] | None = None,
+) -> None:
+    """:func:`replay_` from one safetensors file to another, a few million elements in memory at a time.
+
+    Tensors that the log does not move are copied; the header, metadata included, stays as it is. Names, shapes and
+    dtypes are checked before anything is written, and the output appears whole or not at all. It may take the place of
+    ``base``. ``progress(done, total)`` counts bytes.
+
+    A weight that is used twice has one name in the log. A file may hold it again under another: a tensor that the log
+    does not know and that begins as a copy of one it moves is copied with a warning.
+    """
+    if isinstance(log, (str, os.PathLike)) and os.path.exists(out) and os.path.samefile(out, log):
+        raise ValueError(f"replay_file: out must be another file than the log, got {out}")
+    log = _loaded("replay_file", log)
+    moved = _moved(log, programs(log))
+    preamble, table = read_header(base)
+    wanted = _named("replay_file", log, moved, names)
+    updates: dict[str, tuple[int, list[Update]]] = {}
+    for entry in log.params():
+        if entry["id"] not in moved:
+            continue
+        name = wanted[entry["id"]]
+        if name not in table:
+            raise LogError(f"{base}: the log moves parameter {name}, which is not in the file")
+        dtype = next((k for k, v in _DTYPES.items() if v == table[name]["dtype"]), table[name]["dtype"])
+        _fits(base, entry, table[name]["shape"], dtype)
+        updates[name] = (entry["id"], moved[entry["id"]])
+    known = {(names or {}).get(e["name"], e["name"]) for e in log.params()}
+    for name, other in copies(base, len(preamble), table, updates, [n for n in table if n not in known]):
+        warnings.warn(
+            f"{base}: {other} is a copy of {name}, which the log moves, but is not in the log and stays as it is; "
+            "where it is the same weight under a second name, remove it",
+            stacklevel=2,
+        )
+    total = sum(t["data_offsets"][1] - t["data_offsets"][0] for t in table.values())
+    with replacing(out) as writer, open(base, "rb") as reader:
+        writer.write(preamble)
+        reader.seek(len(preamble))
+        done = 0
+        for name, info in sorted(table.items(), key=lambda item: item[1]["data_offsets"]):
+            for data in _replayed(reader, info, updates.get(name), log.header, fused):
+                writer.write(data)
+                done += len(data)
+                if progress is not None:
+                    progress(done, total)
+
+
+def _replayed(
+    reader: Any,
+    info: Mapping[str, Any],
+    update: tuple[int, list[Update]] | None,
+    header: Mapping[str, Any],
+    fused: bool,
+) -> Iterator[bytes | bytearray]:
+    """A tensor's bytes after the replay, slice by slice."""
+    size = info["data_offsets"][1] - info["data_offsets"][0]
+    step = _FILE_SLICE * 8
+    for start in range(0, size, step):
+        data = bytearray(reader.read(min(step, size - start)))
+        if update is not None:
+            dtype = next(getattr(torch, k) for k, v in _DTYPES.items() if v == info["dtype"])
+            part = torch.frombuffer(data, dtype=dtype)  # writes into `data`
+            slot = Slot(part, part, update[0], start // part.element_size(), "", columns_of(info["shape"]))
+            with torch.no_grad():
+                _run([slot], update[1], header, fused)
+        yield data

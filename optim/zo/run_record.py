@@ -1,0 +1,90 @@
+"""What an optimizer keeps of its run beside the weights: the log, and what follows from the log."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+
+from leanops.common.dtypes import dtype_name
+from leanops.optim.zo.directions import Noise, Seed
+from leanops.optim.zo.log import FIELDS, ZoLog
+from leanops.optim.zo.slots import Slot
+from leanops.optim.zo.update import History, window
+
+
+class Record:
+    """The log of a run in the making: notes what changes between steps, and holds the window of momentum."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self.entries: list[dict[str, Any]] = []  # name, id, shape, dtype and group of every parameter
+        self.history: History = deque()
+        self.log = ZoLog({**settings, "groups": 0, "params": []})
+        self._recorded: dict[tuple[int, str], float] = {}
+        self._frozen: list[int] = []
+
+    @property
+    def begun(self) -> bool:
+        """Whether what happens from here on stands in the log; before, its header says how things are."""
+        return len(self.log) > 0 or self.log.attached
+
+    def step_seeds(self, step: int) -> list[Seed]:
+        return Noise.of(self.settings).seeds(self.settings["seed"], step, self.settings["directions"])
+
+    def join(self, new: list[dict[str, Any]]) -> None:
+        """Further parameters, one group of them."""
+        self.entries += new
+        if self.begun:
+            self.log.change(params=new)
+            self.history.clear()
+
+    def begin(self, params: Iterable[Tensor], groups: int) -> None:
+        """The log without steps, of the parameters as they are now (they may have been cast since construction)."""
+        self.entries = [
+            {**entry, "shape": list(p.shape), "dtype": dtype_name(p.dtype)}
+            for entry, p in zip(self.entries, params, strict=True)
+        ]
+        self.log.begin({**self.settings, "groups": groups, "params": self.entries})
+        self._recorded, self._frozen = {}, []
+        self.history.clear()
+
+    def note(self, groups: Sequence[dict[str, Any]], slots: Sequence[Sequence[Slot]]) -> None:
+        """Put into the log what has changed since the last step."""
+        for g, group in enumerate(groups):
+            for field in FIELDS:
+                value = float(group[field])
+                if self._recorded.get((g, field), 0.0) != value:
+                    self.log.set(g, field, value)
+                    self._recorded[g, field] = value
+        moving = {s.tensor_id for s in chain.from_iterable(slots)}
+        frozen = [e["id"] for e in self.entries if e["id"] not in moving]
+        if frozen != self._frozen:
+            self.log.change(frozen=frozen)
+            self._frozen = frozen
+            self.history.clear()
+
+    def remember(self, step_seeds: Sequence[Seed], scalars: Sequence[float], longest: int) -> None:
+        """An applied step enters momentum's window, which looks back ``longest`` steps."""
+        self.history.appendleft((step_seeds, scalars))
+        while len(self.history) > longest:
+            self.history.pop()
+
+    def restore(self, log: ZoLog) -> None:
+        """Continue another log: everything that is kept beside it follows from it."""
+        self.log.close()
+        self.log = log
+        self.entries = log.params()
+        self._recorded, self._frozen = {}, []
+        self.history.clear()
+        for step in log.states():
+            self._recorded = {(g, f): v for g, values in enumerate(step.groups) for f, v in values.items()}
+            self._frozen = sorted(step.frozen)
+            if step.restart:
+                self.history.clear()
+            if step.scalars is not None:
+                longest = max(window(values["momentum"]) for values in step.groups)
+                self.remember(self.step_seeds(step.index), step.scalars, longest)

@@ -1,0 +1,1 @@
+"""What the families share: dtypes, checks, seeds and streams, Philox, rounding, exact arithmetic, launching."""

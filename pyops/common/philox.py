@@ -1,0 +1,40 @@
+"""Philox4x32-10, the generator of all random bits, in PyTorch; also in csrc/common/philox.h and common/triton.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+
+
+def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> list[Tensor]:
+    """Philox4x32-10 (Salmon et al., SC'11). Words are held in int64 tensors, values in [0, 2^32)."""
+    c0, c1, c2, c3 = (c if isinstance(c, Tensor) else torch.tensor(c, device="cpu") for c in counter)
+    k0, k1 = key
+    for _ in range(10):
+        # the int64 products wrap modulo 2^64, which leaves all 64 bits right
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & MASK) ^ c1 ^ k0,
+            p1 & MASK,
+            ((p0 >> 32) & MASK) ^ c3 ^ k1,
+            p0 & MASK,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
+    return [c0, c1, c2, c3]
+
+
+def words_at(index: Tensor, per_block: int, stream: int, seed: int, tensor_id: int) -> Tensor:
+    """The four Philox words of every element's block, [n, 4], for a contiguous run of indices."""
+    first, last = int(index[0]) // per_block, int(index[-1]) // per_block
+    block = torch.arange(first, last + 1, device=index.device)
+    words = torch.stack(
+        torch.broadcast_tensors(
+            *philox((block & MASK, block >> 32, tensor_id, stream), (seed & MASK, (seed >> 32) & MASK))
+        ),
+        dim=1,
+    )
+    return words[index // per_block - first]
