@@ -11,7 +11,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--leanops-device", default="cpu", help="device of the generic operator suites: cpu or cuda")
 
 
-_TOGETHER = ("native", "gpu", "test_build.py", "test_cli.py", "test_convergence.py")  # what they build, they build once
+_TOGETHER = ("test_build.py", "test_cli.py", "test_convergence.py")  # what they build, they build once
 _LONG = ("interpreter", "test_build.py", "test_finetune_minilm.py")  # first, or the last worker waits for them
 
 

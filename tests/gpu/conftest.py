@@ -1,4 +1,4 @@
-"""The CUDA backends of a family, and the emulator of the CUDA cores, built once a session."""
+"""The CUDA backends of a family, and the emulator of the CUDA cores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from gpu.emulated import Emulator, build
+from gpu.emulated import Emulator, emulator_library
+from native.build import compiler
 
 from leanops import _native
 from leanops.common import nvrtc
@@ -37,10 +38,10 @@ def backend(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    if not (shutil.which("g++") or shutil.which("clang++")):
+def library() -> ctypes.CDLL:
+    if not shutil.which(compiler()[0]):
         pytest.skip("no C++ compiler to build the emulator with")
-    return build(tmp_path_factory.mktemp("emulator"))
+    return emulator_library()
 
 
 @pytest.fixture

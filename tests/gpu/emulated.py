@@ -3,40 +3,23 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-import subprocess
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from native.build import ROOT, Object, build
 
 from leanops.common import nvrtc
 
-ROOT = Path(__file__).resolve().parents[2]
 # a vector access to an address that does not suit it ends the process, as on the device
 _FLAGS = "-std=c++17 -O1 -ffp-contract=off -fPIC -fsanitize=alignment -fsanitize-undefined-trap-on-error"
 
 
-def build(folder: Path) -> ctypes.CDLL:
-    """Compile the emulator."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    assert compiler is not None, "no C++ compiler"
-    flags = [*_FLAGS.split(), f"-I{ROOT / 'csrc'}", "-Wno-unknown-pragmas"]
-
-    def compile_one(source: Path) -> str:
-        target = str(folder / f"{source.stem}.o")
-        subprocess.run([compiler, *flags, "-c", "-o", target, str(source)], check=True)
-        return target
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, (ROOT / "tests" / "gpu" / "emulator").glob("*.cpp")))
-    library = folder / "emulator.so"
-    subprocess.run([compiler, "-shared", "-o", str(library), *objects], check=True)
-    return ctypes.CDLL(str(library))
+def emulator_library() -> ctypes.CDLL:
+    flags = (*_FLAGS.split(), "-Icsrc", "-Wno-unknown-pragmas")
+    objects = [Object(source, flags) for source in sorted(ROOT.glob("tests/gpu/emulator/*.cpp"))]
+    return ctypes.CDLL(str(build("emulator", objects, ["-shared"], ".so")))
 
 
 class Emulator:

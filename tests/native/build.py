@@ -1,4 +1,7 @@
-"""Builds the torch-free cores with the flags of ``setup.py``: as a Python module, or as a driver."""
+"""Builds C++ that tests need, with the flags of ``setup.py``: the cores as a Python module, a driver, an emulator.
+
+Ninja compiles in ``build/tests`` what has changed, under a lock: once for all processes and runs of a checkout.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,32 @@ import importlib.util
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sysconfig
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from filelock import FileLock
+
 ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "build" / "tests"
+
+
+@dataclass(frozen=True)
+class Object:
+    """One compilation: a source below the root, what tells its object from others of that source, and the flags."""
+
+    source: Path
+    flags: tuple[str, ...]
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        parts = self.source.relative_to(ROOT).with_suffix("").parts
+        return ".".join((*parts, self.variant) if self.variant else parts) + ".o"
 
 
 def setup_constants() -> dict[str, object]:
@@ -29,8 +50,8 @@ def setup_constants() -> dict[str, object]:
     return constants
 
 
-def compiler() -> str:
-    return os.environ.get("CXX", "g++")
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX") or "g++")
 
 
 def isa_flags() -> dict[str, str]:
@@ -39,41 +60,54 @@ def isa_flags() -> dict[str, str]:
     return flags if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
 
 
-def compile_cores(folder: Path, main: str, extra: Sequence[str] = ()) -> list[Path]:
+def cores(main: str, extra: Sequence[str] = (), main_flags: Sequence[str] = ()) -> list[Object]:
     """Objects of every core, once per instruction set, of ``csrc/common`` and of ``main``."""
-    base = [compiler(), *shlex.split(str(setup_constants()["CXX_FLAGS"])), "-Icsrc", *extra]
-    jobs = [([*base], source, source.stem) for source in (ROOT / "csrc/common").glob("*.cpp")]
-    jobs.append(([*base], ROOT / main, Path(main).stem))
-    for source in (ROOT / "csrc").glob("*/*_kernels.cpp"):
+    base = (*shlex.split(str(setup_constants()["CXX_FLAGS"])), "-Icsrc", *extra)
+    objects = [Object(source, base) for source in sorted(ROOT.glob("csrc/common/*.cpp"))]
+    objects.append(Object(ROOT / main, (*base, *main_flags)))
+    for source in sorted(ROOT.glob("csrc/*/*_kernels.cpp")):
         for isa, flags in isa_flags().items():
-            jobs.append(([*base, *flags.split(), f"-DLEANOPS_ISA={isa}"], source, f"{source.stem}.{isa}"))
-
-    def run(job: tuple[list[str], Path, str]) -> Path:
-        command, source, name = job
-        target = folder / f"{name}.o"
-        done = subprocess.run(
-            [*command, "-c", str(source), "-o", str(target)], cwd=ROOT, capture_output=True, text=True
-        )
-        if done.returncode:
-            raise RuntimeError(f"{source} does not compile:\n{done.stderr}")
-        return target
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(run, jobs))
+            objects.append(Object(source, (*base, *shlex.split(flags), f"-DLEANOPS_ISA={isa}"), isa))
+    return objects
 
 
-def link(objects: Sequence[Path], target: Path, extra: Sequence[str] = ()) -> Path:
-    subprocess.run([compiler(), *map(str, objects), "-o", str(target), *extra], check=True)
-    return target
+def _quote(words: Iterable[str]) -> str:
+    """Words of a command in build.ninja."""
+    return shlex.join(words).replace("$", "$$")
 
 
-def build_module(folder: Path) -> ModuleType:
+def build(name: str, objects: Sequence[Object], link_flags: Sequence[str], suffix: str = "") -> Path:
+    """``build/tests/NAME/NAME`` with a suffix, linked from objects that other programs do not share."""
+    folder = FOLDER.relative_to(ROOT) / name
+    target = folder / f"{name}{suffix}"
+    lines = [
+        f"builddir = {folder}",
+        f"cxx = {_quote(compiler())}",
+        "rule compile\n command = $cxx -MD -MF $out.d $flags -c $in -o $out\n depfile = $out.d\n deps = gcc",
+        f"rule link\n command = $cxx $in -o $out {_quote(link_flags)}",
+    ]
+    for item in objects:
+        lines.append(f"build {folder / item.name}: compile {item.source.relative_to(ROOT)}")
+        lines.append(f" flags = {_quote(item.flags)}")
+    lines.append(f"build {target}: link {' '.join(str(folder / item.name) for item in objects)}")
+    ninja = shutil.which("ninja", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
+    assert ninja is not None, "ninja is not installed: pip install ninja"
+    (ROOT / folder).mkdir(parents=True, exist_ok=True)
+    with FileLock(ROOT / folder / "lock"):
+        (ROOT / folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        done = subprocess.run([ninja, "-f", str(folder / "build.ninja")], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{target} cannot be built:\n{done.stdout}{done.stderr}")
+    return ROOT / target
+
+
+def build_module() -> ModuleType:
     import pybind11
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    objects = compile_cores(folder, "csrc/testing/module.cpp", includes)
+    objects = cores("csrc/testing/module.cpp", main_flags=includes)
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    target = link(objects, folder / f"leanops_native{suffix}", ["-shared", "-pthread"])
+    target = build("leanops_native", objects, ["-shared", "-pthread"], suffix)
     spec = importlib.util.spec_from_file_location("leanops_native", target)
     assert spec is not None
     assert spec.loader is not None
@@ -82,6 +116,7 @@ def build_module(folder: Path) -> ModuleType:
     return module
 
 
-def build_driver(folder: Path, sanitizers: str) -> Path:
+def build_driver(sanitizers: str) -> Path:
     flags = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
-    return link(compile_cores(folder, "csrc/testing/driver.cpp", flags), folder / "driver", [*flags, "-pthread"])
+    name = f"driver-{sanitizers.replace(',', '-')}"
+    return build(name, cores("csrc/testing/driver.cpp", flags), [*flags, "-pthread"])

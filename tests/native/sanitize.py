@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -35,20 +34,19 @@ def run(driver: Path, isa: str) -> subprocess.CompletedProcess[str]:
 
 def main(chosen: list[str]) -> int:
     for sanitizers in chosen or SANITIZERS:
-        with tempfile.TemporaryDirectory() as folder:
+        began = time.monotonic()
+        driver = build_driver(sanitizers)
+        print(f"{sanitizers}: built in {time.monotonic() - began:.0f} s", flush=True)
+        for isa in isa_flags():
             began = time.monotonic()
-            driver = build_driver(Path(folder), sanitizers)
-            print(f"{sanitizers}: built in {time.monotonic() - began:.0f} s", flush=True)
-            for isa in isa_flags():
-                began = time.monotonic()
-                done = run(driver, isa)
-                if done.returncode == 2 and "supports no more" in done.stderr:
-                    print(f"{sanitizers}: {isa} skipped: {done.stderr.strip()}")
-                    continue
-                print(f"{sanitizers}: {done.stdout.strip()} in {time.monotonic() - began:.0f} s", flush=True)
-                if done.returncode:
-                    print(done.stderr, file=sys.stderr)
-                    return 1
+            done = run(driver, isa)
+            if done.returncode == 2 and "supports no more" in done.stderr:
+                print(f"{sanitizers}: {isa} skipped: {done.stderr.strip()}")
+                continue
+            print(f"{sanitizers}: {done.stdout.strip()} in {time.monotonic() - began:.0f} s", flush=True)
+            if done.returncode:
+                print(done.stderr, file=sys.stderr)
+                return 1
     return 0
 
 
