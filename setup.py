@@ -60,8 +60,7 @@ def torch_flags() -> tuple[str, str]:
 
 
 def cpu_library() -> tuple[Objects, str]:
-    # a kernel file is compiled once for each instruction set
-    include, link = torch_flags()
+    include, link = torch_flags()  # a kernel file is compiled once for each instruction set
     command = f"{find_cxx()} -MD -MF $out.d {CXX_FLAGS} -c $in -o $out"
     objects = [
         (source, f"{Path(source).stem}.{isa}", f"{command} -Icsrc {flags} -DLEANOPS_ISA={isa}")
