@@ -15,6 +15,7 @@ How a call travels, from the outside in::
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -22,6 +23,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from leanops.common.written_memory import WrittenMemory
 
@@ -74,6 +76,25 @@ class Draw(Protocol):
         """Random values in a layout of the drawer's choice: any strides, a storage offset, never overlapping."""
         ...
 
+    def indices(self, n: int, size: int | None = None) -> Tensor:
+        """Different numbers of [0, n) in rising order, int64: ``size`` of them, or as many as the drawer likes."""
+        ...
+
+    def padded_indices(self, shape: Sequence[int], n: int) -> Tensor:
+        """int32 of a shape whose last dimension holds :meth:`indices`, none to all of them, and -1 behind them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an operator is tested and measured on. ``fuzz`` draws arguments of any shape and layout; ``large`` makes
+    arguments whose first written tensor has more than 2^31 elements, and arguments that give the end of it."""
+
+    cases: tuple[Case, ...]
+    fuzz: Callable[[Draw, torch.dtype], tuple[Any, ...]]
+    bad_inputs: tuple[BadInput, ...]
+    large: Callable[[torch.device], tuple[tuple[Any, ...], tuple[Any, ...]]] | None = None
+
 
 @dataclass(frozen=True)
 class Autograd:
@@ -84,13 +105,23 @@ class Autograd:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """One of several ways to compute an operator: a strategy, or a blocking."""
+
+    load: Loader
+    devices: tuple[str, ...] = ("cpu", "cuda")  # types of those that it runs on
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """One operator. ``schema`` is everything after the name: ``(Tensor x) -> Tensor``.
 
     A mutating operator's name ends in ``_``, its written arguments are ``Tensor(a!)`` or ``Tensor(a!)[]`` and it
-    returns ``()``. ``check`` raises for bad input and must not read tensor data on a device. ``backends`` maps a
-    name (``"triton"``, ``"nvrtc"``) to a loader that returns a function with the schema's signature. ``large`` makes
-    arguments whose first written tensor has more than 2^31 elements, and arguments that give the end of it.
+    returns ``()``. ``check`` raises for bad input and must not read tensor data on a device. ``inputs`` imports the
+    family's ``cases.py`` at its first call: tests and benchmarks alone ask for it. ``backends`` maps a name
+    (``"triton"``, ``"nvrtc"``) to a loader that returns a function with the schema's signature; the first that a CUDA
+    device has serves it. ``variants`` are further ways to the same result, by name: the generic suites hold each
+    against the reference, and a tuner chooses among them.
     """
 
     name: str
@@ -98,9 +129,7 @@ class OpSpec:
     reference: Callable[..., Any]
     fake: Callable[..., Any]
     check: Callable[..., None]
-    cases: tuple[Case, ...]
-    fuzz: Callable[[Draw, torch.dtype], tuple[Any, ...]]
-    bad_inputs: tuple[BadInput, ...]
+    inputs: Callable[[], Inputs]
     cost: Callable[..., Cost]
     dtypes: tuple[torch.dtype, ...]
     exact: bool  # every backend gives the reference's bits; else it agrees to `tolerance` x eps x sqrt(K)
@@ -108,14 +137,33 @@ class OpSpec:
     tolerance: float = 4.0
     composite: Callable[..., Any] | None = None  # written in other operators; registered instead of the reference
     plain: Callable[..., Any] | None = None  # what a user would write in the inputs' dtype; its error is the yardstick
-    large: Callable[[torch.device], tuple[tuple[Any, ...], tuple[Any, ...]]] | None = None
     autograd: Autograd | None = None
     backends: Mapping[str, Loader] = field(default_factory=dict)
-    tuning: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    variants: Mapping[str, Variant] = field(default_factory=dict)
 
     @property
     def mutates(self) -> bool:
         return "(a!)" in self.schema
+
+    @cached_property
+    def _inputs(self) -> Inputs:
+        return self.inputs()
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        return self._inputs.cases
+
+    @property
+    def fuzz(self) -> Callable[[Draw, torch.dtype], tuple[Any, ...]]:
+        return self._inputs.fuzz
+
+    @property
+    def bad_inputs(self) -> tuple[BadInput, ...]:
+        return self._inputs.bad_inputs
+
+    @property
+    def large(self) -> Callable[[torch.device], tuple[tuple[Any, ...], tuple[Any, ...]]] | None:
+        return self._inputs.large
 
     @cached_property
     def op(self) -> torch._ops.OpOverload:
@@ -135,10 +183,11 @@ class OpSpec:
         return [first] if isinstance(first, Tensor) else list(first)
 
     def refuse(self, *args: Any) -> None:
-        """Raise what a mutating operator would raise for these arguments, for a caller of whose several calls all or
-        none shall run."""
+        """Raise what the operator would raise for these arguments, for a caller of whose several calls all or none
+        shall run."""
         self.check(*args)
-        self._memory.check(args)
+        if self.mutates:
+            self._memory.check(args)
 
     def launch(self, device: torch.device, *args: Any, written: list[Tensor] | None = None) -> None:
         """A mutating operator on dense tensors of one device, none of them a wrapper (a subclass with a dispatch of its
@@ -152,14 +201,43 @@ class OpSpec:
         self.op._handle.redispatch_boxed(_backend_keys(device.type), *args)
         torch._C._increment_version(counted(self.mutated(args)) if written is None else written)
 
+    def variants_on(self, device: torch.device) -> list[str]:
+        """The names of the variants that run on a device."""
+        return [name for name, variant in self.variants.items() if device.type in variant.devices]
+
+    def kernel(self, name: str) -> Kernel:
+        """The function of a backend or a variant, with the schema's signature and without the operator's checks: what a
+        tuner times. Loaded at the first call."""
+        if name not in self._kernels:
+            loader = self.variants[name].load if name in self.variants else self.backends[name]
+            self._kernels[name] = loader()
+        return self._kernels[name]
+
+    def run(self, name: str, *args: Any) -> Any:
+        """``op(*args)`` as a backend or a variant computes it, with all that the operator does around its kernel: bad
+        input is refused, version counters move, autocast and autograd stay out."""
+        self.refuse(*args)
+        device = next((t.device.type for t in tree_leaves(args) if isinstance(t, Tensor)), "cpu")
+        with torch._C._AutoDispatchBelowAutograd():
+            result = _without_autocast(device, self.kernel(name))(*args)
+        torch._C._increment_version(counted(self.mutated(args)))
+        return result
+
+    @cached_property
+    def _kernels(self) -> dict[str, Kernel]:
+        return {}
+
+    @cached_property
+    def _arguments(self) -> list[Any]:
+        return list(torch._C.parse_schema(f"{NAMESPACE}::{self.name}{self.schema}").arguments)
+
     @cached_property
     def _memory(self) -> WrittenMemory:
-        return WrittenMemory(self.name, [a.name for a in self.op._schema.arguments], self._written_places)
+        return WrittenMemory(self.name, [a.name for a in self._arguments], self._written_places)
 
     @cached_property
     def _written_places(self) -> list[int]:
-        arguments = self.op._schema.arguments
-        return [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+        return [i for i, a in enumerate(self._arguments) if a.alias_info is not None and a.alias_info.is_write]
 
 
 @cache
@@ -172,6 +250,11 @@ def _backend_keys(device_type: str) -> torch._C.DispatchKeySet:
         torch._C.DispatchKey.ZeroTensor
     )
     return torch._C.DispatchKeySet(key) | lazy
+
+
+def late(module: str, name: str) -> Callable[[], Any]:
+    """A loader: imports a module at its call, and gives what has the name there."""
+    return lambda: getattr(importlib.import_module(module), name)
 
 
 def counted(written: list[Tensor]) -> list[Tensor]:

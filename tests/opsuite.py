@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -71,12 +72,15 @@ def run_reference(spec: OpSpec, args: Sequence[Any], widen: bool = False) -> lis
 
 
 def backends(spec: OpSpec, device: torch.device) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Every way to compute an operator on a device, by name: what the dispatcher picks, and each launcher."""
+    """Every way to compute an operator on a device, by name: what the dispatcher picks, each launcher in Python, and
+    each variant."""
     yield "dispatched", spec.op
     if device.type == "cuda":
-        for name, loader in spec.backends.items():
+        for name in spec.backends:
             if _native.backends()[name].state != "absent":
-                yield name, loader()
+                yield name, partial(spec.run, name)
+    for name in spec.variants_on(device):
+        yield name, partial(spec.run, name)
 
 
 def assert_same_bits(got: Sequence[Tensor], want: Sequence[Tensor], what: str = "") -> None:

@@ -50,6 +50,20 @@ def test_import_takes_less_than_150_ms_beyond_torch(tmp_path):
     assert best < 0.150
 
 
+def test_import_loads_no_inputs_of_tests(tmp_path):
+    out = run(
+        """
+        import sys, leanops, leanops.optim
+        from leanops import _registry
+        cases = lambda: sorted(m for m in sys.modules if m.startswith("leanops.") and m.endswith("cases"))
+        print(cases())
+        print(all(spec.cases for spec in _registry.specs()), cases())
+        """,
+        tmp_path,
+    )
+    assert out.splitlines() == ["[]", "True ['leanops.sm3.cases', 'leanops.zo.cases']"]
+
+
 FORK = """
 import os, torch, leanops as lo
 {before}
@@ -122,7 +136,7 @@ def test_each_cuda_operator_gets_the_first_backend_that_has_it(tmp_path):
         states = [_native._python_backend("triton", "triton")]
         _registry.register(OpSpec(
             name="triton_only", schema="(Tensor x) -> Tensor", reference=lambda x: x, fake=torch.empty_like,
-            check=lambda x: None, cases=(), fuzz=None, bad_inputs=(), cost=None, dtypes=(torch.float32,), exact=True,
+            check=lambda x: None, inputs=None, cost=None, dtypes=(torch.float32,), exact=True,
             backends={"triton": lambda: lambda x: x + 1},
         ))
         states.append(_native._python_backend("triton", "triton"))

@@ -143,7 +143,19 @@ def private_names(root: Path = ROOT) -> list[str]:
     return broken
 
 
-@pytest.mark.parametrize("rule", [upward, between_families, private_names], ids=lambda rule: rule.__name__)
+def inputs_of_tests(root: Path = ROOT) -> list[str]:
+    """Rule 4. An OpSpec names its cases, and ``late`` imports them at their first use."""
+    return [
+        f"{i}: only tests and bench import {target}"
+        for i, target in internal_imports(root)
+        if target.stem == "cases" and floor_of(i.file) != "bench"
+    ]
+
+
+RULES = {rule.__name__: rule for rule in (upward, between_families, private_names, inputs_of_tests)}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_the_rule_is_kept(rule):
     assert not (broken := rule()), "\n".join(broken)
 
@@ -165,6 +177,9 @@ def test_every_internal_import_is_found():
         ("optim/sm3/bad.py", "from leanops.optim.zo.log import ZoLog", "between_families"),
         ("optim/selection/bad.py", "from leanops.optim.sm3 import SM3", "between_families"),
         ("optim/zo/bad.py", "from leanops.zo.reference import noise", "private_names"),
+        ("pyops/zo/bad.py", "from leanops.zo import cases", "inputs_of_tests"),
+        ("pyops/sm3/bad.py", "from leanops.sm3.cases import STEP", "inputs_of_tests"),
+        ("optim/sm3/bad.py", "import leanops.sm3.cases", "inputs_of_tests"),
         ("csrc/sm3/bad.h", '#include "zo/noise.h"', "between_families"),
     ],
 )
@@ -179,5 +194,5 @@ def test_a_broken_rule_names_the_line(file, line, rule, tmp_path):
         copy.write_text("")
     broken.parent.mkdir(parents=True, exist_ok=True)
     broken.write_text(f"\n{line}\n")
-    found = {"upward": upward, "between_families": between_families, "private_names": private_names}[rule](tmp_path)
+    found = RULES[rule](tmp_path)
     assert any(f"{file}:2: " in text for text in found), found

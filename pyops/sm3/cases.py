@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leanops._registry import BadInput, Case, Draw
+from leanops._registry import BadInput, Case, Draw, Inputs
 from leanops.sm3.reference import axes_of, scale_shape
 
 Shapes = Sequence[tuple[int, ...]]
@@ -317,3 +317,6 @@ def step_bad() -> tuple[BadInput, ...]:
     return tuple(
         BadInput(name, make(**change), f"sm3_step_: {message}", *error) for name, change, message, *error in bad
     )
+
+
+STEP = Inputs(step_cases(), step_fuzz, step_bad(), step_large)

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from leanops._registry import Cost, Loader, OpSpec, register
+from leanops._registry import Cost, OpSpec, late, register
 from leanops.common.dtypes import FLOATS
 from leanops.sm3 import checks, reference
-from leanops.sm3.cases import step_bad, step_cases, step_fuzz, step_large
-
-
-def _loader(module: str) -> Loader:
-    """A Python launcher; its module is imported at the first call."""
-    return lambda: importlib.import_module(f"leanops.sm3.{module}").sm3_step_
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
@@ -46,13 +39,10 @@ register(
         reference=reference.sm3_step_,
         fake=lambda *args: None,
         check=checks.step_,
-        cases=step_cases(),
-        fuzz=step_fuzz,
-        bad_inputs=step_bad(),
+        inputs=late("leanops.sm3.cases", "STEP"),
         cost=_cost,
         dtypes=FLOATS,
         exact=True,
-        large=step_large,
-        backends={"triton": _loader("triton"), "nvrtc": _loader("nvrtc")},
+        backends={b: late(f"leanops.sm3.{b}", "sm3_step_") for b in ("triton", "nvrtc")},
     )
 )

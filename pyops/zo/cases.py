@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leanops._registry import BadInput, Case, Draw
+from leanops._registry import BadInput, Case, Draw, Inputs
 from leanops.zo.ops import columns_of
 
 DISTRIBUTIONS = ("gaussian", "rademacher")
@@ -334,3 +335,58 @@ def linear_bad() -> tuple[BadInput, ...]:
         BadInput("sparse weight", make(weight=lambda d: torch.ones(3, 6, device=d).to_sparse()), dense("weight")),
         BadInput("sparse bias", make(bias=lambda d: torch.ones(3, device=d).to_sparse()), dense("bias")),
     )
+
+
+NOISE_IN_PLACE = Inputs(
+    cases=(
+        *(noise_case(f"{d}-257x3", (257, 3), d, 5) for d in DISTRIBUTIONS),
+        *(noise_case(f"{d}-16M", (1 << 24,), d, bench=True) for d in DISTRIBUTIONS),
+    ),
+    fuzz=noise_fuzz,
+    bad_inputs=noise_bad(),
+    large=noise_large,
+)
+
+NOISE = Inputs(
+    cases=tuple(noise_like(f"{d}-33x5", (33, 5), d) for d in DISTRIBUTIONS),
+    fuzz=lambda draw, dtype: (
+        [draw.integer(0, 40) for _ in range(draw.integer(0, 3))],
+        draw.integer(-(2**63), 2**63 - 1),
+        draw.integer(0, 2**32 - 1),
+        draw.integer(0, 2**62),
+        draw.choice(DISTRIBUTIONS),
+        dtype,
+        draw.device,
+    ),
+    bad_inputs=(
+        BadInput("dtype", lambda d: ([4], 1, 0, 0, "gaussian", torch.int32, d), "zo_noise: dtype .*int32"),
+        BadInput("negative size", lambda d: ([-4], 1, 0, 0, "gaussian", torch.float32, d), "zo_noise: shape .*-4"),
+        BadInput("id", lambda d: ([4], 1, -1, 0, "gaussian", torch.float32, d), "zo_noise: tensor_id .*-1"),
+        BadInput("offset", lambda d: ([4], 1, 0, -2, "gaussian", torch.float32, d), "zo_noise: offset .*-2"),
+        BadInput("end", lambda d: ([4], 1, 0, 2**63 - 4, "gaussian", torch.float32, d), "zo_noise: offset .*5804"),
+        BadInput("size", lambda d: ([2**40] * 2, 1, 0, 0, "gaussian", torch.float32, d), "zo_noise: shape .*2\\^63"),
+        BadInput("distribution", lambda d: ([4], 1, 0, 0, "cauchy", torch.float32, d), "zo_noise: .*cauchy"),
+    ),
+)
+
+AXPY = Inputs(axpy_cases(into=False), partial(axpy_fuzz, into=False), axpy_bad("zo_axpy_"), axpy_large(into=False))
+AXPY_INTO = Inputs(
+    axpy_cases(into=True), partial(axpy_fuzz, into=True), axpy_bad("zo_axpy_into_"), axpy_large(into=True)
+)
+
+LINEAR = Inputs(
+    cases=(
+        *(linear_case(f"{d}-9x33x65", 9, 33, 65, d) for d in DISTRIBUTIONS),
+        *(linear_case(f"{d}-9x33x65-pair", 9, 33, 65, d, pair=True) for d in DISTRIBUTIONS),
+        linear_case("rademacher-70000x8x8", 70000, 8, 8, "rademacher"),
+        linear_case("rademacher-3x9x256-large", 3, 9, 256, "rademacher", std=4000.0),  # x z^T is infinite in fp16
+        *(
+            linear_case(f"rademacher-{t}x2048x2048", t, 2048, 2048, "rademacher", bench=True)
+            for t in (1, 32, 128, 512, 2048)
+        ),
+        linear_case("gaussian-512x2048x2048", 512, 2048, 2048, "gaussian", bench=True),
+        linear_case("rademacher-512x2048x2048-pair", 512, 2048, 2048, "rademacher", pair=True, bench=True),
+    ),
+    fuzz=linear_fuzz,
+    bad_inputs=linear_bad(),
+)

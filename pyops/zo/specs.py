@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,35 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from leanops._registry import Autograd, BadInput, Cost, Loader, OpSpec, register
+from leanops._registry import Autograd, Cost, Loader, OpSpec, late, register
 from leanops.common.dtypes import FLOATS
 from leanops.zo import checks, reference
 from leanops.zo.autograd import linear_backward, linear_setup_context
-from leanops.zo.cases import (
-    DISTRIBUTIONS,
-    axpy_bad,
-    axpy_cases,
-    axpy_fuzz,
-    axpy_large,
-    i64,
-    linear_bad,
-    linear_case,
-    linear_fuzz,
-    noise_bad,
-    noise_case,
-    noise_fuzz,
-    noise_large,
-    noise_like,
-)
 
 
 def _backends(name: str) -> dict[str, Loader]:
     """Python launchers of an operator; their modules are imported at the first call."""
-
-    def loader(module: str) -> Loader:
-        return lambda: getattr(importlib.import_module(f"leanops.zo.{module}"), name)
-
-    return {"triton": loader("triton"), "nvrtc": loader("nvrtc")}
+    return {backend: late(f"leanops.zo.{backend}", name) for backend in ("triton", "nvrtc")}
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
@@ -52,16 +31,10 @@ register(
         reference=reference.zo_noise_,
         fake=lambda *args: None,
         check=checks.noise_,
-        cases=(
-            *(noise_case(f"{d}-257x3", (257, 3), d, 5) for d in DISTRIBUTIONS),
-            *(noise_case(f"{d}-16M", (1 << 24,), d, bench=True) for d in DISTRIBUTIONS),
-        ),
-        fuzz=noise_fuzz,
-        bad_inputs=noise_bad(),
+        inputs=late("leanops.zo.cases", "NOISE_IN_PLACE"),
         cost=lambda out, *_: Cost(read=0, written=_bytes([out])),
         dtypes=FLOATS,
         exact=True,
-        large=noise_large,
         backends=_backends("zo_noise_"),
     )
 )
@@ -77,7 +50,8 @@ def _zo_noise(
     device: torch.device | None = None,
 ) -> Tensor:
     out = torch.empty(shape, dtype=dtype, device=device)
-    torch.ops.leanops.zo_noise_(out, i64(seed), tensor_id, offset, distribution)
+    seeds = torch.tensor([seed], dtype=torch.int64, device="cpu")
+    torch.ops.leanops.zo_noise_(out, seeds, tensor_id, offset, distribution)
     return out
 
 
@@ -92,27 +66,7 @@ register(
             shape, dtype=args[4] if len(args) > 4 else dtype, device=args[5] if len(args) > 5 else device
         ),
         check=checks.noise,
-        cases=tuple(noise_like(f"{d}-33x5", (33, 5), d) for d in DISTRIBUTIONS),
-        fuzz=lambda draw, dtype: (
-            [draw.integer(0, 40) for _ in range(draw.integer(0, 3))],
-            draw.integer(-(2**63), 2**63 - 1),
-            draw.integer(0, 2**32 - 1),
-            draw.integer(0, 2**62),
-            draw.choice(DISTRIBUTIONS),
-            dtype,
-            draw.device,
-        ),
-        bad_inputs=(
-            BadInput("dtype", lambda d: ([4], 1, 0, 0, "gaussian", torch.int32, d), "zo_noise: dtype .*int32"),
-            BadInput("negative size", lambda d: ([-4], 1, 0, 0, "gaussian", torch.float32, d), "zo_noise: shape .*-4"),
-            BadInput("id", lambda d: ([4], 1, -1, 0, "gaussian", torch.float32, d), "zo_noise: tensor_id .*-1"),
-            BadInput("offset", lambda d: ([4], 1, 0, -2, "gaussian", torch.float32, d), "zo_noise: offset .*-2"),
-            BadInput("end", lambda d: ([4], 1, 0, 2**63 - 4, "gaussian", torch.float32, d), "zo_noise: offset .*5804"),
-            BadInput(
-                "size", lambda d: ([2**40] * 2, 1, 0, 0, "gaussian", torch.float32, d), "zo_noise: shape .*2\\^63"
-            ),
-            BadInput("distribution", lambda d: ([4], 1, 0, 0, "cauchy", torch.float32, d), "zo_noise: .*cauchy"),
-        ),
+        inputs=late("leanops.zo.cases", "NOISE"),
         cost=lambda shape, *_: Cost(read=0, written=4 * torch.Size(shape).numel()),
         dtypes=FLOATS,
         exact=True,
@@ -133,13 +87,10 @@ register(
         reference=reference.zo_axpy_,
         fake=lambda *args: None,
         check=checks.axpy_,
-        cases=axpy_cases(into=False),
-        fuzz=lambda draw, dtype: axpy_fuzz(draw, dtype, into=False),
-        bad_inputs=axpy_bad("zo_axpy_"),
+        inputs=late("leanops.zo.cases", "AXPY"),
         cost=lambda tensors, *_: Cost(read=_bytes(tensors), written=_bytes(tensors)),
         dtypes=FLOATS,
         exact=True,
-        large=axpy_large(into=False),
         backends=_backends("zo_axpy_"),
     )
 )
@@ -152,13 +103,10 @@ register(
         reference=reference.zo_axpy_into_,
         fake=lambda *args: None,
         check=checks.axpy_into_,
-        cases=axpy_cases(into=True),
-        fuzz=lambda draw, dtype: axpy_fuzz(draw, dtype, into=True),
-        bad_inputs=axpy_bad("zo_axpy_into_"),
+        inputs=late("leanops.zo.cases", "AXPY_INTO"),
         cost=lambda out, *_: Cost(read=_bytes(out), written=_bytes(out)),
         dtypes=FLOATS,
         exact=True,
-        large=axpy_large(into=True),
         backends=_backends("zo_axpy_into_"),
     )
 )
@@ -200,20 +148,7 @@ register(
         reference=reference.zo_linear,
         fake=_linear_fake,
         check=checks.linear,
-        cases=(
-            *(linear_case(f"{d}-9x33x65", 9, 33, 65, d) for d in DISTRIBUTIONS),
-            *(linear_case(f"{d}-9x33x65-pair", 9, 33, 65, d, pair=True) for d in DISTRIBUTIONS),
-            linear_case("rademacher-70000x8x8", 70000, 8, 8, "rademacher"),
-            linear_case("rademacher-3x9x256-large", 3, 9, 256, "rademacher", std=4000.0),  # x z^T is infinite in fp16
-            *(
-                linear_case(f"rademacher-{t}x2048x2048", t, 2048, 2048, "rademacher", bench=True)
-                for t in (1, 32, 128, 512, 2048)
-            ),
-            linear_case("gaussian-512x2048x2048", 512, 2048, 2048, "gaussian", bench=True),
-            linear_case("rademacher-512x2048x2048-pair", 512, 2048, 2048, "rademacher", pair=True, bench=True),
-        ),
-        fuzz=linear_fuzz,
-        bad_inputs=linear_bad(),
+        inputs=late("leanops.zo.cases", "LINEAR"),
         cost=_linear_cost,
         dtypes=FLOATS,
         exact=False,

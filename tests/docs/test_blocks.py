@@ -88,9 +88,11 @@ def test_the_generic_suites_take_gradients_of_the_operator_that_contributing_add
 ) -> None:
     page = pages[ROOT / "CONTRIBUTING.md"]
     page.run_to(len(blocks(page.path)))
+    spec = page.namespace["SILU_GATE"]
+    inputs = replace(spec.inputs(), cases=(page.namespace["gate_case"]("small", shape),))
     spec = replace(
-        page.namespace["SILU_GATE"],
-        cases=(page.namespace["gate_case"]("small", shape),),
+        spec,
+        inputs=lambda: inputs,
         plain=lambda x, gate: x * torch.nn.functional.silu(gate),
     )
     cpu = torch.device("cpu")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -41,6 +43,24 @@ class HypothesisDraw:
             room[3:] = values.flatten()
             return room[3:].view(shape)
         return values
+
+    def indices(self, n, size=None) -> Tensor:
+        """Drawn at random, or a run at the start, at the end or in the middle."""
+        size = self.integer(0, n) if size is None else size
+        kind = self.choice(("run", "random"))
+        if kind == "run":
+            first = self.integer(0, n - size)
+            return torch.arange(first, first + size, device=self.device)
+        generator = torch.Generator().manual_seed(self.integer(0, 2**31))
+        return torch.randperm(n, generator=generator)[:size].sort().values.to(self.device)
+
+    def padded_indices(self, shape, n) -> Tensor:
+        *lists, width = shape
+        out = torch.full((math.prod(lists), width), -1, dtype=torch.int32, device=self.device)
+        for row in out:
+            chosen = self.indices(n, self.integer(0, min(n, width)))
+            row[: len(chosen)] = chosen
+        return out.view(shape)
 
 
 @pytest.mark.parametrize(("spec", "dtype"), ROWS)
