@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from leanops.optim.selection.freezing import Rounds
+from leanops.optim.selection.rounds import Rounds
 
 
 def trainer_callback(kind: type[Rounds], **options: Any) -> Any:

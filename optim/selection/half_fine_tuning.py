@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from leanops.common import seeds, streams
-from leanops.optim.selection.freezing import Blocks, Named, Rounds, find_blocks, find_params, smallest
+from leanops.optim.selection.blocks import Blocks, Named, find_blocks, find_params
+from leanops.optim.selection.rounds import Rounds, smallest
 
 CATEGORIES: Mapping[str, str] = {
     "norm": r"norm|(^|[._])ln(_?\w{1,2})?([._]|$)|batchnorm|(^|\.)bn\d*([._]|$)",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from leanops.optim.selection.freezing import Blocks, Named, Rounds, at_least, find_blocks, find_params, smallest
+from leanops.optim.selection.blocks import Blocks, Named, find_blocks, find_params
+from leanops.optim.selection.rounds import Rounds, at_least, smallest
 
 
 class LISA(Rounds):
@@ -37,7 +38,8 @@ class LISA(Rounds):
             start as in a new one, and a warning says so.
         active: γ, published: 2 (of 32), up to 8.
         period: K, published: 3 to 50 draws over a run, that is tens to hundreds of steps.
-        blocks: what is drawn from: None for the entries of the longest ``nn.ModuleList``, a container's name
+        blocks: what is drawn from: None for the entries of the model's only stack, the ``nn.ModuleList`` of which two
+            or more entries train (a model with several stacks is refused), a container's name
             (``"model.layers"``), a regular expression that blocks' names match in full (``r"encoder\.block\.\d+"``),
             or a list of modules or names. Blocks without a trainable parameter are not counted.
         always: what trains in every round: None for all that is outside the blocks (embeddings, head, final norm), or a
@@ -82,7 +84,7 @@ class LISA(Rounds):
             if inside:
                 self._blocks[block] = inside
         self.active = at_least("LISA", "active", active, 1)
-        if active > len(self._blocks):
+        if self.active > len(self._blocks):
             raise ValueError(
                 f"LISA: active must be at most the number of blocks with trainable parameters, {len(self._blocks)}, "
                 f"got {active}"

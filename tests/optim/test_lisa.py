@@ -13,6 +13,7 @@ from collections import Counter
 from itertools import combinations, pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gloo import distributed, spawn
@@ -464,7 +465,7 @@ def test_bad_models_and_optimizers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"got one without layers.3.norm.weight \(6 of 34 are absent\)"):
         LISA(model, torch.optim.SGD(some))
     two = nn.ModuleDict({"a": nn.ModuleList([nn.Linear(1, 1)]), "b": nn.ModuleList([nn.Linear(1, 1)])})
-    with pytest.raises(ValueError, match="blocks must be given, for a and b have 1 modules each, got None"):
+    with pytest.raises(ValueError, match=r"several stacks, got None; .*: 'a' \(1\), 'b' \(1\)"):
         LISA(two, torch.optim.SGD(two.parameters()), active=1)
     plain = nn.Sequential(nn.Linear(1, 1))
     with pytest.raises(ValueError, match=r"blocks must be given for a model without a torch.nn.ModuleList, got None"):
@@ -473,6 +474,43 @@ def test_bad_models_and_optimizers_are_refused() -> None:
         p.requires_grad_(False)
     with pytest.raises(ValueError, match="LISA: model must have parameters that require grad, got none"):
         LISA(model, optimizer)
+
+
+class VisionLanguage(nn.Module):
+    """A vision tower that is deeper than the language model, with experts in the blocks of the latter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(2, 2) for _ in range(6))})
+        experts = [nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(2, 2) for _ in range(9))}) for _ in range(4)]
+        self.language = nn.ModuleDict({"layers": nn.ModuleList(experts)})
+        self.heads = nn.ModuleList([nn.Linear(2, 2)])
+
+
+@pytest.mark.parametrize("selection", [LISA, HalfFineTuning])
+def test_a_model_with_several_stacks_is_refused_with_their_names(selection: Any) -> None:
+    model = VisionLanguage()
+    sgd = torch.optim.SGD(model.parameters())
+    with pytest.raises(
+        ValueError, match=r"several stacks, got None; .*: 'tower.layers' \(6\), 'language.layers' \(4\)"
+    ):
+        selection(model, sgd)
+    assert all(p.requires_grad for p in model.parameters())
+    assert len(selection(model, sgd, blocks="language.layers").blocks) == 4
+
+
+@pytest.mark.parametrize("selection", [LISA, HalfFineTuning])
+def test_a_frozen_stack_is_not_meant(selection: Any) -> None:
+    model = VisionLanguage()
+    model.tower.requires_grad_(False)
+    assert selection(model, torch.optim.SGD(model.parameters())).blocks == [f"language.layers.{i}" for i in range(4)]
+
+
+def test_numbers_of_numpy_are_integers() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters())
+    lisa = LISA(model, optimizer, active=np.int64(2), period=np.int32(3))
+    assert (type(lisa.active), type(lisa.period), len(lisa.active_blocks)) == (int, int, 2)
 
 
 # --- several processes ----------------------------------------------------------------------------------------------
