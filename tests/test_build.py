@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,30 +13,16 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from stand_in import checkout, program
 
 ROOT = Path(__file__).parent.parent
-TREE = ("csrc", "pyops", "optim", "autotune", "bench")
-FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
 
 
 def wheel(folder: Path, **environment: str) -> Path:
     """A wheel built from a copy of the sources with changed environment variables."""
-    source = folder / "source"
-    for name in TREE:
-        shutil.copytree(ROOT / name, source / name)
-    for name in FILES:
-        shutil.copy(ROOT / name, source / name)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-build-isolation",
-        "--no-deps",
-        "-w",
-        str(folder),
-        str(source),
-    ]
+    source = checkout(folder / "the sources").folder
+    shutil.copy(ROOT / "MANIFEST.in", source)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", folder, source]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return next(folder.glob("*.whl"))
@@ -57,9 +44,14 @@ STATE = (
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A wheel made where there is no nvcc."""
-    folder = tmp_path_factory.mktemp("wheel")
-    return wheel(folder, CUDA_HOME="/nowhere")
+    """A wheel made where there is no nvcc, where every path has a space and the compiler a launcher and a flag."""
+    folder = tmp_path_factory.mktemp("a wheel")
+    temporary = folder / "temporary files"
+    temporary.mkdir()
+    launcher = program(folder / "a launcher", '#!/bin/sh\nexec "$@"\n')
+    compiler = next(filter(None, map(shutil.which, ("g++", "clang++"))))
+    cxx = shlex.join([str(launcher), compiler, "-DA_FLAG"])
+    return wheel(folder, CUDA_HOME="/nowhere", CXX=cxx, TMPDIR=str(temporary))
 
 
 def test_one_wheel_serves_every_python(built):
@@ -116,7 +108,7 @@ def test_without_a_compiler_the_package_works_and_says_why(tmp_path):
     zipfile.ZipFile(built).extractall(tmp_path / "site")
     file, detail, report, values = json.loads(ask(tmp_path / "site", STATE))
     assert Path(file).is_relative_to(tmp_path)
-    reason = "no C++ compiler found (looked at CXX=no-such-compiler)"
+    reason = "no C++ compiler found (looked at CXX=no-such-compiler); install g++ or clang++, or set CXX"
     assert detail == reason
     assert report == {
         "cpu": {"built": False, "reason": reason},

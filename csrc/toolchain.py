@@ -1,0 +1,157 @@
+"""What the build finds on this machine: compilers, ninja, torch, GPUs, cores and memory. Only setup.py imports it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+GIB = 1 << 30
+MEMORY = Path("/proc/meminfo")
+MEMORY_LIMITS = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+FIND_TORCH = "import importlib.util; print(importlib.util.find_spec('torch').origin)"
+CAPABILITIES = (
+    "from torch import cuda; print(*('%d.%d' % cuda.get_device_capability(i) for i in range(cuda.device_count())))"
+)
+
+
+class Unavailable(Exception):
+    """A library cannot be built here. The text says why, and what to do."""
+
+
+def say(line: str) -> None:
+    """Print a line at once, on a terminal that may show ASCII alone."""
+    print(line.encode("ascii", "backslashreplace").decode(), flush=True)
+
+
+def ask(*command: str) -> str:
+    """What a command prints outside of pip's isolated build environment; nothing where the command fails."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    try:
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, errors="replace", check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def find_cxx() -> list[str]:
+    """The C++ compiler as words: CXX may hold a launcher before it and flags after it."""
+    wish = os.environ.get("CXX", "").strip()
+    try:
+        words = [wish] if shutil.which(wish) else shlex.split(wish)
+    except ValueError as error:
+        raise Unavailable(f"CXX={wish} cannot be split into words: {error}; correct CXX") from None
+    for candidate in [words] if words else [["g++"], ["clang++"]]:
+        if found := shutil.which(candidate[0]):
+            return [found, *candidate[1:]]
+    looked = f"CXX={wish}" if wish else "CXX, g++ and clang++"
+    raise Unavailable(f"no C++ compiler found (looked at {looked}); install g++ or clang++, or set CXX")
+
+
+def nvcc_host_flags(cxx: list[str]) -> list[str]:
+    """nvcc's flags for a host compiler. ``-ccbin`` takes one word, so a launcher is left out."""
+    end = next((i for i, word in enumerate(cxx) if word.startswith("-")), len(cxx))
+    return ["-ccbin", cxx[end - 1], *("-Xcompiler=" + word.replace(",", r"\,") for word in cxx[end:])]
+
+
+def find_nvcc() -> Path:
+    home = os.environ.get("CUDA_HOME")
+    folders = f"{home}/bin" if home else f"/usr/local/cuda/bin{os.pathsep}{os.environ.get('PATH', '')}"
+    if nvcc := shutil.which("nvcc", path=folders):
+        return Path(nvcc).resolve()
+    looked = f"CUDA_HOME={home}" if home else "/usr/local/cuda and PATH"
+    raise Unavailable(f"no nvcc found (looked at {looked})")
+
+
+def find_ninja() -> str:
+    folders = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    if ninja := shutil.which("ninja", path=folders):
+        return ninja
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # installed by --user, --target or a .pth file
+        for file in importlib.metadata.files("ninja") or ():
+            if file.stem == "ninja" and os.access(file.locate(), os.X_OK) and Path(file.locate()).is_file():
+                return str(file.locate())
+    raise Unavailable("ninja is not installed; pip install ninja")
+
+
+def find_torch() -> Path:
+    """The folder of torch. An isolated build cannot import torch, but the headers are all that it needs."""
+    spec = importlib.util.find_spec("torch")
+    origin = spec.origin if spec else ask(sys.executable, "-c", FIND_TORCH).strip()
+    if origin and (Path(origin).parent / "include" / "torch").exists():
+        return Path(origin).parent
+    raise Unavailable(
+        f"torch is not installed for {sys.executable}; install torch first, and build with --no-build-isolation "
+        "where the front end is not pip"
+    )
+
+
+def cuda_archs() -> list[str]:
+    """The architectures to compile for, such as 80 and 90, the newest last."""
+    wishes = re.findall(r"[^\s;,]+", os.environ.get("LEANOPS_CUDA_ARCHS", "80;90;100"))
+    if not wishes:
+        raise Unavailable("LEANOPS_CUDA_ARCHS is empty")
+    archs = {arch for wish in wishes for arch in (_native_archs() if wish == "native" else [wish.replace(".", "")])}
+    if unknown := [arch for arch in archs if not re.fullmatch(r"\d+[af]?", arch)]:
+        raise Unavailable(f"LEANOPS_CUDA_ARCHS must be native or architectures such as 80;90, got {', '.join(unknown)}")
+    return sorted(archs, key=lambda arch: (int(arch.rstrip("af")), arch))
+
+
+def _native_archs() -> list[str]:
+    smi = ask("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    for answer in (smi, ask(sys.executable, "-c", CAPABILITIES)):
+        if found := re.findall(r"\b(\d+)\.(\d)\b", answer):
+            return [major + minor for major, minor in found]
+    raise Unavailable(
+        "LEANOPS_CUDA_ARCHS is native, and neither nvidia-smi nor torch finds a GPU; name the architecture, such as 90"
+    )
+
+
+def parallel(files: int) -> tuple[int, int]:
+    """How many of ``files`` are compiled at a time, and for how many architectures each nvcc compiles at a time.
+
+    Both are bounded by the cores and by MAX_JOBS, or else by the memory: 1 GiB a compilation (measured with g++ 12 and
+    nvcc 13.0 on the largest files: 0.35 GiB for g++, 0.44 GiB for one architecture in nvcc).
+    """
+    limits = []
+    with contextlib.suppress(OSError):
+        available = re.search(r"MemAvailable:\s+(\d+) kB", MEMORY.read_text())
+        limits = [int(available[1]) * 1024] if available else []
+    for limit in MEMORY_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or the word max
+            limits.append(int(limit.read_text()))
+    wish = os.environ.get("MAX_JOBS", "")
+    most = max(1, int(wish) if wish.isdecimal() else min(limits, default=GIB) // GIB)
+    cores = len(os.sched_getaffinity(0))
+    jobs = min(files, cores, most)
+    return jobs, min(cores, most // jobs)
+
+
+def run_ninja(file: Path, library: str, files: int) -> None:
+    """Build what ``file`` describes, and print each line as it comes, since ``pip install -v`` shows it at once."""
+    jobs, archs = parallel(files)
+    say(f"leanops: building the {library} library: {files} files, {jobs} at a time")
+    # nvcc takes its threads from the environment: in its command, which ninja compares, they would cause a rebuild
+    environment = os.environ | {"LC_ALL": "C", "NINJA_STATUS": f"leanops: {library} library [%f/%t, %e s] "}
+    environment["NVCC_APPEND_FLAGS"] = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} --threads {archs}"
+    command = [find_ninja(), "-j", str(jobs), "-f", str(file)]
+    lines = []
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        for line in process.stdout or ():
+            lines.append(line.decode(errors="replace").rstrip())
+            say(lines[-1])
+    if process.returncode:
+        errors = [line for line in lines if re.search(r"\berror ?:", line)]
+        errors = errors or [line for line in lines if not re.search("^leanops: | -o ", line)]
+        raise Unavailable(
+            f"the build failed: {' | '.join([*dict.fromkeys(errors)][:3])}; pip install -v shows all of its output"
+        )
