@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from leanops import _registry
 
 FOLDER = Path(__file__).parent / "lib"
 NAMES = ("cpu", "cuda", "triton", "nvrtc")  # on CUDA in the order of preference
+BY_DEVICE = {"CPU": ("cpu",), "CUDA": ("cuda", "triton", "nvrtc")}
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,10 @@ def version() -> str:
 
 
 @cache
-def build_report() -> dict[str, dict[str, object]]:
+def build_report() -> dict[str, dict[str, Any]]:
     """What the build wrote about each library."""
     try:
-        report: dict[str, dict[str, object]] = json.loads((FOLDER / "build.json").read_text())
+        report: dict[str, dict[str, Any]] = json.loads((FOLDER / "build.json").read_text())
     except FileNotFoundError:
         return {}
     return report
@@ -81,7 +83,9 @@ def _load_library(library: str) -> Backend:
     key = library.upper()
     _servers.update({(spec.name, key): library for spec in _registry.specs() if has_kernel(spec.name, key)})
     if library == "cuda":
-        return Backend(library, "in use", f"built with torch's stable ABI, runs on CUDA {torch.version.cuda}")
+        archs = " ".join(f"sm_{arch}" for arch in build_report().get(library, {}).get("archs", ()))
+        compiled = f"compiled for {archs}, " if archs else ""
+        return Backend(library, "in use", f"{compiled}runs on CUDA {torch.version.cuda}")
     if problem := _ask_cpu_library("leanops_cpu_isa_error"):
         raise ValueError(f"leanops: {problem}")
     return Backend(library, "in use", cpu_isa())
@@ -140,6 +144,26 @@ def _lazy(loader: _registry.Loader) -> _registry.Kernel:
     return kernel
 
 
+def _warn_at_first_use() -> None:
+    """Prepare the warning for a device that the reference alone serves, unless LEANOPS_DISABLE asks for that."""
+    for key, names in BY_DEVICE.items():
+        backends = [_backends[name] for name in names]
+        if any(backend.state != "absent" for backend in backends) or disabled().intersection(names):
+            continue
+        if key == "CPU":
+            reason = f"the CPU, because the compiled library is absent: {backends[0].detail}"
+            remedy = "After that, install leanops again."
+        else:
+            absent = "; ".join(f"{backend.name}: {backend.detail}" for backend in backends)
+            reason = f"the GPU, because its backends are absent: {absent}"
+            package = "leanops[triton]" if torch.version.cuda else "a torch that is built with CUDA"
+            remedy = f"The quickest remedy is to install {package}."
+        _registry.unserved[getattr(torch._C.DispatchKey, key)] = (
+            f"leanops: the pure torch reference, sixty times slower than a kernel or worse, serves {reason}. {remedy} "
+            f"`leanops info` shows what serves each operator; LEANOPS_DISABLE={','.join(names)} silences this."
+        )
+
+
 def load() -> None:
     """Load what is there, once. On CUDA an operator's order of preference is native, Triton, NVRTC."""
     if _backends:
@@ -148,6 +172,7 @@ def load() -> None:
         _backends[library] = _load_library(library)
     for name, package in (("triton", "triton"), ("nvrtc", "cupy")):
         _backends[name] = _python_backend(name, package)
+    _warn_at_first_use()
 
 
 def backends() -> dict[str, Backend]:

@@ -16,6 +16,8 @@ How a call travels, from the outside in::
 from __future__ import annotations
 
 import importlib
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -31,6 +33,9 @@ NAMESPACE = "leanops"
 _library = torch.library.Library(NAMESPACE, "DEF")
 _specs: dict[str, OpSpec] = {}
 _T = TypeVar("_T")
+
+# what to warn of at the first call on a device that the reference alone serves; leanops._native fills it
+unserved: dict[torch._C.DispatchKey, str] = {}
 
 Kernel = Callable[..., Any]  # takes the arguments of the schema, in order
 Loader = Callable[[], Kernel]  # imports what the kernel needs
@@ -285,7 +290,10 @@ def register(spec: OpSpec) -> OpSpec:
     _specs[name] = spec
     op = spec.op
 
-    _library.impl(name, spec.composite or spec.reference, "CompositeExplicitAutograd")
+    if spec.composite is not None:
+        _library.impl(name, spec.composite, "CompositeExplicitAutograd")
+    else:
+        _library.impl(name, _warns_once(spec.reference), "CompositeExplicitAutograd", with_keyset=True)
 
     def fake(*args: Any, **kwargs: Any) -> Any:
         spec.check(*args, **kwargs)
@@ -332,6 +340,27 @@ def register(spec: OpSpec) -> OpSpec:
             lib=_library,
         )
     return spec
+
+
+def _warns_once(reference: Kernel) -> Kernel:
+    """The reference, which warns at the first call on a device that no backend serves."""
+
+    def call(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        for key in [key for key in unserved if keyset.has(key)]:
+            if (message := unserved.pop(key, None)) is not None:
+                warnings.warn(message, stacklevel=_caller_level())
+        return reference(*args, **kwargs)
+
+    return call
+
+
+def _caller_level() -> int:
+    """The ``stacklevel`` that names the line outside of leanops and torch."""
+    level = 1
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in (NAMESPACE, "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _without_autocast(device_type: str, function: Kernel) -> Kernel:

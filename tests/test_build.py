@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from stand_in import checkout, program
+from building import checkout, program
 
 ROOT = Path(__file__).parent.parent
 

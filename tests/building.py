@@ -17,6 +17,7 @@ STAND_IN = """#!/bin/sh
 { printf '%s\\n' "$0"; for word; do printf '%s\\n' "$word"; done; } > "$RECORDS/$$"
 while [ $# -gt 0 ]; do
   [ "$1" = -o ] && : > "$2"
+  [ "$1" = -MF ] && echo "object: " > "$2"
   shift
 done
 """
