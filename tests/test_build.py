@@ -103,20 +103,124 @@ def test_the_environment_forces_an_instruction_set(built, tmp_path, isa):
         assert ask(tmp_path, code, LEANOPS_CPU_ISA=isa) == isa
 
 
-def test_without_a_compiler_the_package_works_and_says_why(tmp_path):
-    built = wheel(tmp_path / "wheel", CXX="no-such-compiler", LEANOPS_CUDA_ARCHS="")
-    zipfile.ZipFile(built).extractall(tmp_path / "site")
-    file, detail, report, values = json.loads(ask(tmp_path / "site", STATE))
-    assert Path(file).is_relative_to(tmp_path)
-    reason = "no C++ compiler found (looked at CXX=no-such-compiler); install g++ or clang++, or set CXX"
-    assert detail == reason
+@pytest.fixture(scope="module")
+def uncompiled(tmp_path_factory):
+    """An installation that was made without a compiler."""
+    folder = tmp_path_factory.mktemp("uncompiled")
+    built = wheel(folder, CXX="no-such-compiler", LEANOPS_CUDA_ARCHS="")
+    zipfile.ZipFile(built).extractall(folder / "site")
+    return folder / "site"
+
+
+NO_COMPILER = "no C++ compiler found (looked at CXX=no-such-compiler); install g++ or clang++, or set CXX"
+
+
+def test_without_a_compiler_the_package_works_and_says_why(uncompiled):
+    file, detail, report, values = json.loads(ask(uncompiled, STATE))
+    assert Path(file).is_relative_to(uncompiled)
+    assert detail == NO_COMPILER
     assert report == {
-        "cpu": {"built": False, "reason": reason},
+        "cpu": {"built": False, "reason": NO_COMPILER},
         "cuda": {"built": False, "reason": "LEANOPS_CUDA_ARCHS is empty"},
     }
     import leanops as lo
 
     assert values == lo.zo_noise(2, 1).tolist()
+
+
+# runs code in a module named user, and prints each warning's text and line
+WARNED = """
+import json, sys, types, warnings, torch
+warnings.simplefilter("always")
+seen = []
+with warnings.catch_warnings(record=True) as seen:
+    import leanops as lo
+    assert not seen, seen
+    exec(compile(CODE, "user.py", "exec"), {"__name__": "user", "lo": lo, "torch": torch})
+warned = [w for w in seen if "leanops" in str(w.message)]
+print(json.dumps([[w.category.__name__, str(w.message), w.filename, w.lineno] for w in warned]))
+"""
+
+
+def warned(installed: Path, code: str, before: str = "", **environment: str) -> list[list[object]]:
+    seen: list[list[object]] = json.loads(ask(installed, f"CODE = {code!r}\n{before}\n{WARNED}", **environment))
+    return seen
+
+
+def test_the_first_use_of_a_cpu_that_the_reference_serves_warns_once(uncompiled):
+    seen = warned(uncompiled, "x = 1\nlo.zo_noise(3, 1)\nlo.zo_noise(3, 1)\nlo.zo_axpy_([torch.ones(3)], 1, 1.0)")
+    message = (
+        "leanops: the pure torch reference, sixty times slower than a kernel or worse, serves the CPU, because the "
+        f"compiled library is absent: {NO_COMPILER}. After that, install leanops again. `leanops info` shows what "
+        "serves each operator; LEANOPS_DISABLE=cpu silences this."
+    )
+    assert seen == [["UserWarning", message, "user.py", 2]]
+
+
+def test_an_optimizer_s_first_step_warns_at_the_line_of_its_user(uncompiled):
+    code = "w = torch.nn.Parameter(torch.ones(3))\nw.grad = torch.ones(3)\nlo.optim.SM3([w]).step()"
+    ((_, _, file, line),) = warned(uncompiled, code)
+    assert (file, line) == ("user.py", 3)
+
+
+def test_who_disables_the_library_is_not_warned(uncompiled):
+    assert warned(uncompiled, "lo.zo_noise(3, 1)", LEANOPS_DISABLE="cpu") == []
+
+
+def test_a_compiled_graph_warns_when_it_runs_and_does_not_break(uncompiled):
+    code = """
+def step(w, x):
+    lo.zo_axpy_([w], 1, 0.5)
+    return lo.zo_linear(x, w, seed=3, scale=0.1)
+compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+w, x = torch.ones(4, 8), torch.ones(2, 8)
+with torch.no_grad():
+    assert torch.equal(compiled(w.clone(), x)[0], step(w, x)[0])
+"""
+    seen = warned(uncompiled, code)
+    assert [message.split(",")[0] for _, message, _, _ in seen] == ["leanops: the pure torch reference"]
+
+
+# a torch with CUDA, without the packages that would serve it; the call reaches the reference as a GPU's would
+NO_BACKEND = """
+import importlib.util, torch
+torch.version.cuda = "13.0"
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in ("triton", "cupy") else find(name, *rest)
+"""
+ON_A_GPU = """
+from leanops import _registry
+keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+for _ in range(2):
+    _registry.spec("zo_noise_").op._handle.redispatch_boxed(keys, torch.empty(3), torch.tensor(1), 0, 0, "gaussian")
+"""
+
+
+def test_the_first_use_of_a_gpu_that_the_reference_serves_warns_once(uncompiled):
+    ((_, message, _, _),) = warned(uncompiled, ON_A_GPU, NO_BACKEND)
+    assert message == (
+        "leanops: the pure torch reference, sixty times slower than a kernel or worse, serves the GPU, because its "
+        "backends are absent: cuda: LEANOPS_CUDA_ARCHS is empty; triton: triton is not installed; nvrtc: cupy is not "
+        "installed. The quickest remedy is to install leanops[triton]. `leanops info` shows what serves each operator; "
+        "LEANOPS_DISABLE=cuda,triton,nvrtc silences this."
+    )
+    assert warned(uncompiled, ON_A_GPU, NO_BACKEND, LEANOPS_DISABLE="triton") == []
+    before = NO_BACKEND.replace('("triton", "cupy")', '("cupy",)').replace(
+        "None if", "find('json') if name == 'triton' else None if"
+    )
+    assert warned(uncompiled, "lo.zo_noise(3, 1)", before, LEANOPS_DISABLE="cpu") == []
+
+
+def test_info_shows_the_reasons_of_the_build(uncompiled):
+    shown = json.loads(ask(uncompiled, "import json; from leanops import info; print(json.dumps(info.collect()))"))
+    for name in ("cpu", "cuda"):
+        if name == "cpu" or "built without CUDA" not in shown["backends"][name]["detail"]:
+            assert shown["backends"][name]["detail"] == shown["build"][name]["reason"]
+        assert shown["backends"][name]["state"] == "absent"
+    assert {by_device["cpu"] for by_device in shown["operators"].values()} <= {
+        "reference",
+        "composite of leanops operators",
+    }
 
 
 def test_macros_of_torch_are_those_of_the_oldest_one():

@@ -109,6 +109,22 @@ def test_without_its_libraries_the_package_works_and_says_why(tmp_path, disabled
     assert json.loads(values) == lo.zo_noise(3, 1).tolist()
 
 
+def test_where_a_library_serves_nothing_stands_before_its_kernels(tmp_path):
+    """The reference alone carries the warning of its first use, and nothing of it where a kernel serves."""
+    out = run(
+        """
+        import torch, leanops
+        from leanops import _native, _registry
+        print(_native.backends()["cpu"].loaded, torch._C.DispatchKey.CPU in _registry.unserved,
+              {_native.has_kernel(spec.name, "CPU") for spec in _registry.specs() if spec.composite is None})
+        """,
+        tmp_path,
+    )
+    if out.startswith("False"):
+        pytest.skip("needs the CPU library: `leanops info` says why it is absent")
+    assert out == "True False {True}\n"
+
+
 def test_an_unknown_backend_in_leanops_disable_is_an_error(tmp_path):
     code = """
         try:
