@@ -31,7 +31,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 
 format-check: $(VENV)/.installed
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 types: $(VENV)/.installed
 	$(BIN)/mypy -p leanops
@@ -50,7 +50,7 @@ oldest: $(VENV)/.installed
 	$(BIN)/python tests/native/oldest_torch.py
 
 interpreter: $(VENV)/.installed
-	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
+	$(PYTEST) $(PARALLEL) tests/interpreter tests/*/test_interpreted.py
 
 aot: $(VENV)/.installed
 	$(BIN)/python tests/aot/aot.py

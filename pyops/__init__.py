@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from leanops import _native
+from leanops import _native, _registry
 from leanops.sm3 import sm3_cover, sm3_cover_axes, sm3_momentum, sm3_step_
 from leanops.zo import zo_axpy_, zo_axpy_into_, zo_linear, zo_noise
 
@@ -23,6 +23,7 @@ __all__ = [
     "zo_noise",
 ]
 
+_registry.import_families()
 _native.load()
 
 

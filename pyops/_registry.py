@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -260,6 +261,12 @@ def _backend_keys(device_type: str) -> torch._C.DispatchKeySet:
 def late(module: str, name: str) -> Callable[[], Any]:
     """A loader: imports a module at its call, and gives what has the name there."""
     return lambda: getattr(importlib.import_module(module), name)
+
+
+def import_families() -> None:
+    """Imports every family, which registers its operators. A family is a folder with a ``specs.py``."""
+    for path in sorted(Path(__file__).parent.glob("*/specs.py")):
+        importlib.import_module(f"leanops.{path.parent.name}")
 
 
 def counted(written: list[Tensor]) -> list[Tensor]:

@@ -6,13 +6,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest_plugins = ["gpu.fixtures", "interpreter.remote", "native.fixtures"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--leanops-device", default="cpu", help="device of the generic operator suites: cpu or cuda")
 
 
 _TOGETHER = ("test_build.py", "test_cli.py", "test_convergence.py")  # what they build, they build once
-_LONG = ("interpreter", "test_build.py", "test_finetune_minilm.py")  # first, or the last worker waits for them
+_LONG = ("test_interpreted.py", "test_build.py", "test_finetune_minilm.py")  # first, or the last worker waits for them
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the marks

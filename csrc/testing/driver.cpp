@@ -1,84 +1,9 @@
-// Runs every kernel of the instruction set that LEANOPS_CPU_ISA names, for the sanitizers: buffers of exactly
-// the size used, cut at odd places among threads, in place and into another buffer; the threads' bits must be
-// one thread's.
+// Runs the checks of every family with the instruction set that LEANOPS_CPU_ISA names, for the sanitizers.
 #include <cstdio>
-#include <cstring>
-#include <thread>
-#include <vector>
 
-#include "common/isa.h"
-#include "testing/sm3_driver.h"
-#include "zo/zo.h"
+#include "testing/driver.h"
 
 using namespace leanops;
-using namespace leanops::zo;
-
-namespace {
-
-using Bytes = std::vector<unsigned char>;
-
-Bytes start(DType dtype, int64_t n) {  // finite numbers of ordinary size, a NaN and an infinity among them
-  Bytes data(static_cast<size_t>(n * element_size(dtype)));
-  for (int64_t j = 0; j < n; ++j) {
-    const double value = j % 97 == 5   ? __builtin_nan("")
-                         : j % 89 == 3 ? __builtin_inf()
-                                       : 0.01 * (j % 31 - 15);
-    const float narrow = static_cast<float>(value);
-    uint32_t bits;
-    std::memcpy(&bits, &narrow, 4);
-    const uint16_t half = static_cast<uint16_t>(bits >> 16);  // any bits do for fp16
-    unsigned char* at = data.data() + j * element_size(dtype);
-    if (dtype == DType::kFloat64) std::memcpy(at, &value, 8);
-    if (dtype == DType::kFloat32) std::memcpy(at, &narrow, 4);
-    if (element_size(dtype) == 2) std::memcpy(at, &half, 2);
-  }
-  return data;
-}
-
-template <class Run>
-void in_threads(int64_t n, int threads, const Run& run) {
-  std::vector<std::thread> pool;
-  for (int t = 0; t < threads; ++t) {
-    const int64_t from = n * t / threads, to = n * (t + 1) / threads;
-    pool.emplace_back([=, &run] { run(from, to - from); });
-  }
-  for (std::thread& thread : pool) thread.join();
-}
-
-int check(const Kernels& cpu, DType dtype, int64_t n, uint64_t index, const Terms& terms, uint64_t columns) {
-  const int64_t size = element_size(dtype);
-  const auto at = [&](Bytes& bytes, int64_t first) { return bytes.data() + first * size; };
-  const auto same = [](const Bytes& a, const Bytes& b) { return a == b; };
-  Bytes whole = start(dtype, n), parts = whole, into(whole.size()), source = whole;
-  cpu.axpy(whole.data(), whole.data(), dtype, n, terms, 7, index, columns);
-  in_threads(n, 3, [&](int64_t first, int64_t count) {
-    cpu.axpy(at(parts, first), at(parts, first), dtype, count, terms, 7, index + static_cast<uint64_t>(first),
-             columns);
-    cpu.axpy(at(into, first), at(source, first), dtype, count, terms, 7, index + static_cast<uint64_t>(first),
-             columns);
-  });
-  int bad = !same(whole, parts) + !same(whole, into);
-  if (terms.distribution == Distribution::kLowRank) return bad;  // the other kernels have none
-
-  Bytes noise(whole.size()), pieces(whole.size());
-  cpu.noise(noise.data(), dtype, n, 11, 7, index, terms.distribution);
-  Bytes plus(whole.size()), minus(whole.size()), plus2(whole.size()), minus2(whole.size());
-  cpu.both(plus.data(), minus.data(), source.data(), dtype, n, 11, 1e-3, 7, index, terms.distribution);
-  in_threads(n, 2, [&](int64_t first, int64_t count) {
-    const uint64_t i = index + static_cast<uint64_t>(first);
-    cpu.noise(at(pieces, first), dtype, count, 11, 7, i, terms.distribution);
-    cpu.both(at(plus2, first), at(minus2, first), at(source, first), dtype, count, 11, 1e-3, 7, i,
-             terms.distribution);
-  });
-  bad += !same(noise, pieces) + !same(plus, plus2) + !same(minus, minus2);
-  in_threads(n, 2, [&](int64_t first, int64_t count) {
-    cpu.spread(at(plus, first), at(minus, first), at(noise, first), dtype, count, 0.5);
-  });
-  cpu.spread(plus2.data(), minus2.data(), noise.data(), dtype, n, 0.5);
-  return bad + !same(plus, plus2) + !same(minus, minus2);
-}
-
-}  // namespace
 
 int main() {
   const IsaChoice& choice = isa_choice();
@@ -86,47 +11,12 @@ int main() {
     std::fprintf(stderr, "%s\n", choice.error);
     return 2;
   }
-  const Kernels& cpu = kernels(choice.isa);
-  const std::vector<uint64_t> seeds = {3, ~uint64_t{0}, uint64_t{1} << 33}, right_seeds = {5, 5, 6};
-  const std::vector<double> coeffs = {1e-3, -2.0, 1e-7}, decays = {0.1, 0.0, 1e-3};
-  int bad = 0, runs = 0;
-  for (int dtype = 0; dtype < 4; ++dtype) {
-    for (int bits = 0; bits < 8; ++bits) {
-      for (int64_t count : {0, 1, 3}) {
-        for (int64_t n : {0, 1, 31, 1000, 9001}) {
-          for (uint64_t index :
-               {uint64_t{0}, uint64_t{5}, (uint64_t{1} << 34) - 77, (uint64_t{1} << 39) - 3000}) {
-            const bool sequential = bits & 4;
-            const Terms terms = {seeds.data(),
-                                 coeffs.data(),
-                                 decays.data(),
-                                 count,
-                                 sequential && count == 3 ? 3 : 1,
-                                 static_cast<Distribution>(bits & 1),
-                                 static_cast<Rounding>(bits >> 1 & 1),
-                                 sequential,
-                                 right_seeds.data(),
-                                 2};
-            bad += check(cpu, static_cast<DType>(dtype), n, index, terms, 0);
-            ++runs;
-            if (bits & 1) continue;  // a distribution that low-rank noise does not have
-            Terms low_rank = terms;
-            low_rank.distribution = Distribution::kLowRank;
-            low_rank.rank = n == 1000 && index == 5 ? 64 : 3;
-            for (uint64_t columns : {uint64_t{1}, uint64_t{7}, uint64_t{300}, uint64_t{6000}}) {
-              bad += check(cpu, static_cast<DType>(dtype), n, index, low_rank, columns);
-              ++runs;
-            }
-          }
-        }
-      }
-    }
+  testing::Runs total;
+  for (testing::RunCheck run : testing::all_checks()) {
+    const testing::Runs result = run(choice.isa);
+    total.runs += result.runs;
+    total.bad += result.bad;
   }
-  std::vector<uint32_t> words(4 * 301);
-  cpu.words(words.data(), 301, (uint64_t{1} << 32) - 100, 1, 2, 3);
-  const testing::Sm3Run sm3 = testing::check_sm3(choice.isa);
-  bad += sm3.bad;
-  runs += sm3.runs;
-  std::printf("%s: %d runs, %d with different bits\n", isa_name(choice.isa), runs, bad);
-  return bad != 0;
+  std::printf("%s: %d runs, %d with different bits\n", isa_name(choice.isa), total.runs, total.bad);
+  return total.bad != 0;
 }

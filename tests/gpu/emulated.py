@@ -16,9 +16,11 @@ from leanops.common import nvrtc
 _FLAGS = "-std=c++17 -O1 -ffp-contract=off -fPIC -fsanitize=alignment -fsanitize-undefined-trap-on-error"
 
 
-def emulator_library() -> ctypes.CDLL:
-    flags = (*_FLAGS.split(), "-Icsrc", "-Wno-unknown-pragmas")
-    objects = [Object(source, flags) for source in sorted(ROOT.glob("tests/gpu/emulator/*.cpp"))]
+def build_emulator() -> ctypes.CDLL:
+    """The emulator with the kernels that every family adds in ``tests/FAMILY/emulator.cpp``."""
+    flags = (*_FLAGS.split(), "-Icsrc", "-Itests/gpu", "-Wno-unknown-pragmas")
+    sources = [ROOT / "tests/gpu/emulator/emulator.cpp", *sorted(ROOT.glob("tests/*/emulator.cpp"))]
+    objects = [Object(source, flags) for source in sources]
     return ctypes.CDLL(str(build("emulator", objects, ["-shared"], ".so")))
 
 

@@ -18,6 +18,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -38,8 +39,19 @@ from leanops import _native
 state = _native.backends()["cuda"]
 sys.exit(None if state.loaded else f"the CUDA library is not loaded: {state.detail}")
 """
-# what the names of the library's kernels hold
-KERNELS = ("zo_kernel", "low_rank_kernel", "upload_kernel", "combine_kernel", "add_bias_kernel", "sm3_kernel")
+_KERNEL = re.compile(r"__global__ void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\(")
+_FOR_A_GPU = re.compile(r"\bpytest\.mark\.gpu\b|instantiate_device_type_tests\(")
+
+
+def kernels() -> list[str]:
+    """Names of the CUDA library's kernels, as every family's folder in csrc/ defines them."""
+    sources = [path for path in ROOT.glob("csrc/*/*") if path.suffix in (".h", ".cuh", ".cu")]
+    return sorted({name for path in sources for name in _KERNEL.findall(path.read_text())})
+
+
+def for_a_gpu(folder: Path) -> list[Path]:
+    """Files of tests that need a GPU: by pytest's mark, or torch's tests by type of device."""
+    return [path for path in sorted(folder.rglob("test_*.py")) if _FOR_A_GPU.search(path.read_text())]
 
 
 class Run:
@@ -156,8 +168,7 @@ def _pytest(run: Run, name: str, *arguments: str | Path) -> None:
 
 
 def _device(run: Run, name: str, chosen: str) -> None:
-    suites = [ROOT / "tests" / "gpu" / f"{suite}.py" for suite in ("test_device", "test_device_sm3")]
-    _pytest(run, name, "-k", chosen, *suites)
+    _pytest(run, name, "-k", chosen, *sorted(ROOT.glob("tests/*/test_device.py")))
 
 
 def device_library(run: Run) -> None:
@@ -177,8 +188,7 @@ def device_nvrtc(run: Run) -> None:
 
 def optim(run: Run) -> None:
     """The optimizers' tests that need a GPU."""
-    names = ("test_sm3_cuda", "test_sm3_torch_suite", "test_sm3_torch_state")
-    _pytest(run, "optim", "-k", "cuda", *(ROOT / "tests" / "optim" / f"{name}.py" for name in names))
+    _pytest(run, "optim", "-k", "cuda", *for_a_gpu(ROOT / "tests" / "optim"))
 
 
 def generic(run: Run) -> None:
@@ -191,9 +201,9 @@ def _sanitize(run: Run, tool: str) -> None:
     run.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     try:
         options = ["--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
-        for kernel in KERNELS:
+        for kernel in kernels():
             options += ["--kernel-name", f"kernel_substring={kernel}"]
-        for family in ("zo", "sm3"):
+        for family in sorted(path.parent.name for path in ROOT.glob("tests/*/agreement.py")):
             driver = [PYTHON, ROOT / "tests" / "gpu" / "driver.py", family]
             run(f"{tool}-{family}", _tool("compute-sanitizer"), *options, *driver)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -9,17 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import families
 import pytest
 import torch
 from _pytest.mark.expression import Expression
 from aot import aot, sass
-from gpu import driver
 from gpu import run as gpu
 
-from leanops.sm3 import nvrtc as sm3
-from leanops.zo import nvrtc as zo
-
 PYTHON = sys.executable
+FAMILIES = families.having("agreement.py")
 
 
 class Recorded(gpu.Run):
@@ -125,9 +124,7 @@ def test_packages_that_are_missing_are_named(machine, monkeypatch, capsys):
 
 def test_every_test_for_a_gpu_is_in_a_step(commands):
     tests = gpu.ROOT / "tests"
-    marked = [f for f in tests.rglob("test_*.py") if re.search(r"\bpytest\.mark\.gpu\b", f.read_text())]
-    marked += [f for f in tests.rglob("test_*.py") if "instantiate_device_type_tests(" in f.read_text()]
-    marked.remove(Path(__file__))
+    marked = gpu.for_a_gpu(tests)
     ran = {Path(part) for command in commands.values() for part in command if part.startswith(str(tests))}
     assert len(marked) >= 6
     assert [f for f in marked if not {f, *f.parents} & ran] == []
@@ -159,14 +156,17 @@ def symbols_of(family: str) -> set[str]:
 
 def test_the_sanitizers_watch_every_kernel_of_the_library(commands):
     symbols = symbols_of("")
-    for command in (commands["memcheck-zo"], commands["racecheck-sm3"]):
+    sanitizers = [commands[f"{tool}-{family}"] for tool in ("memcheck", "racecheck") for family in FAMILIES]
+    for command in sanitizers:
         filters = [part.removeprefix("kernel_substring=") for part in command if part.startswith("kernel_substring=")]
         assert [s for s in symbols if not any(f in s for f in filters)] == []
         assert [f for f in filters if not any(f in s for s in symbols)] == []
 
 
-@pytest.mark.parametrize(("family", "backend"), [("zo", zo), ("sm3", sm3)], ids=["zo", "sm3"])
-def test_the_driver_launches_every_kernel(emulator, one_thread, family, backend):
-    symbols = {s for s in symbols_of(family) if not re.search("combine_kernel.*fp16", s)}  # fp16 goes another way
-    driver.FAMILIES[family](backend, "cpu")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_driver_launches_every_kernel(emulator, one_thread, family):
+    agreement = families.module(family, "agreement")
+    unused = getattr(agreement, "UNUSED_KERNELS", None)
+    symbols = {s for s in symbols_of(family) if not (unused and re.search(unused, s))}
+    agreement.every_kernel(importlib.import_module(f"leanops.{family}.nvrtc"), "cpu")
     assert len(set(emulator.launches)) == len(symbols), sorted(set(emulator.launches))

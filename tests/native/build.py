@@ -60,15 +60,21 @@ def isa_flags() -> dict[str, str]:
     return flags if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
 
 
-def cores(main: str, extra: Sequence[str] = (), main_flags: Sequence[str] = ()) -> list[Object]:
-    """Objects of every core, once per instruction set, of ``csrc/common`` and of ``main``."""
+def core_objects(extra: Sequence[str] = ()) -> list[Object]:
+    """Objects of ``csrc/common``, and of every family's core once for each instruction set."""
     base = (*shlex.split(str(setup_constants()["CXX_FLAGS"])), "-Icsrc", *extra)
     objects = [Object(source, base) for source in sorted(ROOT.glob("csrc/common/*.cpp"))]
-    objects.append(Object(ROOT / main, (*base, *main_flags)))
     for source in sorted(ROOT.glob("csrc/*/*_kernels.cpp")):
         for isa, flags in isa_flags().items():
             objects.append(Object(source, (*base, *shlex.split(flags), f"-DLEANOPS_ISA={isa}"), isa))
     return objects
+
+
+def part_objects(part: str, extra: Sequence[str] = ()) -> list[Object]:
+    """Objects of ``csrc/testing/PART.cpp`` and of ``tests/FAMILY/PART.cpp`` in every family that has it."""
+    base = (*shlex.split(str(setup_constants()["CXX_FLAGS"])), "-Icsrc", *extra)
+    sources = [ROOT / "csrc" / "testing" / f"{part}.cpp", *sorted(ROOT.glob(f"tests/*/{part}.cpp"))]
+    return [Object(source, base) for source in sources]
 
 
 def _quote(words: Iterable[str]) -> str:
@@ -105,7 +111,7 @@ def build_module() -> ModuleType:
     import pybind11
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    objects = cores("csrc/testing/module.cpp", main_flags=includes)
+    objects = [*core_objects(), *part_objects("bindings", includes)]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     target = build("leanops_native", objects, ["-shared", "-pthread"], suffix)
     spec = importlib.util.spec_from_file_location("leanops_native", target)
@@ -119,4 +125,4 @@ def build_module() -> ModuleType:
 def build_driver(sanitizers: str) -> Path:
     flags = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
     name = f"driver-{sanitizers.replace(',', '-')}"
-    return build(name, cores("csrc/testing/driver.cpp", flags), [*flags, "-pthread"])
+    return build(name, [*core_objects(flags), *part_objects("driver", flags)], [*flags, "-pthread"])

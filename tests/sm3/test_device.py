@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import agreement_sm3 as agreement
-from gpu.agreement_sm3 import DTYPES, MOMENTA, NAMED_OPTIONS, SPEC, Args, make, numbers_to
 from opsuite import assert_same_bits, clone
+from sm3 import agreement
+from sm3.agreement import DTYPES, MOMENTA, NAMED_OPTIONS, SPEC, Args, make, numbers_to
 from sm3.test_launch import assert_the_kernel_refuses, over_bad_inputs
 
 from leanops import _native
@@ -20,7 +20,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; on a machine with one: make gpu"),
 ]
-FAMILY = "sm3"
 SHAPES = [(700, 512), (300, 33), (5000,), (3, 4, 5, 6)]
 
 

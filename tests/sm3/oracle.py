@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 
 import numpy as np
-from native import oracle
-from native.oracle import Array, f32
+from common.oracle import Array, decode, encode, f32, fma, rounding_bits, same
 
 BLOCK = 256
 MOMENTA = {"none": np.uint8, "float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}
@@ -86,30 +85,30 @@ def step(t: Parameter, o: Options) -> Parameter:
     if 0 in sizes:
         return t.copy()
     with np.errstate(all="ignore"):
-        g = oracle.decode(t.grad, t.dtype).astype(f32) * (f32(1) / f32(o.grad_scale))
+        g = decode(t.grad, t.dtype).astype(f32) * (f32(1) / f32(o.grad_scale))
         if o.maximize:
             g = -g
-        w = oracle.decode(t.param, t.dtype)
+        w = decode(t.param, t.dtype)
         if o.weight_decay and not o.decoupled:
-            g = oracle.fma(f32(o.weight_decay), w.astype(f32), g)
+            g = fma(f32(o.weight_decay), w.astype(f32), g)
 
         ends = np.cumsum(sizes)
         parts = [t.cover[end - n : end] for n, end in zip(sizes, ends, strict=True)]
         along = [p.reshape([-1 if j == k else 1 for j in range(len(sizes))]) for k, p in enumerate(parts)]
         c = np.broadcast_to(reduce(np.minimum, along), sizes).reshape(-1)
-        nu = oracle.fma(g, g, c) if o.beta == 1 else oracle.fma(f32(1 - o.beta), g * g, f32(o.beta) * c)
+        nu = fma(g, g, c) if o.beta == 1 else fma(f32(1 - o.beta), g * g, f32(o.beta) * c)
         others = [tuple(j for j in range(len(sizes)) if j != k) for k in range(len(sizes))]
         cover = np.concatenate([nu.reshape(sizes).max(other) for other in others])
 
         u = np.where(nu == 0, f32(0), g / np.sqrt(nu + f32(o.eps)))
         momentum, scales = t.momentum, t.scales
         if t.kind != "none":
-            old = decode_int8(momentum, scales, t.shape) if t.kind == "int8" else oracle.decode(momentum, t.kind)
-            u = oracle.fma(f32(1 - o.momentum), u, f32(o.momentum) * old)
+            old = decode_int8(momentum, scales, t.shape) if t.kind == "int8" else decode(momentum, t.kind)
+            u = fma(f32(1 - o.momentum), u, f32(o.momentum) * old)
             if t.kind == "int8":
                 momentum, scales = encode_int8(u, t.shape)
             else:
-                momentum = oracle.encode(u, t.kind)
+                momentum = encode(u, t.kind)
 
         decay = o.weight_decay if o.decoupled else 0.0
         if t.dtype == "float64":
@@ -120,9 +119,9 @@ def step(t: Parameter, o: Options) -> Parameter:
                 momentum=momentum,
                 scales=scales,
             )
-        new = oracle.fma(-f32(o.lr), u, w * f32(1 - o.lr * decay))
-        r = oracle.rounding_bits(o.seed, t.tensor_id, t.offset, len(w)) if o.stochastic_rounding else None
-        param = oracle.encode(new, t.dtype, r if t.dtype in ("bfloat16", "float16") else None)
+        new = fma(-f32(o.lr), u, w * f32(1 - o.lr * decay))
+        r = rounding_bits(o.seed, t.tensor_id, t.offset, len(w)) if o.stochastic_rounding else None
+        param = encode(new, t.dtype, r if t.dtype in ("bfloat16", "float16") else None)
     return replace(t, param=param, cover=cover, momentum=momentum, scales=scales)
 
 
@@ -135,6 +134,6 @@ def differences(got: Parameter, want: Parameter) -> list[str]:
         if not (
             np.array_equal(getattr(got, name), getattr(want, name))
             if dtype in ("none", "int8")
-            else oracle.same(getattr(got, name), getattr(want, name), dtype)
+            else same(getattr(got, name), getattr(want, name), dtype)
         )
     ]

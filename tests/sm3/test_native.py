@@ -7,10 +7,11 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from common.oracle import encode, same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native import oracle, sm3_oracle
-from native.sm3_oracle import MOMENTA, Options, Parameter
+from sm3 import oracle
+from sm3.oracle import MOMENTA, Options, Parameter
 
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
 KINDS = list(MOMENTA)
@@ -46,13 +47,13 @@ def parameter(
 ) -> Parameter:
     rng = np.random.default_rng(seed)
     n = math.prod(shape)
-    rows, _, blocks = sm3_oracle.rows_of_blocks(shape)
+    rows, _, blocks = oracle.rows_of_blocks(shape)
 
     def held(values: np.ndarray, held_in: str) -> np.ndarray:
         with np.errstate(over="ignore"):
-            return oracle.encode(values.astype(np.float64 if held_in == "float64" else np.float32), held_in)
+            return encode(values.astype(np.float64 if held_in == "float64" else np.float32), held_in)
 
-    cover = np.abs(numbers(rng, sum(sm3_oracle.axes(shape)), size, special)).astype(np.float32) ** 2
+    cover = np.abs(numbers(rng, sum(oracle.axes(shape)), size, special)).astype(np.float32) ** 2
     if kind == "int8":
         momentum = rng.integers(-128, 128, n).astype(np.int8)
     elif kind == "none":
@@ -77,7 +78,7 @@ def run(native, isa: str, parameters: list[Parameter], options: Options, threads
             held[name] = room[guard : guard + len(array)]
         copies.append(replace(p, **held))
     before = [p.grad.copy() for p in parameters]
-    native.sm3_step(isa, [vars(p) for p in copies], asdict(options), threads)
+    native.sm3.step(isa, [vars(p) for p in copies], asdict(options), threads)
     for room in rooms:
         assert np.all(room[:guard] == 77)
         assert np.all(room[len(room) - guard :] == 77)
@@ -87,10 +88,10 @@ def run(native, isa: str, parameters: list[Parameter], options: Options, threads
 
 
 def check(native, parameters: list[Parameter], options: Options, threads: int = 1) -> None:
-    want = [sm3_oracle.step(p, options) for p in parameters]
+    want = [oracle.step(p, options) for p in parameters]
     for isa in native.isas():
         for got, p, expected in zip(run(native, isa, parameters, options, threads), parameters, want, strict=True):
-            assert not sm3_oracle.differences(got, expected), (isa, p.shape, p.dtype, p.kind, options)
+            assert not oracle.differences(got, expected), (isa, p.shape, p.dtype, p.kind, options)
 
 
 @st.composite
@@ -170,7 +171,7 @@ def test_any_number_of_threads_gives_the_same_bits(native, data, threads, dtype,
         alone = run(native, isa, parameters, Options(beta=0.9))
         shared = run(native, isa, parameters, Options(beta=0.9), threads)
         for a, b in zip(shared, alone, strict=True):
-            assert not sm3_oracle.differences(a, b)
+            assert not oracle.differences(a, b)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -212,5 +213,5 @@ def test_a_zero_gradient_moves_nothing_where_nothing_was_seen(native):
         p.cover[:] = 0
         for isa in native.isas():
             (got,) = run(native, isa, [p], Options())
-            assert oracle.same(got.param, p.param, dtype)
+            assert same(got.param, p.param, dtype)
             assert not got.cover.any()

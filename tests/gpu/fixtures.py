@@ -1,4 +1,4 @@
-"""The CUDA backends of a family, and the emulator of the CUDA cores."""
+"""The fixtures of the CUDA backends and of the emulator of the CUDA cores; tests/conftest.py loads them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu.emulated import Emulator, emulator_library
+from gpu.emulated import Emulator, build_emulator
 from native.build import compiler
 
 from leanops import _native
@@ -25,7 +25,7 @@ class _Native:
 
 @pytest.fixture(params=["cuda", "triton", "nvrtc"])
 def backend(request: pytest.FixtureRequest) -> Any:
-    """The operators of the module's FAMILY on one backend."""
+    """The operators of the family whose folder the test is in, on one backend."""
     if request.param == "cuda":
         state = _native.backends()["cuda"]
         if not state.loaded:
@@ -34,19 +34,19 @@ def backend(request: pytest.FixtureRequest) -> Any:
     package = {"triton": "triton", "nvrtc": "cupy"}[request.param]
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-    return importlib.import_module(f"leanops.{request.module.FAMILY}.{request.param}")
+    return importlib.import_module(f"leanops.{request.path.parent.name}.{request.param}")
 
 
 @pytest.fixture(scope="session")
-def library() -> ctypes.CDLL:
+def emulator_library() -> ctypes.CDLL:
     if not shutil.which(compiler()[0]):
         pytest.skip("no C++ compiler to build the emulator with")
-    return emulator_library()
+    return build_emulator()
 
 
 @pytest.fixture
-def emulator(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Emulator:
-    emulator = Emulator(library)
+def emulator(emulator_library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Emulator:
+    emulator = Emulator(emulator_library)
     monkeypatch.setattr(nvrtc, "launch", emulator.launch)
     monkeypatch.setattr(nvrtc, "processors", emulator.processors)
     return emulator

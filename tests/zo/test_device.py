@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu import agreement
-from gpu.agreement import AXPY_DISTRIBUTIONS, CALLS, DISTRIBUTIONS, DTYPES, OFFSETS, f64, i64
+from zo import agreement
+from zo.agreement import AXPY_DISTRIBUTIONS, CALLS, DISTRIBUTIONS, DTYPES, OFFSETS, f64, i64
 from zo_runs import VARIANTS, run, same
 
 from leanops.optim import replay_
@@ -14,7 +14,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; on a machine with one: make gpu"),
 ]
-FAMILY = "zo"
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)

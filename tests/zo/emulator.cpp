@@ -1,5 +1,5 @@
 // The kernels of csrc/zo, by the names that pyops/zo/nvrtc.py gives them.
-#include "device.h"  // first: it stands in for csrc/common/device.cuh
+#include "emulator/device.h"  // first: it stands in for csrc/common/device.cuh
 
 #include "zo/lowrank.cuh"
 

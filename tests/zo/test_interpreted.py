@@ -1,19 +1,21 @@
-"""The Triton kernels under Triton's interpreter: the same bits as the reference. Run by test_interpreter.py, which sets
-TRITON_INTERPRET=1 before Python starts, as Triton reads it when kernels are defined."""
+"""The Triton kernels under Triton's interpreter: the same bits as the reference. See tests/interpreter/remote.py."""
 
 from __future__ import annotations
 
+import importlib
 from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
 import torch
-from gpu import agreement
-from gpu.agreement import AXPY_DISTRIBUTIONS, DISTRIBUTIONS, DTYPES, OFFSETS
+from aot.kernels import NO_TRITON
+from zo import agreement
+from zo.agreement import AXPY_DISTRIBUTIONS, DISTRIBUTIONS, DTYPES, OFFSETS
 
-from leanops.zo import triton
 from leanops.zo.launch import Pair
 
+pytest.importorskip("triton", reason=NO_TRITON)
+triton = importlib.import_module("leanops.zo.triton")
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 
 

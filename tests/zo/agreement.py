@@ -183,3 +183,21 @@ def empty(backend: Any, device: str) -> None:
         y, _ = backend.zo_linear(x, None, w, None, i64(1), 1.0, 0, 0, "rademacher")
         assert y.shape == (shape[0], n)
         assert not y.isnan().any()
+
+
+# kernels of the CUDA library that no call launches: products in fp16 take another way
+UNUSED_KERNELS = r"combine_kernel.*fp16"
+
+
+def every_kernel(backend: Any, device: str) -> None:
+    """Small calls that launch every CUDA kernel of the family."""
+    for dtype in DTYPES:
+        for distribution in AXPY_DISTRIBUTIONS:
+            for rounding in ("nearest", "stochastic"):
+                for call in ((1, False, 20), (11, True, 3)):
+                    axpy(backend, device, dtype, distribution, rounding, call)
+        for distribution in DISTRIBUTIONS:
+            noise(backend, device, dtype, distribution, 5)
+            for pair in (False, True):
+                linear(backend, device, dtype, distribution, pair, True)
+        axpy_into(backend, device, dtype)

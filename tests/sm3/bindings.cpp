@@ -1,25 +1,16 @@
-// leanops_native.sm3_step: the torch-free core of SM3 on NumPy arrays.
-#pragma once
-
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <stdexcept>
-#include <string>
+// leanops_native.sm3: the torch-free core of SM3 on NumPy arrays.
 #include <thread>
-#include <vector>
 
-#include "common/isa.h"
 #include "sm3/schedule.h"
+#include "testing/bindings.h"
 
-namespace leanops {
-namespace testing {
+using namespace leanops;
+using namespace leanops::testing;
 
-namespace py = pybind11;
+namespace {
 
 // Units of work among threads, in parts of unlike length, as torch would share them.
-inline void run_in_threads(sm3::Schedule& schedule, int64_t threads) {
+void run_in_threads(sm3::Schedule& schedule, int64_t threads) {
   std::vector<std::thread> pool;
   const int64_t parts = threads * threads;
   for (int64_t t = 0; t < threads; ++t) {  // t^2 / threads^2 of the work lies before thread t
@@ -30,7 +21,7 @@ inline void run_in_threads(sm3::Schedule& schedule, int64_t threads) {
   for (std::thread& thread : pool) thread.join();
 }
 
-inline void* data_of(py::array& array, int64_t size, int64_t elements) {
+void* data_of(py::array& array, int64_t size, int64_t elements) {
   if (array.itemsize() != size || array.size() != elements || !(array.flags() & py::array::c_style)) {
     throw std::invalid_argument("an array of the wrong item size or length, or with gaps");
   }
@@ -38,26 +29,23 @@ inline void* data_of(py::array& array, int64_t size, int64_t elements) {
 }
 
 // One dict a parameter: shape, dtype, param, grad, cover, kind, momentum, scales, tensor_id, offset.
-inline void sm3_step(Isa isa, const std::vector<py::dict>& tensors, const py::dict& o, int64_t threads) {
+void step(const std::string& isa, const std::vector<py::dict>& tensors, const py::dict& o, int64_t threads) {
   const sm3::Options options = {o["lr"].cast<double>(),           o["momentum"].cast<double>(),
                                 o["beta"].cast<double>(),         o["eps"].cast<double>(),
                                 o["weight_decay"].cast<double>(), o["decoupled"].cast<bool>(),
                                 o["maximize"].cast<bool>(),       o["stochastic_rounding"].cast<bool>(),
                                 o["grad_scale"].cast<float>(),    o["seed"].cast<uint64_t>()};
-  sm3::Schedule schedule(sm3::numbers_of(options), sm3::kernels(isa));
+  sm3::Schedule schedule(sm3::numbers_of(options), sm3::kernels(isa_of(isa)));
   for (const py::dict& t : tensors) {
     const std::vector<int64_t> shape = t["shape"].cast<std::vector<int64_t>>();
-    const std::string dtype = t["dtype"].cast<std::string>(), kind = t["kind"].cast<std::string>();
+    const std::string kind = t["kind"].cast<std::string>();
     int64_t numel = 1, entries = shape.empty();
     for (int64_t size : shape) {
       numel *= size;
       entries += size;
     }
     sm3::Parameter p = {};
-    p.dtype = dtype == "float32"    ? DType::kFloat32
-              : dtype == "bfloat16" ? DType::kBFloat16
-              : dtype == "float16"  ? DType::kFloat16
-                                    : DType::kFloat64;
+    p.dtype = dtype_of(t["dtype"].cast<std::string>());
     p.kind = kind == "none"       ? sm3::Momentum::kNone
              : kind == "float32"  ? sm3::Momentum::kFloat32
              : kind == "bfloat16" ? sm3::Momentum::kBFloat16
@@ -81,5 +69,10 @@ inline void sm3_step(Isa isa, const std::vector<py::dict>& tensors, const py::di
   schedule.finish();
 }
 
-}  // namespace testing
-}  // namespace leanops
+void add(py::module_& m) {
+  m.def("step", step, py::arg("isa"), py::arg("tensors"), py::arg("options"), py::arg("threads") = 1);
+}
+
+const Bindings added("sm3", add);
+
+}  // namespace

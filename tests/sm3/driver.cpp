@@ -1,24 +1,19 @@
 // Steps of SM3 for the sanitizers: buffers of exactly the size used, shapes that cut groups, blocks, chunks
 // and tiles at odd places, by one thread and by three, whose bits must be one thread's.
-#pragma once
-
 #include <cstring>
-#include <thread>
-#include <vector>
 
 #include "sm3/schedule.h"
+#include "testing/driver.h"
 
-namespace leanops {
-namespace testing {
+using namespace leanops;
+using namespace leanops::testing;
 
-struct Sm3Run {
-  int runs = 0, bad = 0;
-};
+namespace {
 
 // Parameters of every momentum kind and of some shapes, and their state, in buffers of their own.
-class Sm3Tensors {
+class Tensors {
  public:
-  explicit Sm3Tensors(DType dtype) {
+  explicit Tensors(DType dtype) {
     const std::vector<std::vector<int64_t>> shapes = {{},           {0},        {1},      {31},      {40001},
                                                       {700, 33},    {300, 3},   {64, 64}, {5, 9000}, {9, 257},
                                                       {3, 40, 300}, {50, 3, 5}, {600, 1}};
@@ -48,7 +43,7 @@ class Sm3Tensors {
     }
   }
 
-  bool same(const Sm3Tensors& other) const { return buffers_ == other.buffers_; }
+  bool same(const Tensors& other) const { return buffers_ == other.buffers_; }
 
   std::vector<sm3::Parameter> parameters;
 
@@ -78,30 +73,25 @@ class Sm3Tensors {
   std::vector<std::vector<unsigned char>> buffers_;
 };
 
-inline void sm3_steps(const Sm3Tensors& tensors, const sm3::Numbers& numbers, const sm3::Kernels& kernels,
-                      int threads) {
+void step(const Tensors& tensors, const sm3::Numbers& numbers, const sm3::Kernels& kernels, int threads) {
   sm3::Schedule schedule(numbers, kernels);
   for (const sm3::Parameter& p : tensors.parameters) schedule.add(p);
   schedule.prepare();
-  std::vector<std::thread> pool;
-  for (int t = 0; t < threads; ++t) {
-    pool.emplace_back(
-        [&, t] { schedule.run(schedule.units() * t / threads, schedule.units() * (t + 1) / threads); });
-  }
-  for (std::thread& thread : pool) thread.join();
+  in_threads(schedule.units(), threads,
+             [&](int64_t first, int64_t count) { schedule.run(first, first + count); });
   schedule.finish();
 }
 
-inline Sm3Run check_sm3(Isa isa) {
-  Sm3Run result;
+Runs run(Isa isa) {
+  Runs result;
   for (int dtype = 0; dtype < 4; ++dtype) {
     for (int bits = 0; bits < 4; ++bits) {
       const sm3::Options options = {
           1e-2, 0.9, bits & 1 ? 0.9 : 1.0, 1e-30, 0.1, (bits & 2) == 0, true, (bits & 1) != 0, 2.0f, 99};
       const sm3::Numbers numbers = sm3::numbers_of(options);
-      Sm3Tensors one(static_cast<DType>(dtype)), three(static_cast<DType>(dtype));
-      sm3_steps(one, numbers, sm3::kernels(isa), 1);
-      sm3_steps(three, numbers, sm3::kernels(isa), 3);
+      Tensors one(static_cast<DType>(dtype)), three(static_cast<DType>(dtype));
+      step(one, numbers, sm3::kernels(isa), 1);
+      step(three, numbers, sm3::kernels(isa), 3);
       result.bad += !one.same(three);
       ++result.runs;
     }
@@ -109,5 +99,6 @@ inline Sm3Run check_sm3(Isa isa) {
   return result;
 }
 
-}  // namespace testing
-}  // namespace leanops
+const Check added(run);
+
+}  // namespace

@@ -1,15 +1,18 @@
-"""The Triton kernel of SM3 under Triton's interpreter: the same bits as the reference. Run by test_interpreter.py,
-which sets TRITON_INTERPRET=1 before Python starts, as Triton reads it when kernels are defined."""
+"""The Triton kernel of SM3 under Triton's interpreter: the same bits as the reference. See
+tests/interpreter/remote.py."""
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
-from gpu import agreement_sm3 as agreement
-from gpu.agreement_sm3 import DTYPES, MOMENTA, NAMED_OPTIONS, SMALL_SHAPES
+from aot.kernels import NO_TRITON
+from sm3 import agreement
+from sm3.agreement import DTYPES, MOMENTA, NAMED_OPTIONS, SMALL_SHAPES
 
-from leanops.sm3 import triton
-
+pytest.importorskip("triton", reason=NO_TRITON)
+triton = importlib.import_module("leanops.sm3.triton")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
@@ -18,8 +21,8 @@ pytestmark = [
 
 
 # each option with each dtype and with each momentum: the interpreter takes seconds for one
-@pytest.mark.parametrize(("dtype", "d"), zip(DTYPES, range(4), strict=True), ids=str)
-@pytest.mark.parametrize(("momentum", "m"), zip(MOMENTA, range(4), strict=True), ids=str)
+@pytest.mark.parametrize(("dtype", "d"), list(zip(DTYPES, range(4), strict=True)), ids=str)
+@pytest.mark.parametrize(("momentum", "m"), list(zip(MOMENTA, range(4), strict=True)), ids=str)
 def test_a_step_has_the_bits_of_the_reference(dtype, momentum, d, m):
     options = list(NAMED_OPTIONS)[(d + m) % len(NAMED_OPTIONS)]
     agreement.step(triton, "cpu", dtype, momentum, options, shapes=SMALL_SHAPES)

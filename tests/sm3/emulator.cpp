@@ -1,9 +1,9 @@
 // The kernels of csrc/sm3/sm3.cuh, by the names that pyops/sm3/nvrtc.py gives them, and the table of its host
 // part.
-#include "device.h"  // first: it stands in for csrc/common/device.cuh
+#include "emulator/device.h"  // first: it stands in for csrc/common/device.cuh
 
-#include "sm3/sm3.cuh"
 #include "sm3/plan.h"
+#include "sm3/sm3.cuh"
 
 using namespace leanops;
 using namespace leanops::sm3;

@@ -197,3 +197,13 @@ def mixed(backend: Any, device: str) -> None:
 def empty(backend: Any, device: str) -> None:
     for shapes in ([], [(0,)], [(0, 3), (3, 0)]):
         check(backend, make(shapes, torch.float32, Options(torch.int8), device), "empty")
+
+
+def every_kernel(backend: Any, device: str) -> None:
+    """Small calls that launch every CUDA kernel of the family."""
+    for dtype in DTYPES:
+        for momentum in MOMENTA:
+            for options in NAMED_OPTIONS:
+                step(backend, device, dtype, momentum, options, shapes=SMALL_SHAPES)
+            unaligned(backend, device, dtype, momentum)
+    many(backend, device, 40)

@@ -1,12 +1,12 @@
 """The CUDA C++ core, thread by thread on the CPU, and the launcher that calls NVRTC's kernels: the same bits as the
-reference. What this cannot see is the device's own compiler and memory system; tests/gpu/test_device.py does."""
+reference. What this cannot see is the device's own compiler and memory system; tests/zo/test_device.py does."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from gpu import agreement
-from gpu.agreement import AXPY_DISTRIBUTIONS, CALLS, DISTRIBUTIONS, DTYPES, OFFSETS
+from zo import agreement
+from zo.agreement import AXPY_DISTRIBUTIONS, CALLS, DISTRIBUTIONS, DTYPES, OFFSETS
 
 from leanops.zo import nvrtc
 

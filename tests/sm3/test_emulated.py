@@ -1,5 +1,5 @@
 """The CUDA C++ core of SM3, a block's threads together and blocks in several orders, on the CPU: the bits of the
-reference. What this cannot see is the device's own compiler and memory system; tests/gpu/test_device_sm3.py does."""
+reference. What this cannot see is the device's own compiler and memory system; tests/sm3/test_device.py does."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gpu import agreement_sm3 as agreement
-from gpu.agreement_sm3 import ALL_SHAPES, DTYPES, MOMENTA, NAMED_OPTIONS, SPEC
 from gpu.emulated import Emulator
 from opsuite import assert_same_bits, clone
+from sm3 import agreement
+from sm3.agreement import ALL_SHAPES, DTYPES, MOMENTA, NAMED_OPTIONS, SPEC
 
 from leanops.sm3 import nvrtc, plan
 from leanops.sm3.cases import Options
@@ -91,7 +91,7 @@ ITEM = np.dtype(
 
 @pytest.mark.parametrize("momentum", MOMENTA, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_both_launchers_make_the_same_table(library, dtype, momentum):
+def test_both_launchers_make_the_same_table(emulator_library, dtype, momentum):
     """plan.py and plan.h."""
     large = [(4096, 11008), (32000, 4096), (128, 3, 224, 224), (8, 1024, 2816), (1 << 20, 3), (96, 192), (5, 8192)]
     shapes = [s for s in (*ALL_SHAPES, *large) if 0 not in s]
@@ -121,7 +121,7 @@ def test_both_launchers_make_the_same_table(library, dtype, momentum):
     expected = plan.table([item for item, _ in items])
     expected.place(1 << 40)
     words, counts = np.zeros(expected.words().size + 9, np.uint64), np.zeros(3, np.int64)
-    function = library.leanops_sm3_table
+    function = emulator_library.leanops_sm3_table
     function.restype = ctypes.c_int64
     used = function(
         table.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(len(shapes)), plan.KINDS[momentum], dtype.itemsize,

@@ -1,0 +1,68 @@
+// What the NumPy bindings of the families share. tests/<family>/bindings.cpp defines a family's own: a static
+// `Bindings` adds them to the module as its submodule.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/isa.h"
+#include "common/types.h"
+
+namespace leanops {
+namespace testing {
+
+namespace py = pybind11;
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+using AddBindings = void (*)(py::module_&);
+
+inline std::vector<std::pair<std::string, AddBindings>>& all_bindings() {
+  static std::vector<std::pair<std::string, AddBindings>> bindings;
+  return bindings;
+}
+
+struct Bindings {
+  Bindings(const char* family, AddBindings add) { all_bindings().emplace_back(family, add); }
+};
+
+inline std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+    if (isa_supported(isa)) names.push_back(isa_name(isa));
+  }
+  return names;
+}
+
+inline Isa isa_of(const std::string& name) {
+  for (Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+    if (name == isa_name(isa) && isa_supported(isa)) return isa;
+  }
+  throw std::invalid_argument("no such instruction set here: " + name);
+}
+
+inline DType dtype_of(const std::string& name) {
+  const char* names[] = {"float32", "bfloat16", "float16", "float64"};
+  for (int j = 0; j < 4; ++j) {
+    if (name == names[j]) return static_cast<DType>(j);
+  }
+  throw std::invalid_argument("unknown dtype " + name);
+}
+
+// 16-bit floats travel as uint16 bits.
+inline DType dtype_of(const std::string& name, const py::array& array) {
+  const DType dtype = dtype_of(name);
+  if (array.itemsize() != element_size(dtype)) throw std::invalid_argument("item size does not fit " + name);
+  if (!(array.flags() & py::array::c_style)) throw std::invalid_argument("array must be contiguous");
+  return dtype;
+}
+
+}  // namespace testing
+}  // namespace leanops
