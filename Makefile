@@ -6,15 +6,26 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc pyops optim autotune bench -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTEST := $(BIN)/python -m pytest
-PARALLEL := -n auto --maxprocesses 4 --dist loadgroup --durations 20
+PARALLEL := -n auto --maxprocesses 4 --dist loadgroup
 
-.PHONY: bench test setup lint types format-check sanitize oldest interpreter aot docs isa gpu clean
+.PHONY: bench test exhaustive setup lint types format-check sanitize oldest interpreter aot docs isa gpu clean
 
 bench: $(VENV)/.installed
 	$(BIN)/leanops bench --quick
 
+# the tier of the tests: default, ci or exhaustive (docs/testing.md)
+export LEANOPS_TIER ?= default
+
 test: $(VENV)/.installed
 	$(PYTEST) $(PARALLEL)
+
+# everything that the other two tiers leave out: hours
+exhaustive: export LEANOPS_TIER = exhaustive
+exhaustive: $(VENV)/.installed
+	$(PYTEST) $(PARALLEL)
+	$(PYTEST) tests/ops/test_speed.py --benchmark-enable
+	$(MAKE) isa
+	$(BIN)/python tests/native/sanitize.py
 
 setup: $(VENV)/.installed
 
@@ -42,8 +53,9 @@ isa: $(VENV)/.installed
 	sets=$$($(BIN)/python -c '$(LESSER)') || exit 1; for isa in $$sets; do LEANOPS_CPU_ISA=$$isa $(PYTEST) $(PARALLEL) tests/ops/test_numerics.py tests/ops/test_fuzz.py || exit 1; done
 	LEANOPS_DISABLE=cpu $(PYTEST) $(PARALLEL) tests/ops/test_numerics.py -k agree
 
+# with bounds and undefined behaviour; `make exhaustive` adds races between threads
 sanitize: $(VENV)/.installed
-	$(BIN)/python tests/native/sanitize.py
+	$(BIN)/python tests/native/sanitize.py address,undefined
 
 # csrc against the headers of the oldest torch that is promised
 oldest: $(VENV)/.installed

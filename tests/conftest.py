@@ -1,9 +1,13 @@
-"""The device that the generic suites run on: ``pytest --leanops-device cuda`` on a GPU machine; and who shares a
-process where tests run in several."""
+"""What every test shares: the tier, the device of the generic suites (``pytest --leanops-device cuda`` on a GPU
+machine), and which tests run in one process where there are several."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import hypothesis
 import pytest
+import tiers
 import torch
 
 pytest_plugins = ["gpu.fixtures", "interpreter.remote", "native.fixtures"]
@@ -11,6 +15,27 @@ pytest_plugins = ["gpu.fixtures", "interpreter.remote", "native.fixtures"]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--leanops-device", default="cpu", help="device of the generic operator suites: cpu or cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(tiers.Plugin(), "leanops-tiers")
+    slow = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large]
+    hypothesis.settings.register_profile(
+        "tier", max_examples=tiers.examples(), deadline=None, suppress_health_check=slow
+    )
+    hypothesis.settings.load_profile("tier")
+
+
+def pytest_report_header() -> list[str]:
+    lines = [f"tier: {tiers.tier()} (LEANOPS_TIER; see docs/testing.md)"]
+    if not torch.cuda.is_available():
+        lines.append("left out: tests/gpu/test_device*.py, which need a CUDA device; `make gpu` runs them")
+    return lines
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    on_device = collection_path.parent.name == "gpu" and collection_path.name.startswith("test_device")
+    return True if on_device and not torch.cuda.is_available() else None
 
 
 _TOGETHER = ("test_build.py", "test_cli.py", "test_convergence.py")  # what they build, they build once

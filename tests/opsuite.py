@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import rotating
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -25,9 +26,10 @@ def over_specs(*, where: Callable[[OpSpec], bool] = lambda spec: True) -> Any:
     return pytest.mark.parametrize("spec", chosen, ids=[s.name for s in chosen])
 
 
-def over_cases(*, where: Callable[[OpSpec], bool] = lambda spec: True) -> Any:
-    """Parametrize a test over every small case and dtype of every operator for which ``where`` holds."""
-    rows = [(s, c, d) for s, c in SMALL if where(s) for d in s.dtypes]
+def over_cases(*, where: Callable[[OpSpec], bool] = lambda spec: True, every_dtype: str = "exhaustive") -> Any:
+    """Parametrize a test over every small case of every operator for which ``where`` holds: in one dtype a case, which
+    rotates, and from the tier ``every_dtype`` on in every dtype."""
+    rows = rotating([[(s, c, d) for d in s.dtypes] for s, c in SMALL if where(s)], until=every_dtype)
     ids = [f"{s.name}-{c.name}-{str(d).removeprefix('torch.')}" for s, c, d in rows]
     return pytest.mark.parametrize(("spec", "case", "dtype"), rows, ids=ids)
 

@@ -10,7 +10,6 @@ from ops.test_fuzz import HypothesisDraw
 CPU = torch.device("cpu")
 
 
-@settings(max_examples=100, deadline=None)
 @given(data=st.data(), n=st.integers(0, 30))
 def test_indices_are_different_and_in_rising_order(data, n):
     draw = HypothesisDraw(data, CPU)
@@ -21,7 +20,6 @@ def test_indices_are_different_and_in_rising_order(data, n):
     assert chosen.tolist() == sorted(set(chosen.tolist()) & set(range(n)))
 
 
-@settings(max_examples=100, deadline=None)
 @given(data=st.data(), n=st.integers(0, 12), shape=st.lists(st.integers(0, 5), min_size=1, max_size=3))
 def test_padded_indices_are_lists_with_minus_one_behind_them(data, n, shape):
     padded = HypothesisDraw(data, CPU).padded_indices(shape, n)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from opsuite import SPECS, assert_agrees, backends, make, outputs, over_specs, run
 from torch import Tensor
@@ -64,7 +64,6 @@ class HypothesisDraw:
 
 
 @pytest.mark.parametrize(("spec", "dtype"), ROWS)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_any_input_agrees_with_the_reference(spec, dtype, device, data):
     args = spec.fuzz(HypothesisDraw(data, device), dtype)

@@ -17,14 +17,14 @@ from opsuite import (
 )
 
 
-@over_cases()
+@over_cases(every_dtype="ci")
 def test_backends_agree_with_the_reference(spec, case, dtype, device):
     args = make(case, device, dtype)
     for name, function in backends(spec, device):
         assert_agrees(spec, args, run(spec, args, function), dtype, name)
 
 
-@over_cases()
+@over_cases(every_dtype="ci")
 def test_every_output_element_is_written(spec, case, dtype, device):
     torch.use_deterministic_algorithms(True)  # torch.empty is then filled with NaN, also inside of the operator
     try:
@@ -37,7 +37,7 @@ def test_every_output_element_is_written(spec, case, dtype, device):
         torch.use_deterministic_algorithms(False)
 
 
-@over_cases()
+@over_cases(every_dtype="ci")
 def test_two_runs_and_any_thread_count_give_the_same_bits(spec, case, dtype, device, threads):
     args = make(case, device, dtype)
     for name, function in backends(spec, device):
@@ -58,6 +58,7 @@ def test_only_what_the_schema_says_is_written(spec, case, dtype, device):
             assert_same_bits([now], [then])
 
 
+@pytest.mark.exhaustive
 @over_specs(where=lambda spec: spec.large is not None)
 def test_more_than_two_to_the_31_elements(spec, device):
     args, tail = spec.large(device)
@@ -89,7 +90,7 @@ def test_gradcheck_and_gradgradcheck_in_float64(spec, device):
         assert torch.autograd.gradgradcheck(call, values, fast_mode=True)
 
 
-@over_cases(where=lambda spec: spec.autograd is not None and spec.plain is not None)
+@over_cases(where=lambda spec: spec.autograd is not None and spec.plain is not None, every_dtype="ci")
 def test_gradients_are_as_exact_as_those_of_plain_torch(spec, case, dtype, device):
     def gradients(function, wide):
         args = clone(make(case, device, dtype))
