@@ -29,12 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header() -> list[str]:
     lines = [f"tier: {tiers.tier()} (LEANOPS_TIER; see docs/testing.md)"]
     if not torch.cuda.is_available():
-        lines.append("left out: tests/gpu/test_device*.py, which need a CUDA device; `make gpu` runs them")
+        lines.append("left out: tests/*/test_device.py, which need a CUDA device; `make gpu` runs them")
     return lines
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    on_device = collection_path.parent.name == "gpu" and collection_path.name.startswith("test_device")
+    on_device = collection_path.name == "test_device.py"
     return True if on_device and not torch.cuda.is_available() else None
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from families import FAMILIES
 
 TIERS = ("default", "ci", "exhaustive")
 EXAMPLES = {"default": 15, "ci": 60, "exhaustive": 1000}  # of hypothesis; a test may ask for a multiple of them
@@ -57,19 +58,15 @@ def examples(times: float = 1) -> int:
     return max(1, round(times * EXAMPLES[tier()]))
 
 
-def families() -> list[str]:
-    return sorted(p.parent.name for p in ROOT.glob("*/budget.json"))
-
-
 def family_of(item: pytest.Item) -> str:
     """The family whose budget a test counts for: that of its operator, or of a folder or file with its name."""
     spec = getattr(item, "callspec", None) and item.callspec.params.get("spec")  # type: ignore[attr-defined]
     if spec is not None:
         name: str = spec.reference.__module__.split(".")[1]
-        return name if name in families() else "shared"
+        return name if name in FAMILIES else "shared"
     parts = item.path.relative_to(ROOT).with_suffix("").parts
     words = {word for part in parts for word in part.split("_")}
-    return next((family for family in families() if family in words), "shared")
+    return next((family for family in FAMILIES if family in words), "shared")
 
 
 def budget(family: str) -> float:

@@ -161,6 +161,7 @@ def test_export(spec, case, device):
     assert_same_bits(program.module()(*Call(spec, clone(args)).inputs()), run(spec, args))
 
 
+@pytest.mark.ci  # ten seconds an operator
 @pytest.mark.parametrize(("spec", "case"), FIRST)
 def test_aot_inductor(spec, case, device, tmp_path):
     if "ScalarType" in spec.schema and TorchVersion(torch.__version__) < (2, 12):
