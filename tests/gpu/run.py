@@ -63,7 +63,7 @@ class Run:
         self.failed: list[str] = []
         out.mkdir(parents=True, exist_ok=True)
         path = [str(SITE), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self.environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+        self.environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "LEANOPS_TIER": "ci"}
 
     def __call__(self, name: str, *command: str | Path) -> bool:
         log = self.out / f"{name}.log"
