@@ -39,7 +39,8 @@ class Freezer:
             )
         if capabilities.state_is_replayed(inner):
             kind = type(inner).__name__
-            raise ValueError(f"{op}: optimizer must not be {kind} with momentum_mode='store': its log would not replay")
+            which = "momentum_mode='store' or variant='hizoo'"
+            raise ValueError(f"{op}: optimizer must not be {kind} with {which}: its log would not replay")
         self.optimizer = inner
         for name, p in self.model.named_parameters():
             if not p.requires_grad and p in _frozen:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from leanops.optim.common.parameters import check_apart, is_sharded
-from leanops.optim.zo.directions import Noise, Seed
+from leanops.optim.zo.directions import Seed
 from leanops.optim.zo.perturb_at_use import Scratch
 from leanops.optim.zo.perturb_in_place import Copy, InPlace, Perturber, drop_unsharded, fsdp_modules
 from leanops.optim.zo.slots import Slot
+from leanops.optim.zo.strategy import Strategy
 
 MODES = ("auto", "scratch", "copy", "inplace")
 
@@ -76,11 +77,11 @@ class Reduction:
 class Evaluator:
     """Runs the closure at the perturbed weights that an estimate asks for."""
 
-    def __init__(self, mode: str, noise: Noise, model: nn.Module | None, same_rng: bool) -> None:
+    def __init__(self, mode: str, strategy: Strategy, model: nn.Module | None, same_rng: bool) -> None:
         if mode not in MODES:
             raise ValueError(f"MeZO: perturb must be one of {', '.join(MODES)}, got {mode!r}")
         self._mode = mode
-        self._noise = noise
+        self._strategy = strategy
         self._model = model
         self._same_rng = same_rng
         self._perturber: Perturber | None = None
@@ -92,14 +93,14 @@ class Evaluator:
         return {**self.__dict__, "_perturber": None, "_for": (), "_model": None, "_mode": mode}
 
     def _ready(self, op: str, slots: Sequence[Slot]) -> Perturber:
-        key = tuple(id(t) for s in slots for t in (s.param, s.curvature))
+        key = tuple(id(t) for s in slots for t in (s.param, *s.state))
         if self._perturber is None or key != self._for:
             check_apart(op, ((s.name, s.local) for s in slots))
             mode = self._choose(slots)
             if mode == "scratch":
-                self._perturber = Scratch(slots, self._noise, op)
+                self._perturber = Scratch(slots, self._strategy, op)
             else:
-                self._perturber = (Copy if mode == "copy" else InPlace)(slots, self._noise, self._model)
+                self._perturber = (Copy if mode == "copy" else InPlace)(slots, self._strategy, self._model)
             self._for = key
         return self._perturber
 
@@ -121,40 +122,15 @@ class Evaluator:
         slots: Sequence[Slot],
         seeds: Sequence[Seed],
         eps: float,
-        variant: str,
         reduce: Reduction,
         op: str = "MeZO.step",
     ) -> tuple[list[float], Any]:
         """The scalars of the step, rounded to fp32 as the log keeps them, and the mean of the losses."""
         mine = [k for k in range(len(seeds)) if reduce.mine(k)]
-        two_sided = variant in ("spsa", "sign", "hizoo")
-        points = [(seeds[k], sign * eps) for k in mine for sign in ((1, -1) if two_sided else (1,))]
-        if variant in ("one_sided", "hizoo") or (variant == "fzoo" and reduce.first):
-            points.append((seeds[0], 0.0))
-        losses, kind = self._losses(op, closure, slots, points)
-        n = len(seeds)
-        raw = [0.0] * n
-        if two_sided:
-            for i, k in enumerate(mine):
-                raw[k] = (losses[2 * i] - losses[2 * i + 1]) / (2.0 * eps)
-            if variant == "hizoo":
-                raw += [0.0] * n
-                for i, k in enumerate(mine):
-                    raw[n + k] = (losses[2 * i] + losses[2 * i + 1] - 2.0 * losses[-1]) / eps / (2.0 * eps)
-        elif variant == "one_sided":
-            for i, k in enumerate(mine):
-                raw[k] = (losses[i] - losses[-1]) / eps
-        else:
-            raw = [*raw, losses[-1] if reduce.first else 0.0]
-            for i, k in enumerate(mine):
-                raw[k] = losses[i]
-        scalars = reduce(raw)
-        if variant == "sign":
-            scalars = [g if math.isnan(g) else float((g > 0) - (g < 0)) for g in scalars]
-        elif variant == "fzoo":
-            scalars = _fzoo(scalars[:-1], scalars[-1])
-        elif variant == "hizoo":
-            scalars = scalars[:n] + [abs(c) for c in scalars[n:]]
+        points = self._strategy.points(mine, reduce.first)
+        losses, kind = self._losses(op, closure, slots, [(seeds[k], side * eps) for k, side in points])
+        measured = self._strategy.measured(dict(zip(points, losses, strict=True)), eps)
+        scalars = self._strategy.scalars(reduce(measured))
         finite = all(map(math.isfinite, losses))
         mean = math.fsum(x / len(losses) for x in losses) if finite else sum(losses) / len(losses)
         rounded = torch.tensor(scalars, dtype=torch.float64, device="cpu").float().tolist()
@@ -194,16 +170,6 @@ class Evaluator:
             torch.stack(tensors).tolist() if tensors else []
         )  # one wait for the device, after all evaluations
         return [next(on_device) if isinstance(v, Tensor) else v for v in found], kind
-
-
-def _fzoo(losses: list[float], base: float) -> list[float]:
-    mean = sum(losses) / len(losses)
-    sigma = math.sqrt(sum((x - mean) * (x - mean) for x in losses) / len(losses))
-    if math.isinf(sigma):
-        return [math.nan] * len(losses)
-    if sigma == 0.0:
-        return [0.0] * len(losses)  # no direction differs from another: nothing to learn from
-    return [(x - base) / sigma for x in losses]
 
 
 def _scalar(op: str, loss: Any) -> Tensor | float:

@@ -11,67 +11,129 @@ roots, so that a log replays to the same bits anywhere. What lies in between is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from leanops.common import exact
 from leanops.common.dtypes import wide_dtype
-from leanops.optim.zo import update
-from leanops.optim.zo.directions import Seed, left
+from leanops.optim.zo.directions import Noise, Seed, left
+from leanops.optim.zo.momentum_window import MomentumWindow
 from leanops.optim.zo.rounding import write_
 from leanops.optim.zo.slots import Slot, by_device
+from leanops.optim.zo.strategy import THETA, Point, Spsa, Write
+from leanops.optim.zo.update import State, Update, descend_, momentum_of
 from leanops.zo import zo_axpy_
 
 _SLICE = 1 << 17  # elements; three times as many numbers stay in a cache
 
 
-def flat(slot: Slot) -> Tensor:
-    """The curvature before the first step."""
-    with torch.inference_mode(False):  # later steps may be outside of it
-        return torch.ones(slot.local.shape, dtype=wide_dtype(slot.local), device=slot.local.device)
+@dataclass(frozen=True)
+class Hizoo(Spsa):
+    """SPSA along z / sqrt(h). A third evaluation, at theta, tells what h learns: a second scalar a direction, c_k."""
+
+    variant = "hizoo"
+    scalars_per_direction = 2
+    not_fused_because = "whose steps follow from the curvature before them"
+
+    smoothing: float = 1e-8
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Hizoo:
+        keys = ("directions", "rounding", "momentum_mode", "smoothing")
+        return cls(Noise.of(settings), **{key: settings[key] for key in keys})
+
+    def check(self) -> None:
+        name = self.noise.distribution
+        if name != "gaussian":  # z^2 of random signs is 1 everywhere and shows no curvature
+            raise ValueError(f"MeZO: hizoo needs distribution='gaussian', got {name!r}")
+
+    def check_momentum(self, beta: float) -> None:
+        if beta and self.momentum_mode != "store":
+            raise ValueError(
+                "MeZO: momentum of hizoo needs momentum_mode='store': the log cannot tell past curvatures"
+            )
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        return {"smoothing": self.smoothing}
+
+    # --- the estimate -------------------------------------------------------------------------------------------------
+
+    def points(self, mine: Sequence[int], first: bool) -> list[Point]:
+        return [*super().points(mine, first), THETA]
+
+    def measured(self, losses: Mapping[Point, float], eps: float) -> list[float]:
+        def bend(k: int) -> float:
+            return (losses[k, 1] + losses[k, -1] - 2.0 * losses[THETA]) / eps / (2.0 * eps)
+
+        return [*super().measured(losses, eps), *self._by_direction(losses, bend)]
+
+    def scalars(self, measured: list[float]) -> list[float]:
+        return measured[: self.directions] + [abs(c) for c in measured[self.directions :]]
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+
+    def with_state(self, slot: Slot, state: State) -> Slot:
+        """The curvature is state of the optimizer: 1 everywhere before the first step."""
+        own = state[slot.param]
+        if "curvature" not in own:
+            with torch.inference_mode(False):  # later steps may be outside of it
+                own["curvature"] = torch.ones(
+                    slot.local.shape, dtype=wide_dtype(slot.local), device=slot.local.device
+                )
+        return slot._replace(state=(own["curvature"],))
+
+    def perturb_(self, slots: Sequence[Slot], seed: Seed, scale: float) -> None:
+        self.perturb_into_([s.local for s in slots], slots, seed, scale)
+
+    def perturb_into_(self, outs: Sequence[Tensor], slots: Sequence[Slot], seed: Seed, scale: float) -> None:
+        """out <- round(p + scale z / sqrt(h)); ``outs`` may be the slots' own memory."""
+        if scale == 0.0:
+            for out, slot in zip(outs, slots, strict=True):
+                out.copy_(slot.local)
+            return
+        for piece, step in _scaled(outs, slots, [seed], [scale]):
+            piece.out.copy_(step.add_(piece.slot.local))
+
+    def prepared(self, seed: Seed, scale: float) -> Write:
+        return partial(self.perturb_into_, seed=seed, scale=scale)
+
+    @property
+    def has_state(self) -> bool:
+        return True
+
+    # --- the update ---------------------------------------------------------------------------------------------------
+
+    def update(
+        self, window: MomentumWindow, seeds: Sequence[Seed], scalars: Sequence[float], group: Mapping[str, Any]
+    ) -> Update:
+        """Never None: the curvature learns from every step."""
+        lr, beta = float(group["lr"]), float(group["momentum"])
+        return Update(seeds, scalars, None, lr, beta, lr * float(group["weight_decay"]))
+
+    def apply_(self, slots: Sequence[Slot], update: Update, state: State) -> None:
+        """The curvature learns from this step, then the weights move: theta <- (1 - decay) theta - lr m.
+
+        The scalars are the estimates g_k and then the c_k; m is (1/n) sum_k g_k q_k without momentum.
+        """
+        n, seeds, lr = self.directions, update.seeds, update.lr
+        estimates = update.scalars[:n]
+        _learn_(slots, seeds, update.scalars[n:], self.smoothing)
+        if update.beta:
+            momenta = [momentum_of(s, state) for s in slots]
+            _accumulate_(slots, momenta, seeds, estimates, update.beta)
+            if lr:
+                descend_(slots, momenta, lr, update.decay, self.rounding, seeds[0].left)
+        elif lr:
+            _move_(slots, seeds, [-(lr / n) * g for g in estimates], update.decay, self.rounding)
 
 
-def perturb_into_(outs: Sequence[Tensor], slots: Sequence[Slot], seed: Seed, scale: float) -> None:
-    """out <- round(p + scale z / sqrt(h)); ``outs`` may be the slots' own memory."""
-    if scale == 0.0:
-        for out, slot in zip(outs, slots, strict=True):
-            out.copy_(slot.local)
-        return
-    for piece, step in _scaled(outs, slots, [seed], [scale]):
-        piece.out.copy_(step.add_(piece.slot.local))
-
-
-def step_(
-    slots: Sequence[Slot],
-    momenta: Sequence[Tensor],
-    seeds: Sequence[Seed],
-    scalars: Sequence[float],
-    lr: float,
-    beta: float,
-    decay: float,
-    smoothing: float,
-    rounding: str,
-) -> None:
-    """The curvature learns from this step, then the weights move: theta <- (1 - decay) theta - lr m.
-
-    ``scalars`` are the estimates g_k and then the c_k; m is (1/n) sum_k g_k q_k without momentum.
-    """
-    n = len(seeds)
-    learn_(slots, seeds, scalars[n:], smoothing)
-    if beta:
-        accumulate_(slots, momenta, seeds, scalars[:n], beta)
-        if lr:
-            update.descend_(slots, momenta, lr, decay, rounding, seeds[0].left)
-    elif lr:
-        descend_(slots, seeds, [-(lr / n) * g for g in scalars[:n]], decay, rounding)
-
-
-def descend_(
-    slots: Sequence[Slot], seeds: Sequence[Seed], coeffs: Sequence[float], decay: float, rounding: str
-) -> None:
+def _move_(slots: Sequence[Slot], seeds: Sequence[Seed], coeffs: Sequence[float], decay: float, rounding: str) -> None:
     """p <- round((1 - decay) p + sum_k c_k z_k / sqrt(h))."""
     for part in by_device(slots):
         for piece, step in _scaled([s.local for s in part], part, seeds, coeffs):
@@ -79,15 +141,15 @@ def descend_(
             write_(piece.slot, step.add_(kept), rounding, seeds[0].left)
 
 
-def accumulate_(
-    slots: Sequence[Slot], momenta: Sequence[Tensor], seeds: Sequence[Seed], scalars: Sequence[float], beta: float
+def _accumulate_(
+    slots: Sequence[Slot], momenta: Sequence[Tensor], seeds: Sequence[Seed], estimates: Sequence[float], beta: float
 ) -> None:
     """m <- beta m + (1/n) sum_k g_k z_k / sqrt(h)."""
     moved = [s._replace(local=m) for s, m in zip(slots, momenta, strict=True)]
-    descend_(moved, seeds, [g / len(scalars) for g in scalars], 1.0 - beta, "nearest")
+    _move_(moved, seeds, [g / len(estimates) for g in estimates], 1.0 - beta, "nearest")
 
 
-def learn_(slots: Sequence[Slot], seeds: Sequence[Seed], curvatures: Sequence[float], smoothing: float) -> None:
+def _learn_(slots: Sequence[Slot], seeds: Sequence[Seed], curvatures: Sequence[float], smoothing: float) -> None:
     """h <- h ((1 - alpha) + (alpha / n) sum_k c_k z_k^2)."""
     for part in by_device(slots):
         for pieces in _batches([s.local for s in part], part):
@@ -140,8 +202,7 @@ def _batches(outs: Sequence[Tensor], slots: Sequence[Slot]) -> Iterator[list[_Pi
 
 
 def _slices(out: Tensor, slot: Slot) -> Iterator[_Piece]:
-    h = slot.curvature
-    assert h is not None
+    (h,) = slot.state
     if not (out.is_contiguous() and slot.local.is_contiguous() and h.is_contiguous()):
         yield _Piece(out, slot, h)
         return

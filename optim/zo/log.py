@@ -26,16 +26,17 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from leanops.optim.zo.step import FIELDS, Step
+from leanops.optim.zo.variants import scalars_per_direction
+
 MAGIC = b"ZOLOG\x00\x01\n"
 FORMAT = "zolog/1"
-FIELDS = ("lr", "weight_decay", "momentum")  # of a parameter group; each is 0 until it is set
 
 _ESCAPE = 0x7FA10C5E
 _SET, _JSON, _CHECK, _END = 1, 2, 3, 4
@@ -47,17 +48,6 @@ _ENTRY = {"name", "id", "shape", "dtype", "group"}  # of a parameter
 
 class LogError(ValueError):
     """A log that cannot be read, or does not fit the parameters it is replayed on."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a run: what is needed to repeat its update."""
-
-    index: int
-    scalars: tuple[float, ...] | None  # None: skipped, nothing was changed
-    groups: tuple[Mapping[str, float], ...]  # of each parameter group, the values of FIELDS
-    frozen: frozenset[int]  # ids of parameters that did not move
-    restart: bool  # momentum started anew, for what moves has changed
 
 
 def _words(data: bytes) -> bytes:
@@ -99,7 +89,7 @@ class ZoLog:
     @property
     def words(self) -> int:
         """Scalars a step."""
-        return self.directions * (2 if self.header.get("variant") == "hizoo" else 1)
+        return self.directions * scalars_per_direction(self.header)
 
     # --- writing ------------------------------------------------------------------------------------------------------
 

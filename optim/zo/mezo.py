@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from itertools import chain
 from typing import Any
 
@@ -17,16 +17,15 @@ from leanops.common import seeds
 from leanops.common.checks import finite
 from leanops.common.dtypes import dtype_name
 from leanops.optim.common import parameters
-from leanops.optim.zo import hizoo
-from leanops.optim.zo.directions import Noise, Seed
+from leanops.optim.zo.directions import Noise
 from leanops.optim.zo.estimate import Evaluator, Reduction
-from leanops.optim.zo.log import FIELDS, ZoLog
+from leanops.optim.zo.log import ZoLog
 from leanops.optim.zo.run_record import Record
 from leanops.optim.zo.slots import Slot, slot_of
-from leanops.optim.zo.update import accumulate_, apply_, descend_, new_momentum, terms, window
+from leanops.optim.zo.step import FIELDS
+from leanops.optim.zo.variants import VARIANTS, strategy_of
 from leanops.zo import MAX_RANK, VERSION
 
-VARIANTS = ("spsa", "one_sided", "sign", "fzoo", "hizoo")
 _RUN = ("zo", "seed_rule", "variant", "directions", "rounding", "momentum_mode", "smoothing")
 _EXEMPT = ("bias", "layer_norm", "layernorm")
 
@@ -43,7 +42,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return groups
 
 
-def _one_of(name: str, value: object, options: Sequence[str]) -> None:
+def _one_of(name: str, value: object, options: Collection[str]) -> None:
     if value not in options:
         raise ValueError(f"MeZO: {name} must be one of {', '.join(options)}, got {value!r}")
 
@@ -144,11 +143,7 @@ class MeZO(Optimizer):
     ) -> None:
         if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
             raise ValueError(f"MeZO: directions must be an integer >= 1, got {directions!r}")
-        if variant == "fzoo" and directions < 2:
-            raise ValueError("MeZO: fzoo needs at least 2 directions, for it divides by the deviation of their losses")
         _one_of("distribution", distribution, ("gaussian", "rademacher", "lowrank"))
-        if variant == "hizoo" and distribution != "gaussian":
-            raise ValueError(f"MeZO: hizoo needs distribution='gaussian', got {distribution!r}")  # ±1 show no curvature
         if not 0.0 < finite("MeZO", "smoothing", smoothing, 0.0) < 1.0:
             raise ValueError(f"MeZO: smoothing must be in (0, 1), got {smoothing}")
         if not isinstance(model, nn.Module | None):
@@ -161,22 +156,28 @@ class MeZO(Optimizer):
         _one_of("variant", variant, VARIANTS)
         _one_of("momentum_mode", momentum_mode, ("recompute", "store"))
         _one_of("on_nonfinite", on_nonfinite, ("raise", "skip"))
+        strategy = strategy_of(
+            {
+                "variant": variant,
+                "directions": directions,
+                **noise.settings,
+                "rounding": rounding,
+                "momentum_mode": momentum_mode,
+                "smoothing": float(smoothing),
+            }
+        )
+        strategy.check()
         settings = {
             "zo": VERSION,
             "seed": seeds.check("MeZO", seed),
             "seed_rule": seeds.RULE,
-            "variant": variant,
-            "directions": directions,
-            **noise.settings,
-            "rounding": rounding,
-            "momentum_mode": momentum_mode,
+            **strategy.settings,
             "eps": finite("MeZO", "eps", eps, 0.0, above=True),
+            **strategy.own_settings,
         }
-        if variant == "hizoo":
-            settings["smoothing"] = float(smoothing)
         self._on_nonfinite = on_nonfinite
         self._names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
-        self._evaluator = Evaluator(perturb, noise, model, same_rng)
+        self._evaluator = Evaluator(perturb, strategy, model, same_rng)
         self._reduction = Reduction(process_group, parallel, directions)
         self._log_file = log_file
         self._record = Record(settings)
@@ -190,7 +191,7 @@ class MeZO(Optimizer):
 
     @property
     def state_is_replayed(self) -> bool:
-        return bool(self._record.settings["momentum_mode"] == "store")
+        return self._record.strategy.has_state
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 
@@ -215,9 +216,7 @@ class MeZO(Optimizer):
             finite("MeZO", name, group[name], 0.0)
         if float(group["momentum"]) >= 1.0:
             raise ValueError(f"MeZO: momentum must be below 1, got {group['momentum']}")
-        settings = self._record.settings
-        if group["momentum"] and settings["variant"] == "hizoo" and settings["momentum_mode"] != "store":
-            raise ValueError("MeZO: momentum of hizoo needs momentum_mode='store': the log cannot tell past curvatures")
+        self._record.strategy.check_momentum(float(group["momentum"]))
 
     def _check_group(self, group: dict[str, Any]) -> None:
         self._check_hyper(group)
@@ -245,7 +244,6 @@ class MeZO(Optimizer):
     def _slots(self) -> list[list[Slot]]:
         """What moves, by group."""
         found: list[list[Slot]] = [[] for _ in self.param_groups]
-        curved = self._record.settings["variant"] == "hizoo"
         for p, entry in zip(self._flat(), self._record.entries, strict=True):
             if dtype_name(p.dtype) != entry["dtype"] or list(p.shape) != entry["shape"]:
                 raise RuntimeError(
@@ -255,7 +253,7 @@ class MeZO(Optimizer):
             if p.requires_grad:
                 parameters.check("MeZO.step", entry["name"], p)
                 slot = slot_of("MeZO", entry["name"], entry["id"], p)
-                found[entry["group"]].append(self._curved(slot) if curved else slot)
+                found[entry["group"]].append(self._record.strategy.with_state(slot, self.state))
         return found
 
     # --- a step -------------------------------------------------------------------------------------------------------
@@ -299,9 +297,7 @@ class MeZO(Optimizer):
         moving = list(chain.from_iterable(slots))
         step_seeds = record.step_seeds(self.steps)
         self._reduction.use(moving)
-        scalars, loss = self._evaluator.estimate(
-            closure, moving, step_seeds, self.eps, record.settings["variant"], self._reduction
-        )
+        scalars, loss = self._evaluator.estimate(closure, moving, step_seeds, self.eps, self._reduction)
         applied = all(map(math.isfinite, scalars))
         if not applied and self._on_nonfinite == "raise":
             raise FloatingPointError(
@@ -312,43 +308,13 @@ class MeZO(Optimizer):
             log.attach(self._log_file, new=not len(log))
         record.note(self.param_groups, slots)
         if applied:
-            self._update(slots, step_seeds, scalars)
-            longest = max(window(float(g["momentum"])) for g in self.param_groups)
-            record.remember(step_seeds, scalars, longest)
+            for group, moved in zip(self.param_groups, slots, strict=True):
+                update = record.strategy.update(record.window, step_seeds, scalars, group)
+                if update is not None:
+                    record.strategy.apply_(moved, update, self.state)
+            record.window.add(step_seeds, scalars, self.param_groups)
         log.append(scalars if applied else None)
         return loss
-
-    def _update(self, slots: list[list[Slot]], step_seeds: list[Seed], scalars: list[float]) -> None:
-        settings = self._record.settings
-        noise, rounding = Noise.of(settings), settings["rounding"]
-        history = [(step_seeds, scalars), *self._record.history]
-        for group, moved in zip(self.param_groups, slots, strict=True):
-            lr, beta = float(group["lr"]), float(group["momentum"])
-            decay = lr * float(group["weight_decay"])
-            if settings["variant"] == "hizoo":
-                momenta = [self._momentum(s) for s in moved if beta]
-                smoothing = settings["smoothing"]
-                hizoo.step_(moved, momenta, step_seeds, scalars, lr, beta, decay, smoothing, rounding)
-            elif beta and settings["momentum_mode"] == "store":
-                momenta = [self._momentum(s) for s in moved]
-                accumulate_(moved, momenta, step_seeds, scalars, beta, noise)
-                if lr:  # a step of zero length changes no bit, the sign of a zero included
-                    descend_(moved, momenta, lr, decay, rounding, step_seeds[0].left)
-            elif moved and lr:
-                apply_(moved, *terms(history, lr, beta), decay, noise, rounding)
-
-    def _momentum(self, slot: Slot) -> Tensor:
-        state = self.state[slot.param]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = new_momentum(slot)
-        buffer: Tensor = state["momentum_buffer"]
-        return buffer
-
-    def _curved(self, slot: Slot) -> Slot:
-        state = self.state[slot.param]
-        if "curvature" not in state:
-            state["curvature"] = hizoo.flat(slot)
-        return slot._replace(curvature=state["curvature"])
 
     # --- state --------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -26,14 +27,11 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from leanops import _registry
-from leanops.common.seeds import seed_tensor
-from leanops.optim.zo import hizoo
-from leanops.optim.zo.directions import Noise, Seed
+from leanops.optim.zo.directions import Seed
 from leanops.optim.zo.perturb_in_place import Closure, Copy
 from leanops.optim.zo.slots import Slot
+from leanops.optim.zo.strategy import Strategy
 
-_OPERATOR = _registry.spec("zo_axpy_into_")
 _ALIGN = 64
 _ROW = 16384  # a row of its own costs an operator as much as this many elements (about 10 us; measured on Zen 5)
 _GPU_ROW = 1 << 22  # as many as an H200 passes in the 4 us that the host takes for a row: an estimate, not measured
@@ -122,9 +120,7 @@ class _Mode(TorchFunctionMode):
         self._seen = owner.seen
         self._all = {id(s.param) for s in owner.all}
         self._arenas = owner.arenas
-        self._noise = owner.noise
-        self._seed, self._scale = seed, torch.tensor([scale], dtype=torch.float64, device="cpu")
-        self._left, self._right = (seed_tensor(s, "MeZO", "seed") for s in seed)
+        self._perturb = owner.strategy.prepared(seed, scale)
         self._active = scale != 0.0
         self._trace = trace
         self._kept: list[object] = []  # memory that foreign code may hold by address
@@ -182,27 +178,6 @@ class _Mode(TorchFunctionMode):
                 self._kept.append(buffer)
         return result
 
-    def _perturb(self, out: list[Tensor], slots: Sequence[Slot]) -> None:
-        if slots[0].curvature is not None:
-            hizoo.perturb_into_(out, slots, self._seed, float(self._scale))
-            return
-        z = self._noise
-        low_rank = (self._right, [s.columns for s in slots], z.rank) if z.distribution == "lowrank" else ()
-        _OPERATOR.launch(
-            out[0].device,
-            out,
-            [s.local for s in slots],
-            self._left,
-            self._scale,
-            _NO_DECAY,
-            [s.tensor_id for s in slots],
-            [s.offset for s in slots],
-            z.distribution,
-            "nearest",
-            False,
-            *low_rank,
-        )
-
     def _embedding(
         self,
         found: dict[int, Slot],
@@ -228,13 +203,10 @@ class _Mode(TorchFunctionMode):
         rows = weight.detach()[ids]
         out = torch.empty_like(rows)
         offsets = (slot.offset + ids * width).tolist()
-        curved = [None] * len(offsets) if slot.curvature is None else slot.curvature[ids].unbind()
-        parts = zip(rows.unbind(), offsets, curved, strict=True)
-        self._perturb(list(out.unbind()), [slot._replace(local=r, offset=o, curvature=h) for r, o, h in parts])
+        states = zip(*(t[ids].unbind() for t in slot.state), strict=True) if slot.state else repeat(())
+        parts = zip(rows.unbind(), offsets, states, strict=False)
+        self._perturb(list(out.unbind()), [slot._replace(local=r, offset=o, state=s) for r, o, s in parts])
         return out[places]
-
-
-_NO_DECAY = torch.zeros(1, dtype=torch.float64, device="cpu")
 
 
 def _replace(values: Any, replaced: dict[int, Tensor]) -> Any:
@@ -267,11 +239,11 @@ class Scratch:
     parameters play no part and stay untouched; else they are perturbed that way in every evaluation from then on.
     """
 
-    def __init__(self, slots: Sequence[Slot], noise: Noise, op: str) -> None:
+    def __init__(self, slots: Sequence[Slot], strategy: Strategy, op: str) -> None:
         self._op = op
         self.all = list(slots)
         self.slots = {id(s.param): s for s in slots}
-        self.noise = noise
+        self.strategy = strategy
         self.seen: dict[int, Slot] = {}
         self.arenas: dict[torch.device, _Arena] = {}
         self.held: Copy | None = None
@@ -315,7 +287,7 @@ class Scratch:
         trace: list[float],
         loss: Tensor | float,
     ) -> Tensor | float:
-        held = Copy(unseen, self.noise)
+        held = Copy(unseen, self.strategy)
         for s in unseen:
             del self.slots[id(s.param)]
         second_trace: list[float] = []

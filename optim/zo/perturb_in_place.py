@@ -13,10 +13,9 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from leanops.optim.zo import hizoo
-from leanops.optim.zo.directions import Noise, Seed
+from leanops.optim.zo.directions import Seed
 from leanops.optim.zo.slots import Slot, by_device
-from leanops.zo import zo_axpy_, zo_axpy_into_
+from leanops.optim.zo.strategy import Strategy
 
 Closure = Callable[[], Tensor | float]
 
@@ -37,9 +36,9 @@ class Copy:
     Everything sees the perturbed weights: compiled graphs, scripted modules, FSDP, C++ code.
     """
 
-    def __init__(self, slots: Sequence[Slot], noise: Noise, model: nn.Module | None = None) -> None:
+    def __init__(self, slots: Sequence[Slot], strategy: Strategy, model: nn.Module | None = None) -> None:
         self._parts = by_device(slots)
-        self._noise = noise
+        self._strategy = strategy
         self._sharded = fsdp_modules(model)
         self._saved: list[list[Tensor]] = []
 
@@ -68,11 +67,8 @@ class Copy:
         """Let the weights be W + scale z(seed), within a session."""
         for part, saved in zip(self._parts, self._saved, strict=True):
             outs = [s.local for s in part]
-            if part[0].curvature is not None:
-                kept = [s._replace(local=old) for s, old in zip(part, saved, strict=True)]
-                hizoo.perturb_into_(outs, kept, seed, scale)
-            else:
-                zo_axpy_into_(outs, saved, seed.left, scale, **self._noise.arguments(part, [seed]))
+            kept = [s._replace(local=old) for s, old in zip(part, saved, strict=True)]
+            self._strategy.perturb_into_(outs, kept, seed, scale)
         drop_unsharded(self._sharded)
 
     def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> Tensor | float:
@@ -89,9 +85,9 @@ class InPlace:
     machine that has no room for the scratch of the default mode.
     """
 
-    def __init__(self, slots: Sequence[Slot], noise: Noise, model: nn.Module | None = None) -> None:
+    def __init__(self, slots: Sequence[Slot], strategy: Strategy, model: nn.Module | None = None) -> None:
         self._parts = by_device(slots)
-        self._noise = noise
+        self._strategy = strategy
         self._sharded = fsdp_modules(model)
         self._seed, self._scale = Seed(0), 0.0
 
@@ -107,11 +103,7 @@ class InPlace:
     def _move(self, seed: Seed, scale: float) -> None:
         if scale:
             for part in self._parts:
-                outs = [s.local for s in part]
-                if part[0].curvature is not None:
-                    hizoo.perturb_into_(outs, part, seed, scale)
-                else:
-                    zo_axpy_(outs, seed.left, scale, **self._noise.arguments(part, [seed]))
+                self._strategy.perturb_(part, seed, scale)
         drop_unsharded(self._sharded)
 
     def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> Tensor | float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import Counter, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,30 +16,19 @@ from leanops.common import seeds as seed_rule
 from leanops.common.checks import is_integer
 from leanops.optim.common import parameters
 from leanops.optim.common.parameters import Params
-from leanops.optim.zo import hizoo
-from leanops.optim.zo.directions import Noise, Seed, left
+from leanops.optim.zo.directions import Seed, left
 from leanops.optim.zo.log import LogError, ZoLog, replacing
 from leanops.optim.zo.safetensors_header import copies, read_header
 from leanops.optim.zo.slots import Slot, by_device, slot_of
-from leanops.optim.zo.update import History, accumulate_, apply_, descend_, new_momentum, terms, window
+from leanops.optim.zo.momentum_window import MomentumWindow
+from leanops.optim.zo.strategy import Strategy
+from leanops.optim.zo.update import State, Update
+from leanops.optim.zo.variants import VARIANTS, strategy_of
 from leanops.zo import VERSION, columns_of, zo_axpy_
 
 _CALL = 8192  # seeds a call
 _SLICE = 1 << 18  # elements that stay in a cache while steps of several terms pass over them
 _FILE_SLICE = 1 << 22  # elements of a file's tensor in memory at a time
-
-
-@dataclass
-class Update:
-    """One applied step for the parameters of a group."""
-
-    seeds: Sequence[Seed]
-    scalars: Sequence[float]
-    terms: tuple[list[Seed], list[float]]  # seeds and coefficients, momentum's window included
-    lr: float
-    beta: float
-    decay: float
-    write: bool = True  # False: before `start` or with lr 0, only stored momentum and curvature take part
 
 
 @dataclass
@@ -53,72 +42,66 @@ class Program:
         return [u for u, ids in zip(self.updates, self.frozen, strict=True) if tensor_id not in ids]
 
 
-def programs(log: ZoLog, start: int = 0, stop: int | None = None) -> list[Program]:
-    """Every group's updates of steps [start, stop)."""
-    header = log.header
+def _strategy(header: Mapping[str, Any], fused: bool = False) -> Strategy:
+    """The strategy of a log; LogError where this version cannot replay it."""
     if header["zo"] != VERSION or header["seed_rule"] != seed_rule.RULE:
         raise LogError(
             f"replay_: the log's noise is {header['zo']} with seeds {header['seed_rule']}, "
             f"this version has {VERSION} with {seed_rule.RULE}"
         )
+    if header["variant"] not in VARIANTS:
+        raise LogError(f"replay_: the log's variant must be one of {', '.join(VARIANTS)}, got {header['variant']!r}")
+    strategy = strategy_of(header)
+    if fused and strategy.not_fused_because:
+        raise LogError(f"replay_: fused=True cannot replay {strategy.variant}, {strategy.not_fused_because}")
+    return strategy
+
+
+def programs(log: ZoLog, strategy: Strategy, start: int = 0, stop: int | None = None) -> list[Program]:
+    """Every group's updates of steps [start, stop)."""
     end = len(log) if stop is None else stop
     if not (is_integer(start) and is_integer(end) and 0 <= start <= end <= len(log)):
         text = f"must be integers in order within [0, {len(log)}]"
         raise ValueError(f"replay_: start and stop {text}, got {start!r} and {stop!r}")
-    noise, base, n, stored = Noise.of(header), header["seed"], log.directions, header["momentum_mode"] == "store"
-    curved = header.get("variant") == "hizoo"
+    window, base = MomentumWindow(), log.header["seed"]
     found: list[Program] = []
-    history: History = deque()
-    for step in log.steps(stop=stop):
+    for step, seeds in window.follow(log.steps(stop=stop), lambda index: strategy.seeds(base, index)):
         found += [Program() for _ in range(len(step.groups) - len(found))]
-        if step.restart:
-            history.clear()
         if step.scalars is None:
             continue
-        seeds = noise.seeds(base, step.index, n)
-        history.appendleft((seeds, step.scalars))
-        longest = max(window(values["momentum"]) for values in step.groups)
-        while len(history) > longest:
-            history.pop()
-        for program, values in zip(found, step.groups, strict=True):
-            lr, beta = values["lr"], values["momentum"]
-            write = step.index >= start and lr != 0.0
-            if not write and not (stored and beta) and not curved:
-                continue
-            both = ([], []) if curved else terms(history, lr, beta)
-            program.updates.append(Update(seeds, step.scalars, both, lr, beta, lr * values["weight_decay"], write))
-            program.frozen.append(step.frozen)
+        for program, group in zip(found, step.groups, strict=True):
+            standing = step.index < start  # only the state takes part
+            update = strategy.update(window, seeds, step.scalars, {**group, "lr": 0.0} if standing else group)
+            if update is not None:
+                program.updates.append(update)
+                program.frozen.append(step.frozen)
     return found
 
 
-def _fusable(updates: Sequence[Update], dtype: torch.dtype, stored: bool) -> bool:
+def _fusable(updates: Sequence[Update], dtype: torch.dtype) -> bool:
     """Whether one sequential pass has the run's bits: a step has one term, or nothing is rounded between its terms."""
-    if stored and any(u.beta for u in updates):
+    if any(u.terms is None for u in updates):
         return False
-    return dtype in (torch.float32, torch.float64) or all(len(u.terms[0]) == 1 for u in updates)
+    return dtype in (torch.float32, torch.float64) or all(len(u.terms[0]) == 1 for u in updates if u.terms)
 
 
-def _run(slots: Sequence[Slot], updates: Sequence[Update], header: Mapping[str, Any], fused: bool) -> None:
+def _run(slots: Sequence[Slot], updates: Sequence[Update], strategy: Strategy, fused: bool) -> None:
     """Apply a program to tensors of one device and of one kind of dtype."""
-    noise, rounding = Noise.of(header), header["rounding"]
-    stored = header["momentum_mode"] == "store"
-    curved = header.get("variant") == "hizoo"
-    if fused and curved:
-        raise LogError("replay_: fused=True cannot replay hizoo, whose steps follow from the curvature before them")
     tensors = [s.local for s in slots]
 
     def pass_over(seeds: list[Seed], coeffs: list[float], decay: float | list[float], sequential: bool) -> None:
         if seeds:
-            how: dict[str, Any] = {"decay": decay, "rounding": rounding, "sequential": sequential}
-            zo_axpy_(tensors, left(seeds), coeffs, **how, **noise.arguments(slots, seeds))
+            how: dict[str, Any] = {"decay": decay, "rounding": strategy.rounding, "sequential": sequential}
+            zo_axpy_(tensors, left(seeds), coeffs, **how, **strategy.noise.arguments(slots, seeds))
 
     if fused:
-        pass_over(*_combined(updates, stored), False)
-    elif not curved and _fusable(updates, slots[0].local.dtype, stored):
+        pass_over(*_combined(updates), False)
+    elif _fusable(updates, slots[0].local.dtype):
         seeds: list[Seed] = []
         coeffs: list[float] = []
         decays: list[float] = []
         for u in updates:
+            assert u.terms is not None
             seeds += u.terms[0]
             coeffs += u.terms[1]
             decays += [u.decay] + [0.0] * (len(u.terms[0]) - 1)
@@ -127,30 +110,11 @@ def _run(slots: Sequence[Slot], updates: Sequence[Update], header: Mapping[str, 
                 seeds, coeffs, decays = [], [], []
         pass_over(seeds, coeffs, decays, True)
     else:
-        for part in _slices(slots):
-            _each([part], updates, header)
-
-
-def _each(slots: Sequence[Slot], updates: Sequence[Update], header: Mapping[str, Any]) -> None:
-    """Step by step, as the run did it."""
-    noise, rounding, stored = Noise.of(header), header["rounding"], header["momentum_mode"] == "store"
-    momenta: list[Tensor] = []
-    if curved := header.get("variant") == "hizoo":
-        slots = [s._replace(curvature=hizoo.flat(s)) for s in slots]
-    for u in updates:
-        if curved:
-            momenta = momenta or [new_momentum(s) for s in slots if u.beta]
-            lr = u.lr if u.write else 0.0
-            smoothing = header["smoothing"]
-            hizoo.step_(slots, momenta, u.seeds, u.scalars, lr, u.beta, u.decay, smoothing, rounding)
-            continue
-        if stored and u.beta:
-            momenta = momenta or [new_momentum(s) for s in slots]
-            accumulate_(slots, momenta, u.seeds, u.scalars, u.beta, noise)
-            if u.write:
-                descend_(slots, momenta, u.lr, u.decay, rounding, u.seeds[0].left)
-        else:
-            apply_(slots, *u.terms, u.decay, noise, rounding)
+        for part in _slices(slots):  # step by step, as the run did it
+            state: State = defaultdict(dict)
+            alone = [strategy.with_state(part, state)]
+            for u in updates:
+                strategy.apply_(alone, u, state)
 
 
 def _slices(slots: Sequence[Slot]) -> Iterator[Slot]:
@@ -163,7 +127,7 @@ def _slices(slots: Sequence[Slot]) -> Iterator[Slot]:
             yield s._replace(local=flat[start : start + _SLICE], offset=s.offset + start)
 
 
-def _combined(updates: Sequence[Update], stored: bool) -> tuple[list[Seed], list[float], float]:
+def _combined(updates: Sequence[Update]) -> tuple[list[Seed], list[float], float]:
     """All steps as one: (1 - decay) p + sum c z, in double precision."""
     total: dict[Seed, float] = {}
     momentum: dict[Seed, float] = {}
@@ -171,20 +135,18 @@ def _combined(updates: Sequence[Update], stored: bool) -> tuple[list[Seed], list
     after: list[float] = []  # of each step, the product of the later (1 - decay), the last step first
     for u in reversed(updates):  # what a step adds is decayed by the steps after it
         after.append(keep)
-        if not (stored and u.beta):
+        if u.terms is not None:
             for seed, c in zip(*u.terms, strict=True):
                 total[seed] = total.get(seed, 0.0) + keep * c
-        if u.write:
-            keep *= 1.0 - u.decay
-    if stored:
-        for u, later in zip(updates, reversed(after), strict=True):
-            if u.beta:
-                momentum = {s: m * u.beta for s, m in momentum.items()}
-                for seed, g in zip(u.seeds, u.scalars, strict=True):
-                    momentum[seed] = momentum.get(seed, 0.0) + g / len(u.scalars)
-                if u.write:
-                    for seed, m in momentum.items():
-                        total[seed] = total.get(seed, 0.0) - u.lr * later * m
+        keep *= 1.0 - u.decay
+    for u, later in zip(updates, reversed(after), strict=True):
+        if u.terms is None:
+            momentum = {s: m * u.beta for s, m in momentum.items()}
+            for seed, g in zip(u.seeds, u.scalars, strict=True):
+                momentum[seed] = momentum.get(seed, 0.0) + g / len(u.scalars)
+            if u.lr:
+                for seed, m in momentum.items():
+                    total[seed] = total.get(seed, 0.0) - u.lr * later * m
     return list(total), list(total.values()), 1.0 - keep
 
 
@@ -295,7 +257,8 @@ def replay_(
         Nothing is written when an error is raised.
     """
     log = _loaded("replay_", log)
-    moved = _moved(log, programs(log, start, stop))
+    strategy = _strategy(log.header, fused)
+    moved = _moved(log, programs(log, strategy, start, stop))
     entries = {e["id"]: e["name"] for e in log.params()}
     slots = [slot_of("replay_", entries[i], i, t) for i, t in _match(params, log, moved, names).items()]
     parameters.check_apart("replay_", ((s.name, s.local) for s in slots))
@@ -305,7 +268,7 @@ def replay_(
         alike.setdefault((id(moved[s.tensor_id]), wide), []).append(s)
     for together in alike.values():
         for part in by_device(together):
-            _run(part, moved[part[0].tensor_id], log.header, fused)
+            _run(part, moved[part[0].tensor_id], strategy, fused)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -335,7 +298,8 @@ def replay_file(
     if isinstance(log, (str, os.PathLike)) and os.path.exists(out) and os.path.samefile(out, log):
         raise ValueError(f"replay_file: out must be another file than the log, got {out}")
     log = _loaded("replay_file", log)
-    moved = _moved(log, programs(log))
+    strategy = _strategy(log.header, fused)
+    moved = _moved(log, programs(log, strategy))
     preamble, table = read_header(base)
     wanted = _named("replay_file", log, moved, names)
     updates: dict[str, tuple[int, list[Update]]] = {}
@@ -361,7 +325,7 @@ def replay_file(
         reader.seek(len(preamble))
         done = 0
         for name, info in sorted(table.items(), key=lambda item: item[1]["data_offsets"]):
-            for data in _replayed(reader, info, updates.get(name), log.header, fused):
+            for data in _replayed(reader, info, updates.get(name), strategy, fused):
                 writer.write(data)
                 done += len(data)
                 if progress is not None:
@@ -372,7 +336,7 @@ def _replayed(
     reader: Any,
     info: Mapping[str, Any],
     update: tuple[int, list[Update]] | None,
-    header: Mapping[str, Any],
+    strategy: Strategy,
     fused: bool,
 ) -> Iterator[bytes | bytearray]:
     """A tensor's bytes after the replay, slice by slice."""
@@ -385,5 +349,5 @@ def _replayed(
             part = torch.frombuffer(data, dtype=dtype)  # writes into `data`
             slot = Slot(part, part, update[0], start // part.element_size(), "", columns_of(info["shape"]))
             with torch.no_grad():
-                _run([slot], update[1], header, fused)
+                _run([slot], update[1], strategy, fused)
         yield data

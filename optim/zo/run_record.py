@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
@@ -10,10 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from leanops.common.dtypes import dtype_name
-from leanops.optim.zo.directions import Noise, Seed
-from leanops.optim.zo.log import FIELDS, ZoLog
+from leanops.optim.zo.directions import Seed
+from leanops.optim.zo.log import ZoLog
+from leanops.optim.zo.momentum_window import MomentumWindow
 from leanops.optim.zo.slots import Slot
-from leanops.optim.zo.update import History, window
+from leanops.optim.zo.step import FIELDS
+from leanops.optim.zo.variants import strategy_of
 
 
 class Record:
@@ -21,8 +22,9 @@ class Record:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
+        self.strategy = strategy_of(settings)
         self.entries: list[dict[str, Any]] = []  # name, id, shape, dtype and group of every parameter
-        self.history: History = deque()
+        self.window = MomentumWindow()
         self.log = ZoLog({**settings, "groups": 0, "params": []})
         self._recorded: dict[tuple[int, str], float] = {}
         self._frozen: list[int] = []
@@ -33,14 +35,14 @@ class Record:
         return len(self.log) > 0 or self.log.attached
 
     def step_seeds(self, step: int) -> list[Seed]:
-        return Noise.of(self.settings).seeds(self.settings["seed"], step, self.settings["directions"])
+        return self.strategy.seeds(self.settings["seed"], step)
 
     def join(self, new: list[dict[str, Any]]) -> None:
         """Further parameters, one group of them."""
         self.entries += new
         if self.begun:
             self.log.change(params=new)
-            self.history.clear()
+            self.window.restart()
 
     def begin(self, params: Iterable[Tensor], groups: int) -> None:
         """The log without steps, of the parameters as they are now (they may have been cast since construction)."""
@@ -50,7 +52,7 @@ class Record:
         ]
         self.log.begin({**self.settings, "groups": groups, "params": self.entries})
         self._recorded, self._frozen = {}, []
-        self.history.clear()
+        self.window.restart()
 
     def note(self, groups: Sequence[dict[str, Any]], slots: Sequence[Sequence[Slot]]) -> None:
         """Put into the log what has changed since the last step."""
@@ -65,13 +67,7 @@ class Record:
         if frozen != self._frozen:
             self.log.change(frozen=frozen)
             self._frozen = frozen
-            self.history.clear()
-
-    def remember(self, step_seeds: Sequence[Seed], scalars: Sequence[float], longest: int) -> None:
-        """An applied step enters momentum's window, which looks back ``longest`` steps."""
-        self.history.appendleft((step_seeds, scalars))
-        while len(self.history) > longest:
-            self.history.pop()
+            self.window.restart()
 
     def restore(self, log: ZoLog) -> None:
         """Continue another log: everything that is kept beside it follows from it."""
@@ -79,12 +75,7 @@ class Record:
         self.log = log
         self.entries = log.params()
         self._recorded, self._frozen = {}, []
-        self.history.clear()
-        for step in log.states():
+        self.window.restart()
+        for step, _ in self.window.follow(log.states(), self.step_seeds):
             self._recorded = {(g, f): v for g, values in enumerate(step.groups) for f, v in values.items()}
             self._frozen = sorted(step.frozen)
-            if step.restart:
-                self.history.clear()
-            if step.scalars is not None:
-                longest = max(window(values["momentum"]) for values in step.groups)
-                self.remember(self.step_seeds(step.index), step.scalars, longest)

@@ -24,6 +24,7 @@ from leanops.optim.zo.directions import Noise, Seed
 from leanops.optim.zo.estimate import Evaluator, Reduction
 from leanops.optim.zo.log import replacing
 from leanops.optim.zo.slots import Slot, slot_of
+from leanops.optim.zo.strategy import Spsa
 from leanops.optim.zo.update import apply_
 from leanops.zo import VERSION
 
@@ -203,8 +204,8 @@ class SeedPool:
             raise TypeError(f"{op}: closure must be a function without arguments, got {type(closure).__name__}")
         k, lr, eps = integer(op, "k", k, self.size), finite(op, "lr", lr), finite(op, "eps", eps, 0.0, above=True)
         seed = [Seed(int(self.seeds[k]) % 2**64)]
-        evaluator = self._evaluator = self._evaluator or Evaluator("auto", self._noise, None, True)
-        (g,), _ = evaluator.estimate(closure, slots, seed, eps, "spsa", Reduction(None, "data", 1), op)
+        evaluator = self._evaluator = self._evaluator or Evaluator("auto", Spsa(self._noise), None, True)
+        (g,), _ = evaluator.estimate(closure, slots, seed, eps, Reduction(None, "data", 1), op)
         if not math.isfinite(g):
             raise FloatingPointError(
                 f"{op}: a loss, or the estimate from it in fp32, is not finite; nothing was changed"

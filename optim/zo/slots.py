@@ -14,8 +14,8 @@ from leanops.zo import columns_of
 
 class Slot(NamedTuple):
     """A tensor, or this rank's rows of it. ``offset`` is the index of its first element in the whole tensor, and
-    ``columns`` counts the elements of a row, 0 for a tensor of fewer than two dimensions. ``curvature``, in HiZOO
-    alone, has the shape of ``local``."""
+    ``columns`` counts the elements of a row, 0 for a tensor of fewer than two dimensions. ``state`` are tensors of the
+    shape of ``local`` that the run's strategy keeps for the parameter, such as HiZOO's curvature."""
 
     param: Tensor
     local: Tensor
@@ -23,7 +23,7 @@ class Slot(NamedTuple):
     offset: int
     name: str
     columns: int
-    curvature: Tensor | None = None
+    state: tuple[Tensor, ...] = ()
 
 
 def slot_of(op: str, name: str, tensor_id: int, p: Tensor) -> Slot:

@@ -8,10 +8,9 @@ window j < J where beta^J < 2^-24 (158 steps at 0.9), or stored as a tensor, m <
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,25 +21,19 @@ from leanops.optim.zo.rounding import write_
 from leanops.optim.zo.slots import Slot, by_device
 from leanops.zo import zo_axpy_
 
-History = deque[tuple[Sequence[Seed], Sequence[float]]]  # (seeds, scalars) of steps, the newest first
+State = MutableMapping[Tensor, dict[str, Any]]  # of an optimizer: the tensors kept for each parameter
 
 
-def window(beta: float) -> int:
-    """How many steps momentum looks back, the present one included: those with beta^j >= 2^-24."""
-    return 1 if beta == 0.0 else 1 + math.floor(math.log(2.0**-24) / math.log(beta))
+@dataclass
+class Update:
+    """One applied step for the parameters of a group."""
 
-
-def terms(
-    history: Iterable[tuple[Sequence[Seed], Sequence[float]]], lr: float, beta: float
-) -> tuple[list[Seed], list[float]]:
-    """Seeds and coefficients of one update, the present step first: its first seed keys stochastic rounding."""
-    seeds: list[Seed] = []
-    coeffs: list[float] = []
-    for j, (step_seeds, scalars) in enumerate(islice(history, window(beta))):
-        weight = lr * beta**j / len(scalars)
-        seeds += step_seeds
-        coeffs += [-(weight * g) for g in scalars]
-    return seeds, coeffs
+    seeds: Sequence[Seed]
+    scalars: Sequence[float]
+    terms: tuple[list[Seed], list[float]] | None  # seeds and coefficients of the sum that is added; None: it has state
+    lr: float  # 0: the weights stay, only the state (momentum, curvature) takes part
+    beta: float
+    decay: float
 
 
 def apply_(
@@ -58,10 +51,17 @@ def apply_(
         )
 
 
-def new_momentum(slot: Slot) -> Tensor:
-    """A zero m for a slot: fp32 (fp64 for fp64), for half precision would lose small steps."""
-    with torch.inference_mode(False):  # later steps may be outside of it
-        return torch.zeros(slot.local.shape, dtype=wide_dtype(slot.local), device=slot.local.device)
+def momentum_of(slot: Slot, state: State) -> Tensor:
+    """The stored momentum of a parameter, zeros at first: fp32 (fp64 for fp64), for half precision would lose small
+    steps."""
+    own = state[slot.param]
+    if "momentum_buffer" not in own:
+        with torch.inference_mode(False):  # later steps may be outside of it
+            own["momentum_buffer"] = torch.zeros(
+                slot.local.shape, dtype=wide_dtype(slot.local), device=slot.local.device
+            )
+    buffer: Tensor = own["momentum_buffer"]
+    return buffer
 
 
 def accumulate_(

@@ -15,9 +15,11 @@ from zo_runs import DTYPES, HIZOO, VARIANTS, model_of, run, same, take
 
 import leanops as lo
 from leanops.optim import LogError, MeZO, ZoLog, replay_
-from leanops.optim.common.parameters import Slot
 from leanops.optim.zo import hizoo, perturb_at_use
 from leanops.optim.zo.directions import Noise, Seed
+from leanops.optim.zo.hizoo import Hizoo
+from leanops.optim.zo.slots import Slot
+from leanops.optim.zo.update import Update
 
 F64 = torch.float64
 
@@ -40,9 +42,9 @@ def test_roots_are_rounded_correctly(dtype: torch.dtype) -> None:
     """As NumPy's, the processor's and CUDA's are, and torch's on a CPU are not."""
     g = torch.Generator().manual_seed(0)
     p, h = torch.randn(1 << 16, generator=g, dtype=dtype), torch.rand(1 << 16, generator=g, dtype=dtype) * 1e3
-    slot = Slot(p, p, 3, 0, "p", 0, h)
+    slot = Slot(p, p, 3, 0, "p", 0, (h,))
     out = torch.empty_like(p)
-    hizoo.perturb_into_([out], [slot], Seed(7), 1e-2)
+    Hizoo(Noise("gaussian")).perturb_into_([out], [slot], Seed(7), 1e-2)
     step = torch.zeros_like(p)
     lo.zo_axpy_(step, 7, 1e-2, tensor_ids=[3])
     assert np.array_equal(out.numpy(), step.numpy() / np.sqrt(h.numpy()) + p.numpy())
@@ -196,7 +198,8 @@ def test_beside_the_curvature_a_step_takes_a_few_slices() -> None:
     assert opt.state[w]["curvature"].dtype == torch.float32
     slot = opt._slots()[0]
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as seen:
-        hizoo.step_(slot, [], [Noise("gaussian").seeds(0, 1, 1)[0]], [1.0, 1.0], 1e-3, 0.0, 0.0, 1e-8, "nearest")
+        strategy = Hizoo(Noise("gaussian"))
+        strategy.apply_(slot, Update(strategy.seeds(0, 1), [1.0, 1.0], None, 1e-3, 0.0, 0.0), {})
     largest = max(e.self_cpu_memory_usage for e in seen.events())
     assert 0 < largest <= 4 * hizoo._SLICE
 

@@ -461,6 +461,8 @@ def test_bad_models_and_optimizers_are_refused() -> None:
         LISA(model, torch.optim.LBFGS(model.parameters()))
     with pytest.raises(ValueError, match="LISA: optimizer must not be MeZO with momentum_mode='store'"):
         LISA(model, MeZO(model.parameters(), momentum=0.9, momentum_mode="store"))
+    with pytest.raises(ValueError, match="variant='hizoo': its log would not replay"):
+        LISA(model, MeZO(model.parameters(), variant="hizoo"))
     some = [p for n, p in model.named_parameters() if not n.startswith("layers.3.")]
     with pytest.raises(ValueError, match=r"got one without layers.3.norm.weight \(6 of 34 are absent\)"):
         LISA(model, torch.optim.SGD(some))

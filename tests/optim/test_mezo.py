@@ -290,7 +290,7 @@ def test_an_update_that_fails_is_no_step(tmp_path: Any, monkeypatch: pytest.Monk
         if step in (0, 3):
             opt.param_groups[0]["lr"] = 0.3
             with monkeypatch.context() as patch:
-                patch.setattr(mezo, "apply_", failing)
+                patch.setattr(strategy, "apply_", failing)
                 with pytest.raises(MemoryError):
                     opt.step(lambda: p.square().sum())
             opt.param_groups[0]["lr"] = 0.1
