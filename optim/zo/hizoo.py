@@ -54,9 +54,7 @@ class Hizoo(Spsa):
 
     def check_momentum(self, beta: float) -> None:
         if beta and self.momentum_mode != "store":
-            raise ValueError(
-                "MeZO: momentum of hizoo needs momentum_mode='store': the log cannot tell past curvatures"
-            )
+            raise ValueError("MeZO: momentum of hizoo needs momentum_mode='store': the log cannot tell past curvatures")
 
     @property
     def own_settings(self) -> dict[str, Any]:
@@ -83,9 +81,7 @@ class Hizoo(Spsa):
         own = state[slot.param]
         if "curvature" not in own:
             with torch.inference_mode(False):  # later steps may be outside of it
-                own["curvature"] = torch.ones(
-                    slot.local.shape, dtype=wide_dtype(slot.local), device=slot.local.device
-                )
+                own["curvature"] = torch.ones(slot.local.shape, dtype=wide_dtype(slot.local), device=slot.local.device)
         return slot._replace(state=(own["curvature"],))
 
     def perturb_(self, slots: Sequence[Slot], seed: Seed, scale: float) -> None:

@@ -45,9 +45,7 @@ class MomentumWindow:
         while len(self._steps) > longest:
             self._steps.pop()
 
-    def follow(
-        self, steps: Iterable[Step], seeds_of: Callable[[int], list[Seed]]
-    ) -> Iterator[tuple[Step, list[Seed]]]:
+    def follow(self, steps: Iterable[Step], seeds_of: Callable[[int], list[Seed]]) -> Iterator[tuple[Step, list[Seed]]]:
         """Each step and its seeds, none where it was skipped. Meanwhile the window holds the steps before that one."""
         for step in steps:
             if step.restart:

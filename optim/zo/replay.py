@@ -18,9 +18,9 @@ from leanops.optim.common import parameters
 from leanops.optim.common.parameters import Params
 from leanops.optim.zo.directions import Seed, left
 from leanops.optim.zo.log import LogError, ZoLog, replacing
+from leanops.optim.zo.momentum_window import MomentumWindow
 from leanops.optim.zo.safetensors_header import copies, read_header
 from leanops.optim.zo.slots import Slot, by_device, slot_of
-from leanops.optim.zo.momentum_window import MomentumWindow
 from leanops.optim.zo.strategy import Strategy
 from leanops.optim.zo.update import State, Update
 from leanops.optim.zo.variants import VARIANTS, strategy_of

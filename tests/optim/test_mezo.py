@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import leanops as lo
 from leanops.common import seeds as seed_rule
-from leanops.optim import MeZO, ZoLog, decay_groups, mezo, replay_
+from leanops.optim import MeZO, ZoLog, decay_groups, replay_
+from leanops.optim.zo import strategy
 
 F64 = torch.float64
 
