@@ -242,15 +242,20 @@ def test_an_embedding_perturbs_only_the_rows_that_are_looked_up(ids: torch.dtype
     table = nn.Embedding(40_000, 4)
     tokens = torch.tensor([[5, 39_999, 5], [0, 17, 5]], dtype=ids)
     sizes: list[int] = []
-    from leanops.optim.zo import perturb_at_use
+    from leanops.optim.zo.strategy import Strategy
 
-    original = perturb_at_use._Mode._perturb
+    original = Strategy.prepared
 
-    def noted(self: Any, out: list[Tensor], *rest: Any) -> None:
-        sizes.append(sum(t.numel() for t in out))
-        original(self, out, *rest)
+    def noting(self: Any, *args: Any) -> Any:
+        write = original(self, *args)
 
-    monkeypatch.setattr(perturb_at_use._Mode, "_perturb", noted)
+        def noted(outs: list[Tensor], *rest: Any) -> None:
+            sizes.append(sum(t.numel() for t in outs))
+            write(outs, *rest)
+
+        return noted
+
+    monkeypatch.setattr(Strategy, "prepared", noting)
     plus, minus = evaluate([table.weight], lambda: table(tokens), perturb="scratch")
     assert sizes == [4 * 4, 4 * 4]
     assert torch.equal(plus, nn.functional.embedding(tokens, perturbed(table.weight, 1)))
