@@ -27,6 +27,7 @@ from toolchain import Unavailable, cuda_archs, find_cxx, find_nvcc, find_torch, 
 
 FOLDERS = [p.parent for top in ("pyops", "optim", "autotune", "bench") for p in sorted(Path(top).rglob("__init__.py"))]
 PACKAGES = {".".join(("leanops", *f.parts[f.parts[0] == "pyops" :])): f.as_posix() for f in FOLDERS}
+PACKAGES["leanops_command"] = PACKAGES.pop("leanops.bench.entry")  # outside of leanops, whose import needs torch
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 # they stand after the words of CXX, so that -Ofast among those changes no result; CXXFLAGS is not read for that reason
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-fast-math -ffp-contract=off -Wall -Wextra"

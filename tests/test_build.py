@@ -61,7 +61,8 @@ def test_one_wheel_serves_every_python(built):
     assert "leanops/lib/csrc/zo/zo.cuh" in names
     assert "leanops/py.typed" in names
     tops = {name.split("/")[0] for name in names}
-    assert all(top == "leanops" or top.startswith("leanops-") for top in tops)
+    assert all(top in ("leanops", "leanops_command") or top.startswith("leanops-") for top in tops)
+    assert "leanops_command/__init__.py" in names
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, from binutils")
