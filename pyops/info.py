@@ -38,13 +38,19 @@ def collect() -> dict[str, Any]:
         | {name: v for name in _OPTIONAL if (v := fingerprint.package_version(name)) is not None},
         "cpu": fingerprint.cpu(),
         "gpus": devices,
-        "backends": {
-            name: {"loaded": backend.loaded, "state": backend.state, "detail": backend.detail}
-            for name, backend in _native.backends().items()
-        },
+        "backends": {name: _shown(backend, bool(devices)) for name, backend in _native.backends().items()},
         "build": _native.build_report(),
         "operators": {spec.name: {t: serving(spec, t) for t in types} for spec in _registry.specs()},
     }
+
+
+def _shown(backend: _native.Backend, devices: bool) -> dict[str, object]:
+    """A backend as it stands on this machine: a CUDA library that was built waits for a device."""
+    state, detail = backend.state, backend.detail
+    built = _native.build_report().get("cuda", {}).get("built", False)
+    if backend.name == "cuda" and built and not devices and "cuda" not in _native.disabled():
+        state, detail = "compiled in", _why_no_cuda()
+    return {"loaded": backend.loaded, "state": state, "detail": detail}
 
 
 def lines(info: dict[str, Any]) -> list[str]:
