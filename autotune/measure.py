@@ -137,6 +137,10 @@ class Clock:
             end.synchronize()
         return max(begin.elapsed_time(end), 1e-6) * 1e-3
 
+    def now(self) -> float:
+        """Seconds since some moment, by which budgets are kept."""
+        return time.perf_counter()
+
     def settle(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -178,25 +182,27 @@ def interleave(
     order: str = "abba",
     seed: int = 0,
     clock: Clock | None = None,
+    inner: Mapping[str, int] | None = None,
 ) -> Samples:
     """Time every call in turns until the time budget is spent: at least ``rounds[0]`` rounds, at most ``rounds[1]``.
 
     ``order`` is ``"abba"`` (each round reverses the one before, so that linear drift cancels) or ``"random"``.
+    ``inner`` gives the calls that make a sample where :func:`calibrate` has found them before.
     """
     if not calls:
         raise ValueError("interleave: calls must not be empty")
     if order not in ("abba", "random"):
         raise ValueError(f"interleave: order must be abba or random, got {order}")
     clock = clock or Clock(torch.device(device))
-    inner = {name: calibrate(clock, call, sample_s=sample_s)[0] for name, call in calls.items()}
+    inner = dict(inner or {name: calibrate(clock, call, sample_s=sample_s)[0] for name, call in calls.items()})
     first = next(iter(calls))
     # the first candidate's second turn is kept away from its first: they stand at the two ends of a round
     turns = [(name, name) for name in calls] + [("", first)]
     samples = Samples({name: [] for name in calls}, inner)
     shuffle = random.Random(seed).shuffle
-    started = time.perf_counter()
+    started = clock.now()
     for done in range(rounds[1]):
-        if done >= rounds[0] and (time.perf_counter() - started) * (done + 1) / max(done, 1) > budget_s:
+        if done >= rounds[0] and (clock.now() - started) * (done + 1) / max(done, 1) > budget_s:
             break
         for label, name in turns:
             seconds = clock(calls[name], inner[name]) / inner[name]

@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from leanops._registry import OpSpec
-from leanops.bench.peers import Args, Probe, Subject, results
+from leanops.bench.peers import Args, Peer, Probe, Subject, results
+from leanops.bench.results import Gate
 
 PEER_FACTOR = 2.0  # the error may be so many times that of plain PyTorch in the same dtype
-
-
-@dataclass(frozen=True)
-class Gate:
-    """``error`` is the largest absolute difference, over the largest value; ``bound`` is what it may be."""
-
-    passed: bool
-    error: float
-    bound: float
-    against: str
-    reason: str = ""
 
 
 def _double(values: Any) -> Any:
@@ -60,8 +49,10 @@ def error(actual: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     return worst / scale if scale else worst
 
 
-def check(spec: OpSpec, subject: Subject, args: Args, dtype: torch.dtype) -> tuple[Gate, dict[str, float]]:
-    """Run the operator once and compare it; also the errors of peers that give the same result."""
+def check(
+    spec: OpSpec, subject: Subject, args: Args, dtype: torch.dtype, peers: Sequence[Peer]
+) -> tuple[Gate, dict[str, float]]:
+    """Run the operator once and compare it; also the errors of those of the peers that give the same result."""
     probes = subject.probes(args)
     wanted = expected(spec, probes)
     returned = spec.op(*args)
@@ -74,7 +65,7 @@ def check(spec: OpSpec, subject: Subject, args: Args, dtype: torch.dtype) -> tup
         reason = "" if equal else f"differs from the reference: relative error {seen:.2g}"
         return Gate(equal, seen, 0.0, "reference, bit for bit", reason), {}
     errors = {}
-    for peer in subject.peers:
+    for peer in peers:
         if peer.same_result:
             result = peer.make(args)()
             errors[peer.name] = max(

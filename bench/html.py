@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Any
 
-from leanops.bench import report
-
-Row = dict[str, Any]
+from leanops.bench import report, text
+from leanops.bench.results import OperatorResults, Results, Row, StepCase, StepResults
 
 _STYLE = """
 :root { --ink: #1b1f24; --soft: #5b6570; --line: #d8dde3; --paper: #fff;
@@ -53,13 +52,42 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
 
 
-def _name(row: Row) -> str:
-    return f"{row['case']}, {row['dtype']}, {row['threads']} thr"
+@dataclass(frozen=True)
+class Ratio:
+    """A point with its interval on the plot of ratios."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    title: str
 
 
-def roofline_plot(rows: list[Row]) -> str:
+@dataclass(frozen=True)
+class Group:
+    """What shares a heading on the plot of ratios."""
+
+    name: str
+    ratios: Sequence[Ratio]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A line of points on the plot of samples."""
+
+    name: str
+    samples_s: Sequence[float]
+    median_s: float
+
+
+def _name(case: str, row: Row | StepCase) -> str:
+    return f"{case}, {row.dtype}, {row.threads} thr"
+
+
+def roofline_plot(rows: Sequence[Row]) -> str:
     """A bar for each case: how much of what the machine can do."""
-    top = max(100.0, *(row["percent_of_roofline"] for row in rows))
+    values = [row.percent_of_roofline or 0.0 for row in rows]
+    top = max(100.0, *values)
     height = 30 + _STEP * len(rows)
     body = []
     for percent in (0, 25, 50, 75, 100):
@@ -68,79 +96,86 @@ def roofline_plot(rows: list[Row]) -> str:
             _line(x, 18, x, height, "one" if percent == 100 else "line"),
             _text(x, 12, f"{percent}%", "middle", "soft"),
         ]
-    for i, row in enumerate(rows):
-        y, value = 24 + _STEP * i, row["percent_of_roofline"]
+    for i, (row, value) in enumerate(zip(rows, values, strict=True)):
+        y = 24 + _STEP * i
         bar = max(_WIDTH * value / top, 1)
         body += [
-            _text(_LABEL - 8, y + 12, _name(row), "end"),
+            _text(_LABEL - 8, y + 12, _name(row.case, row), "end"),
             f'<rect x="{_LABEL}" y="{y}" width="{bar:.1f}" height="{_STEP - 8}" class="own">'
-            f"<title>{escape(row['key'])}: {value:.1f}%, {escape(row['bound'])}</title></rect>",
-            _text(_LABEL + bar + 6, y + 12, f"{value:.0f}%, {report.rate(row)}", "start", "soft"),
+            f"<title>{escape(row.key)}: {value:.1f}%, {escape(row.bound)}</title></rect>",
+            _text(_LABEL + bar + 6, y + 12, f"{value:.0f}%, {text.rate(row)}", "start", "soft"),
         ]
     return _svg("percent of roofline", height, body)
 
 
-def ratio_plot(rows: list[Row], title: str = "time of each peer over the operator's") -> str:
-    """For each case and peer the ratio with its interval, on a logarithmic axis."""
-    pairs = [(row, peer) for row in rows for peer in row["peers"] if peer["available"]]
-    if not pairs:
-        return ""
-    low = min(0.5, *(p["ratio_low"] for _, p in pairs))
-    high = max(2.0, *(p["ratio_high"] for _, p in pairs))
+def peer_groups(rows: Sequence[Row]) -> list[Group]:
+    """The peers of each row, those that could run."""
+    groups = []
+    for row in rows:
+        ratios = [
+            Ratio(peer.name, peer.ratio, peer.ratio_low, peer.ratio_high, text.peer(peer))
+            for peer in row.peers
+            if peer.ratio is not None and peer.ratio_low is not None and peer.ratio_high is not None
+        ]
+        groups.append(Group(_name(row.case, row), ratios))
+    return [group for group in groups if group.ratios]
+
+
+def ratio_plot(groups: Sequence[Group], title: str) -> str:
+    """The ratios of each group with their intervals, on a logarithmic axis."""
+    ratios = [ratio for group in groups for ratio in group.ratios]
+    low, high = min(0.5, *(r.low for r in ratios)), max(2.0, *(r.high for r in ratios))
     left, right = math.log(low) - 0.1, math.log(high) + 0.1
 
-    def at(ratio: float) -> float:
+    def across(ratio: float) -> float:
         return _LABEL + _WIDTH * (math.log(ratio) - left) / (right - left)
 
-    height = 34 + _STEP * len(pairs) + 22 * len(rows)
+    height = 34 + _STEP * len(ratios) + 22 * len(groups)
     body = []
     for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 1000):
         if low <= tick <= high:
             body += [
-                _line(at(tick), 18, at(tick), height, "one" if tick == 1 else "line"),
-                _text(at(tick), 12, f"{tick:g}x", "middle", "soft"),
+                _line(across(tick), 18, across(tick), height, "one" if tick == 1 else "line"),
+                _text(across(tick), 12, f"{tick:g}x", "middle", "soft"),
             ]
     y = 22.0
-    for row in rows:
-        peers = [peer for peer in row["peers"] if peer["available"]]
-        if not peers:
-            continue
+    for group in groups:
         y += 16
-        body.append(_text(4, y, _name(row)))
+        body.append(_text(4, y, group.name))
         y += 6
-        for peer in peers:
+        for ratio in group.ratios:
             middle = y + _STEP / 2 - 4
             body += [
-                _text(_LABEL - 8, middle + 4, peer["name"], "end", "soft"),
-                _line(at(peer["ratio_low"]), middle, at(peer["ratio_high"]), middle, "whisker"),
-                f'<circle cx="{at(peer["ratio"]):.1f}" cy="{middle:.1f}" r="4.5" class="peer">'
-                f"<title>{escape(report.peer_text(peer))}</title></circle>",
-                _text(at(peer["ratio_high"]) + 8, middle + 4, f"{peer['ratio']:.2f}x", "start", "soft"),
+                _text(_LABEL - 8, middle + 4, ratio.name, "end", "soft"),
+                _line(across(ratio.low), middle, across(ratio.high), middle, "whisker"),
+                f'<circle cx="{across(ratio.value):.1f}" cy="{middle:.1f}" r="4.5" class="peer">'
+                f"<title>{escape(ratio.title)}</title></circle>",
+                _text(across(ratio.high) + 8, middle + 4, f"{ratio.value:.2f}x", "start", "soft"),
             ]
             y += _STEP
     return _svg(title, int(y) + 8, body)
 
 
-def sample_plot(rows: list[Row]) -> str:
+def sample_plot(spreads: Sequence[Spread]) -> str:
     """Every sample over its case's median: how noisy the run was."""
-    height = 30 + _STEP * len(rows)
+    height = 30 + _STEP * len(spreads)
     reach = 0.25
 
-    def at(ratio: float) -> float:
+    def across(ratio: float) -> float:
         return _LABEL + _WIDTH * (min(max(ratio - 1, -reach), reach) + reach) / (2 * reach)
 
     body = []
     for percent in (-20, -10, 0, 10, 20):
-        x = at(1 + percent / 100)
+        x = across(1 + percent / 100)
         body += [
             _line(x, 18, x, height, "one" if percent == 0 else "line"),
             _text(x, 12, f"{percent:+d}%", "middle", "soft"),
         ]
-    for i, row in enumerate(rows):
+    for i, spread in enumerate(spreads):
         y = 24 + _STEP * i + 7
-        body.append(_text(_LABEL - 8, y + 5, _name(row), "end"))
+        body.append(_text(_LABEL - 8, y + 5, spread.name, "end"))
         dot = f'cy="{y}" r="2.5" class="own" fill-opacity=".35" stroke="none"/>'
-        body += [f'<circle cx="{at(s / row["median_s"]):.1f}" {dot}' for s in row["samples_s"]]
+        body += [f'<circle cx="{across(s / spread.median_s):.1f}" {dot}' for s in spread.samples_s]
     return _svg("samples over the median", height, body)
 
 
@@ -153,16 +188,16 @@ def _cells(texts: Sequence[str]) -> str:
     return "".join(f"<td>{escape(text)}</td>" for text in texts)
 
 
-def _operators_table(rows: list[Row]) -> str:
+def _operators_table(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
-        notes = ([escape(row["reason"])] if row["reason"] else []) + [escape(report.peer_text(p)) for p in row["peers"]]
-        kind = ' class="wrong"' if row["status"] == "wrong" else ""
-        lines.append(f"<tr{kind}>{_cells(report.cells(row))}<td>{'<br>'.join(notes)}</td></tr>")
+        notes = "<br>".join(map(escape, text.notes(row)))
+        kind = ' class="wrong"' if row.status == "wrong" else ""
+        lines.append(f"<tr{kind}>{_cells(report.cells(row))}<td>{notes}</td></tr>")
     return _table((*report.COLUMNS, "peers (their time over the operator's, 95%)"), lines)
 
 
-def facts(results: dict[str, Any]) -> str:
+def facts(results: Results) -> str:
     """Fingerprint and backends as a table."""
     items = []
 
@@ -171,14 +206,12 @@ def facts(results: dict[str, Any]) -> str:
             for key, inner in value.items():
                 walk(f"{name}.{key}" if name else key, inner)
         else:
-            text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-            items.append(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>")
+            words = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            items.append(f"<tr><th>{escape(name)}</th><td>{escape(words)}</td></tr>")
 
-    walk("", results["fingerprint"])
-    walk(
-        "backend",
-        {k: ("in use: " if b["loaded"] else "absent: ") + b["detail"] for k, b in results["backends"].items()},
-    )
+    walk("", results.fingerprint)
+    for name, backend in results.backends.items():
+        walk(f"backend.{name}", ("in use: " if backend.loaded else "absent: ") + backend.detail)
     return f'<div class="scroll"><table><tbody>{"".join(items)}</tbody></table></div>'
 
 
@@ -191,58 +224,59 @@ def page(title: str, parts: list[str]) -> str:
     )
 
 
-def _head(title: str, results: dict[str, Any], lines: Sequence[str] = ()) -> list[str]:
-    facts = "".join(f"<li>{escape(line)}</li>" for line in (*report.machine_lines(results), *lines))
-    return [f"<h1>{escape(title)}</h1>", f'<p class="soft">{escape(results["created"])}</p>', f"<ul>{facts}</ul>"]
+def _head(title: str, results: Results, lines: Sequence[str]) -> list[str]:
+    items = "".join(f"<li>{escape(line)}</li>" for line in (text.machine(results), *lines))
+    return [f"<h1>{escape(title)}</h1>", f'<p class="soft">{escape(results.created)}</p>', f"<ul>{items}</ul>"]
 
 
-def _operators(results: dict[str, Any]) -> str:
-    by_op: dict[str, list[Row]] = {}
-    for row in results["rows"]:
-        by_op.setdefault(row["op"], []).append(row)
-    parts = _head("leanops benchmark", results, [f"peak memory: {results['peak_how']}"])
-    for op, rows in by_op.items():
-        good = [row for row in rows if row["status"] == "ok"]
-        parts.append(f"<h2>{escape(op)}</h2><p class='soft'>served by {escape(rows[0]['backend'])}</p>")
+def operators(results: OperatorResults) -> str:
+    """The page of ``leanops bench``."""
+    lines = [*text.rooflines(results), f"peak memory: {results.peak_how}"]
+    parts = _head("leanops benchmark", results, lines)
+    for op, rows in report.by_operator(results.rows).items():
+        good = [row for row in rows if row.status == "ok"]
+        parts.append(f"<h2>{escape(op)}</h2><p class='soft'>served by {escape(rows[0].backend)}</p>")
         if good:
             parts += ["<h3>Percent of roofline</h3>", roofline_plot(good)]
-            if ratios := ratio_plot(good):
-                parts += [
-                    "<h3>Peers: their time over the operator's (right of 1x: the operator is faster)</h3>",
-                    ratios,
-                ]
-            parts += ["<h3>Samples around their median</h3>", sample_plot(good)]
+            if groups := peer_groups(good):
+                parts.append("<h3>Peers: their time over the operator's (right of 1x: the operator is faster)</h3>")
+                parts.append(ratio_plot(groups, "time of each peer over the operator's"))
+            spreads = [Spread(_name(row.case, row), row.samples_s, row.median_s or math.nan) for row in good]
+            parts += ["<h3>Samples around their median</h3>", sample_plot(spreads)]
         parts += ["<h3>All cases</h3>", _operators_table(rows)]
+    if skipped := text.skipped(results.rows):
+        parts.append(f"<p>{escape(skipped)}</p>")
     parts += ["<h2>Fingerprint</h2>", facts(results)]
     return page("leanops benchmark", parts)
 
 
-def _steps(results: dict[str, Any]) -> str:
-    parts = _head("A MeZO step beside its forward passes", results)
-    for case in results["cases"]:
-        place = {"dtype": case["dtype"], "threads": case["threads"]}
-        bars = [{"available": True, "reason": "", "error": None, **row} for row in case["rows"]]
-        lines = []
-        for row in case["rows"]:
-            ratio = f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
-            lines.append(f"<tr>{_cells([row['name'], report.seconds(row['median_s']), ratio])}</tr>")
+def steps(results: StepResults) -> str:
+    """The page of ``leanops mezo-step``."""
+    title = "time over that of two forward passes"
+    parts = _head("A MeZO step beside its forward passes", results, ())
+    for case in results.cases:
+        ratios = [
+            Ratio(row.name, row.ratio, row.ratio_low, row.ratio_high, f"{row.name}: {text.step_ratio(row)}")
+            for row in case.rows
+        ]
+        lines = [
+            f"<tr>{_cells([row.name, text.seconds(row.median_s), text.step_ratio(row)])}</tr>" for row in case.rows
+        ]
         parts += [
-            f"<h2>{escape(report.case_text(case))}</h2>",
+            f"<h2>{escape(text.step_case(case))}</h2>",
             "<h3>Time over that of two forward passes</h3>",
-            ratio_plot([{"case": "step", **place, "peers": bars}], "time over that of two forward passes"),
+            ratio_plot([Group(_name("step", case), ratios)], title),
             "<h3>Samples around their median</h3>",
-            sample_plot([{"case": row["name"], **place, **row} for row in case["rows"]]),
+            sample_plot([Spread(_name(row.name, case), row.samples_s, row.median_s) for row in case.rows]),
             _table(("", "time", "of two forward passes [95%]"), lines),
         ]
     parts += ["<h2>Fingerprint</h2>", facts(results)]
     return page("leanops: a MeZO step", parts)
 
 
-def render(results: dict[str, Any]) -> str:
-    return _steps(results) if "cases" in results else _operators(results)
+def write_operators(results: OperatorResults, target: str) -> None:
+    report.write_text(target, operators(results))
 
 
-def write(results: dict[str, Any], target: str) -> None:
-    path = Path(target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(results), encoding="utf-8")
+def write_steps(results: StepResults, target: str) -> None:
+    report.write_text(target, steps(results))

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterable
 
-from leanops.bench.report import Results, Row, gate_text, machine_lines, processor, rate, seconds, spread
-
-
-def command_line(results: Results) -> str:
-    """The command that gave the results, as it can be typed again."""
-    words = ["leanops", *results["command"][1:]]
-    return " ".join(f"'{w}'" if any(c in w for c in " |*()") else w for w in words)
+from leanops.bench import report, text
+from leanops.bench.results import OperatorResults, Results, Row, StepResults
 
 
-def _head(results: Results, lines: list[str]) -> list[str]:
-    software = ", ".join(f"{name} {version}" for name, version in results["fingerprint"]["software"].items() if version)
+def _head(results: Results, lines: Iterable[str]) -> list[str]:
+    software = ", ".join(f"{name} {version}" for name, version in results.software.items())
     return [
-        f"`{command_line(results)}`, {results['created'][:10]}",
+        f"`{text.command_line(results)}`, {results.created[:10]}",
         "",
         *(f"- {line}" for line in lines),
         f"- {software}",
@@ -24,53 +19,49 @@ def _head(results: Results, lines: list[str]) -> list[str]:
     ]
 
 
-def _peers(row: Row) -> str:
-    shown = [p for p in row["peers"] if p["available"]]
-    return "; ".join(f"{p['ratio']:.2f}x {p['name']} [{p['ratio_low']:.2f}, {p['ratio_high']:.2f}]" for p in shown)
+def _cells(row: Row) -> list[str]:
+    head = [row.case, row.dtype, str(row.threads)]
+    if row.status != "ok":
+        return [*head, f"{row.status}: {row.reason}", "", "", "", text.gate(row), ""]
+    peers = "; ".join(text.ratio(peer) for peer in row.peers if peer.available)
+    time, share = f"{text.seconds(row.median_s)} {text.spread(row)}", f"{text.percent(row)} ({row.bound})"
+    return [*head, time, text.per_element(row), text.rate(row), share, text.gate(row), peers]
 
 
-def operators(results: Results) -> str:
+def operators(results: OperatorResults) -> str:
     """The rows of ``leanops bench``. Ratios are the peer's time over the operator's, with a 95% interval."""
-    lines = _head(results, machine_lines(results))
-    for op in dict.fromkeys(row["op"] for row in results["rows"]):
-        backend = next(row["backend"] for row in results["rows"] if row["op"] == op)
+    lines = _head(results, [text.machine(results), *text.rooflines(results)])
+    for op, rows in report.by_operator(results.rows).items():
         lines += [
-            f"`{op}`, {backend}",
+            f"`{op}`, {rows[0].backend}",
             "",
             "| case | dtype | threads | time | ns/element | rate | of roofline | accuracy | peers |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            *(f"| {' | '.join(_cells(row))} |" for row in rows),
+            "",
         ]
-        lines.append("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-        for row in results["rows"]:
-            if row["op"] != op:
-                continue
-            head = f"| {row['case']} | {row['dtype']} | {row['threads']} "
-            if row["status"] != "ok":
-                lines.append(f"{head}| {row['status']}: {row['reason']} | | | | {gate_text(row)} | |")
-                continue
-            time = f"{seconds(row['median_s'])} {spread(row)}"
-            share = f"{row['percent_of_roofline']:.0f}% ({row['bound']})"
-            cells = [time, f"{row['ns_per_element']:.3g}", rate(row), share, gate_text(row), _peers(row)]
-            lines.append(f"{head}| {' | '.join(cells)} |")
-        lines.append("")
+    if skipped := text.skipped(results.rows):
+        lines += [skipped, ""]
     return "\n".join(lines)
 
 
-def steps(results: Results) -> str:
-    """The cases of ``leanops bench mezo-step``. Ratios are to the two forward passes, with a 95% interval."""
-    lines = _head(results, [processor(results)])
+def steps(results: StepResults) -> str:
+    """The cases of ``leanops mezo-step``. Ratios are to the two forward passes, with a 95% interval."""
+    lines = _head(results, [results.processor])
     lines += ["| dtype, noise | threads | | time | of two forward passes |", "| --- | --- | --- | --- | --- |"]
-    for case in results["cases"]:
-        for row in case["rows"]:
-            ratio = f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
-            first = f"| {case['dtype']}, {case['distribution']} | {case['threads']} "
-            lines.append(f"{first}| {row['name']} | {seconds(row['median_s'])} | {ratio} |")
-    model = results["cases"][0]
-    noise = ", ".join(f"{100 * case['noise']:.1f}%" for case in results["cases"])
-    lines += ["", f"{model['parameters'] / 1e6:.1f}M parameters, {model['tokens']} tokens; A/A noise {noise}.", ""]
+    for case in results.cases:
+        first = f"| {case.dtype}, {case.distribution} | {case.threads} "
+        for row in case.rows:
+            lines.append(f"{first}| {row.name} | {text.seconds(row.median_s)} | {text.step_ratio(row)} |")
+    model = results.cases[0]
+    noise = ", ".join(f"{100 * case.noise:.1f}%" for case in results.cases)
+    lines += ["", f"{model.parameters / 1e6:.1f}M parameters, {model.tokens} tokens; A/A noise {noise}.", ""]
     return "\n".join(lines)
 
 
-def write(results: Results, target: str) -> None:
-    path = Path(target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(steps(results) if "cases" in results else operators(results))
+def write_operators(results: OperatorResults, target: str) -> None:
+    report.write_text(target, operators(results))
+
+
+def write_steps(results: StepResults, target: str) -> None:
+    report.write_text(target, steps(results))

@@ -1,4 +1,4 @@
-"""``leanops bench mezo-step``: a MeZO step beside its two forward passes, on a transformer of 100M parameters.
+"""``leanops mezo-step``: a MeZO step beside its two forward passes, on a transformer of 100M parameters.
 
 Interleaved: two forward passes; a step of :class:`leanops.optim.MeZO`, for each way to perturb, and of its HiZOO, which
 needs a third forward pass; and the published eager loops of both (re-expressed: torch.normal per parameter, then add;
@@ -7,23 +7,21 @@ three perturbations and the update; HiZOO's divide by the root of the curvature,
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanops import _native
 from leanops.autotune import fingerprint
 from leanops.autotune.measure import interleave, median, paired_ratio
 from leanops.bench.peers import check_wanted, wanted
-from leanops.bench.runner import Progress, Settings, device_of
+from leanops.bench.plan import Settings, device_of
+from leanops.bench.progress import Progress
+from leanops.bench.results import StepCase, StepResults, StepRow, header
 from leanops.optim import MeZO
 
-SCHEMA = "leanops-mezo-step/1"
 DISTRIBUTION = {
     torch.float32: "gaussian",
     torch.bfloat16: "rademacher",
@@ -122,7 +120,7 @@ def measure(
     rounds: int = 7,
     peers: Sequence[str] | None = None,
     model: nn.Module | None = None,
-) -> dict[str, Any]:
+) -> StepCase:
     """Times of one dtype and thread count, and the ratio of each step to the two forward passes.
 
     ``peers`` are parts of the eager loops' names; none where empty, all where None.
@@ -161,26 +159,17 @@ def measure(
     base = taken.seconds["two forward passes"]
     rows = []
     for name, samples in taken.seconds.items():
-        time, ratio = median(samples), paired_ratio(samples, base)
-        rows.append(
-            {
-                "name": name,
-                "median_s": time.value,
-                "samples_s": samples,
-                "ratio": ratio.value,
-                "ratio_low": ratio.low,
-                "ratio_high": ratio.high,
-            }
-        )
-    return {
-        "dtype": str(dtype).removeprefix("torch."),
-        "distribution": DISTRIBUTION[dtype],
-        "threads": threads,
-        "parameters": sum(p.numel() for p in parameters),
-        "tokens": tokens,
-        "noise": abs(taken.noise_floor().value - 1),
-        "rows": rows,
-    }
+        ratio = paired_ratio(samples, base)
+        rows.append(StepRow(name, median(samples).value, samples, ratio.value, ratio.low, ratio.high))
+    return StepCase(
+        dtype=str(dtype).removeprefix("torch."),
+        distribution=DISTRIBUTION[dtype],
+        threads=threads,
+        parameters=sum(p.numel() for p in parameters),
+        tokens=tokens,
+        noise=abs(taken.noise_floor().value - 1),
+        rows=rows,
+    )
 
 
 def plan(settings: Settings) -> list[tuple[str, int]]:
@@ -190,8 +179,8 @@ def plan(settings: Settings) -> list[tuple[str, int]]:
     return [(dtype, count) for dtype in settings.dtypes for count in settings.threads or (fingerprint.cores(),)]
 
 
-def run(settings: Settings, progress: Progress, command: Sequence[str] = ()) -> dict[str, Any]:
-    """Every dtype and thread count, as the JSON file holds it."""
+def run(settings: Settings, progress: Progress, command: Sequence[str] = ()) -> StepResults:
+    """Every dtype and thread count."""
     pairs = plan(settings)
     before, rounds = torch.get_num_threads(), 3 if settings.quick else 7
     progress.start(len(pairs))
@@ -204,13 +193,4 @@ def run(settings: Settings, progress: Progress, command: Sequence[str] = ()) -> 
             )
     finally:
         torch.set_num_threads(before)
-    return {
-        "schema": SCHEMA,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "leanops": _native.version(),
-        "command": list(command),
-        "settings": asdict(settings),
-        "fingerprint": fingerprint.fingerprint(torch.device(settings.device), {}),
-        "backends": {n: {"loaded": b.loaded, "detail": b.detail} for n, b in _native.backends().items()},
-        "cases": cases,
-    }
+    return StepResults(**header(torch.device(settings.device), command), settings=asdict(settings), cases=cases)

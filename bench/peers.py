@@ -30,7 +30,8 @@ class Peer:
 
     ``origin`` is ``"torch"``, ``"package"`` (the real one, installed) or ``"re-expressed"`` (written here from the
     published formula). ``make`` builds a call over the operator's arguments; it raises :class:`Unavailable` with the
-    reason where that cannot be. A call stands for ``times(args)`` of itself where one pass of many is timed.
+    reason where that cannot be, :class:`OtherInputs` where it should not be. A call stands for ``times(args)`` of
+    itself where one pass of many is timed.
     """
 
     name: str
@@ -46,6 +47,10 @@ class Peer:
 
 class Unavailable(Exception):
     """A peer or a case cannot run here; the text says why."""
+
+
+class OtherInputs(Unavailable):
+    """A peer does other work than these inputs ask for, so a row over them need not mention it."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,18 @@ class Subject:
     call: Callable[[Args], Callable[[], object]] | None = None
     called: str = ""
     quick: Callable[[str], bool] = lambda case: True  # whether a case belongs to a run of two minutes
+    headline: tuple[str, ...] = ()  # the case that --quick shows on any machine, then cheaper ones in its place
+    small: Case | None = None  # in place of these on a machine for which all of them are too slow
     reference_limit: float = 1 << 18  # elements x seeds: beyond this the reference is too slow to be timed
+
+    def bench_cases(self, spec: OpSpec) -> dict[str, Case]:
+        return {case.name: case for case in (*spec.cases, *self.cases()) if case.bench}
+
+    def small_case(self, spec: OpSpec) -> Case:
+        return self.small or next((case for case in spec.cases if not case.bench), spec.cases[0])
+
+    def in_quick(self, case: str) -> bool:
+        return self.quick(case) or case in self.headline
 
 
 def wanted(label: str, parts: Sequence[str] | None) -> bool:
@@ -86,7 +102,7 @@ def check_wanted(parts: Sequence[str] | None, labels: Iterable[str]) -> None:
     labels = list(dict.fromkeys(labels))
     if unknown := [part for part in parts or () if not any(wanted(label, (part,)) for label in labels)]:
         there = f"there are {'; '.join(labels)}" if labels else "there are none"
-        raise ValueError(f"bench: --peers: no peer named {', '.join(unknown)}; {there}")
+        raise ValueError(f"--peers: no peer named {', '.join(unknown)}; {there}")
 
 
 _subjects: dict[str, Subject] = {}

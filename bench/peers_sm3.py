@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from leanops._registry import Case
-from leanops.bench.peers import Args, Peer, Probe, Subject, Unavailable, add
+from leanops.bench.peers import Args, OtherInputs, Peer, Probe, Subject, Unavailable, add
 from leanops.bench.weights import minilm, minilm_file
 from leanops.optim import SM3
-from leanops.sm3.cases import Options, step_inputs
+from leanops.sm3.cases import Options, step_case, step_inputs
 from leanops.sm3.reference import BLOCK, axes_of
 
 _PIECE = 4096  # elements of a tensor that one probe compares, where rows allow
@@ -116,7 +116,7 @@ def _package(name: str, install: str) -> Any:
 
 def _int8(args: Args) -> None:
     if not args[3] or args[3][0].dtype != torch.int8:
-        raise Unavailable("int8 momentum only")
+        raise OtherInputs("int8 momentum only")
 
 
 def _own(params: list[torch.nn.Parameter], args: Args) -> Optimizer:
@@ -191,6 +191,8 @@ add(
         called="leanops.optim.SM3",
         cases=_minilm_cases,
         unavailable_cases=_absent,
-        quick=lambda case: case == ("llama-21M-fp32" if isinstance(minilm_file(), str) else _MINILM),
+        quick=lambda case: False,
+        headline=("llama-21M-fp32" if isinstance(minilm_file(), str) else _MINILM,),
+        small=step_case("64K-fp32", [(256, 256)], Options(torch.float32), bench=True),
     )
 )

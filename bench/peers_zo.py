@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leanops._registry import Case
-from leanops.bench.peers import Args, Peer, Probe, Subject, Unavailable, add
+from leanops.bench.peers import Args, OtherInputs, Peer, Probe, Subject, add
 from leanops.bench.weights import minilm, minilm_file
 from leanops.zo import columns_of
-from leanops.zo.cases import AXPY_DISTRIBUTIONS
+from leanops.zo.cases import AXPY_DISTRIBUTIONS, axpy_inputs, linear_case, noise_case
 
 _PIECE = 2048  # elements of a tensor that one probe compares
 _MANY = 16  # beyond so many seeds, eager peers time one pass of them
@@ -75,7 +75,7 @@ def _pieces(n: int, size: int) -> list[tuple[int, int]]:
 def _only(distribution: str, make: Callable[[Args], Callable[[], object]], at: int) -> Callable[[Args], Any]:
     def build(args: Args) -> Callable[[], object]:
         if args[at] != distribution:
-            raise Unavailable(f"{distribution} only")
+            raise OtherInputs(f"{distribution} only")
         return make(args)
 
     return build
@@ -113,6 +113,8 @@ add(
             0,
             "gaussian",
         ),
+        headline=("gaussian-16M",),
+        small=noise_case("gaussian-64K", (1 << 16,), "gaussian", bench=True),
     )
 )
 
@@ -276,7 +278,9 @@ def _axpy_subject(name: str) -> Subject:
         tiny=_axpy_tiny(into),
         cases=lambda: _minilm_cases(into),
         unavailable_cases=_minilm_absent,
-        quick=lambda case: case == "gaussian-16M" if into else case.endswith(_quick_axpy()),
+        quick=lambda case: not into and case.endswith(_quick_axpy()),
+        headline=("gaussian-16M" if into else f"gaussian{_quick_axpy()}",),
+        small=Case("gaussian-64K", axpy_inputs([(256, 256)], 1, "gaussian", "nearest", False, into), bench=True),
     )
 
 
@@ -340,6 +344,8 @@ add(
         ),
         probes=_linear_probes,
         tiny=_linear_tiny,
-        quick=lambda case: case in ("rademacher-128x2048x2048", "rademacher-512x2048x2048"),
+        quick=lambda case: case == "rademacher-512x2048x2048",
+        headline=("rademacher-128x2048x2048", "rademacher-1x2048x2048"),
+        small=linear_case("rademacher-32x256x256", 32, 256, 256, "rademacher", bench=True),
     )
 )

@@ -1,1 +1,1 @@
-"""``leanops bench convergence``: one language model trained by each optimizer, and what came of it."""
+"""``leanops convergence``: one language model trained by each optimizer, and what came of it."""

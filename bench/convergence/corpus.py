@@ -12,7 +12,6 @@ import sysconfig
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +26,23 @@ END = b"\0"  # after each file; no source file holds a zero byte
 
 
 @dataclass(frozen=True)
+class Size:
+    files: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the results say of the text."""
+
+    what: str
+    sha256: str
+    train: Size
+    validation: Size
+    test: Size
+
+
+@dataclass(frozen=True)
 class Text:
     """Three uint8 tensors of whole files, each file followed by a zero byte."""
 
@@ -36,10 +52,10 @@ class Text:
     files: dict[str, int]
     sha256: str  # over names and contents of all files, in order
 
-    def facts(self) -> dict[str, Any]:
-        parts = {name: getattr(self, name) for name in ("train", "validation", "test")}
-        sizes = {name: {"files": self.files[name], "bytes": part.numel()} for name, part in parts.items()}
-        return {"what": "the standard library's .py files", "sha256": self.sha256, **sizes}
+    def facts(self) -> Facts:
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        sizes = {name: Size(self.files[name], part.numel()) for name, part in parts.items()}
+        return Facts("the standard library's .py files", self.sha256, **sizes)
 
 
 def part_of(path: str) -> str:
@@ -69,9 +85,7 @@ def load(library: Path | None = None) -> Text:
         digest.update(inside.as_posix().encode() + END + content)
         parts[part_of(inside.as_posix())].append(content)
     if empty := [name for name, contents in parts.items() if not contents]:
-        raise ValueError(
-            f"bench: convergence needs the standard library's source files, no {empty[0]} text in {library}"
-        )
+        raise ValueError(f"convergence needs the standard library's source files, no {empty[0]} text in {library}")
     tensors = {
         name: torch.frombuffer(bytearray(b"".join(contents)), dtype=torch.uint8) for name, contents in parts.items()
     }
@@ -81,7 +95,7 @@ def load(library: Path | None = None) -> Text:
 def windows(text: Tensor, context: int) -> Tensor:
     """[n, context + 1]: consecutive windows, each of which starts with the last byte of the one before."""
     if text.numel() <= context:
-        raise ValueError(f"bench: convergence needs more than {context} bytes of text, got {text.numel()}")
+        raise ValueError(f"convergence needs more than {context} bytes of text, got {text.numel()}")
     return text.unfold(0, context + 1, context)
 
 
@@ -103,7 +117,7 @@ class Batches:
         self.windows, self.batch, self.seed = windows(text, context), batch, seed
         self.per_epoch = len(self.windows) // batch
         if not self.per_epoch:
-            raise ValueError(f"bench: convergence needs {batch} windows of text for a batch, got {len(self.windows)}")
+            raise ValueError(f"convergence needs {batch} windows of text for a batch, got {len(self.windows)}")
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def __call__(self, step: int) -> Tensor:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from html import escape
-from pathlib import Path
-from typing import Any
 
 from leanops.bench import html
 from leanops.bench.convergence import summary
+from leanops.bench.convergence.results import TrainingResults
+from leanops.bench.report import write_text
 
-Results = dict[str, Any]
-Row = dict[str, Any]
 Axis = Callable[[float], float]
 
 # colours that differ for colour-blind eyes too; dashes for what they do not tell apart
@@ -79,15 +77,15 @@ def _grid(top: float, across: Axis, up: Axis, xs: list[float], ys: list[float], 
     return body
 
 
-def curves(results: Results, top: float) -> list[str]:
+def curves(results: TrainingResults, top: float) -> list[str]:
     """Validation loss of each method over the tokens it has seen."""
-    s, rows = results["settings"], [row for row in results["rows"] if row["curve"]]
-    values = [value for row in rows for _, value in row["curve"]]
+    s, rows = results.settings, [row for row in results.rows if row.curve]
+    values = [value for row in rows for _, value in row.curve]
     low = min(values) - 0.05
     # the first points are alike and tower over the rest; a curve that leaves the panel runs along its edge
-    high = max(value for row in rows for _, value in row["curve"][1:] or row["curve"])
+    high = max(value for row in rows for _, value in row.curve[1:] or row.curve)
     high = max(min(high, low + 4), low + 0.1) + 0.05
-    last = s["tokens"] / 1e3
+    last = s.tokens / 1e3
 
     def across(x: float) -> float:
         return _LEFT + _PLOT * x / last
@@ -97,23 +95,23 @@ def curves(results: Results, top: float) -> list[str]:
 
     name = "Validation loss, bits a byte"
     body = _grid(top, across, up, ticks(0, last), ticks(low, high), name, "thousand tokens")
-    scale = s["batch"] * s["context"] / 1e3
-    labels = apart([up(row["curve"][-1][1]) for row in rows], top + _TALL)
+    scale = s.batch * s.context / 1e3
+    labels = apart([up(row.curve[-1][1]) for row in rows], top + _TALL)
     for row, y in zip(rows, labels, strict=True):
-        path = "L".join(f"{across(step * scale):.1f} {up(value):.1f}" for step, value in row["curve"])
-        body.append(f'<path d="M{path}" {_stroke(row["key"])}><title>{escape(row["label"])}</title></path>')
+        path = "L".join(f"{across(step * scale):.1f} {up(value):.1f}" for step, value in row.curve)
+        body.append(f'<path d="M{path}" {_stroke(row.key)}><title>{escape(row.label)}</title></path>')
         x = _LEFT + _PLOT
-        body.append(f'<path d="M{x + 8} {y:.1f}h22" {_stroke(row["key"])}/>')
-        body.append(_text(x + 36, y + 4, f"{row['label']}: {row['curve'][-1][1]:.3f}"))
+        body.append(f'<path d="M{x + 8} {y:.1f}h22" {_stroke(row.key)}/>')
+        body.append(_text(x + 36, y + 4, f"{row.label}: {row.curve[-1][1]:.3f}"))
     return body
 
 
-def trade(results: Results, top: float) -> list[str]:
+def trade(results: TrainingResults, top: float) -> list[str]:
     """Held-out loss of each method over the bytes of its optimizer."""
-    rows = [row for row in results["rows"] if not row["diverged"]]
+    rows = [(row, row.test_bits) for row in results.rows if row.test_bits is not None]
     if not rows:
         return []
-    losses, sizes = [row["test_bits"] for row in rows], [row["state_bytes_per_parameter"] for row in rows]
+    losses, sizes = [loss for _, loss in rows], [row.state_bytes_per_parameter for row, _ in rows]
     margin = max(0.02, 0.1 * (max(losses) - min(losses)))
     low, high, most = min(losses) - margin, max(losses) + margin, max(1.0, 1.05 * max(sizes))
 
@@ -126,21 +124,21 @@ def trade(results: Results, top: float) -> list[str]:
     name = "Held-out loss after the run, bits a byte: low and left is better"
     body = _grid(top, across, up, ticks(0, most), ticks(low, high), name, "bytes of optimizer state a parameter")
     labels = apart([up(loss) for loss in losses], top + _TALL)
-    for row, size, loss, y in zip(rows, sizes, losses, labels, strict=True):
-        x, at = across(size), up(loss)
-        body.append(f'<path d="M{x:.1f} {at:.1f}L{x + 14:.1f} {y:.1f}" class="line"/>')
+    for (row, loss), size, y in zip(rows, sizes, labels, strict=True):
+        x, point = across(size), up(loss)
+        body.append(f'<path d="M{x:.1f} {point:.1f}L{x + 14:.1f} {y:.1f}" class="line"/>')
         body.append(
-            f'<circle cx="{x:.1f}" cy="{at:.1f}" r="5" style="fill:{_COLOURS[row["key"]][0]}">'
-            f"<title>{escape(row['label'])}: {loss:.3f} bits a byte, {size:.3f} bytes a parameter</title></circle>"
+            f'<circle cx="{x:.1f}" cy="{point:.1f}" r="5" style="fill:{_COLOURS[row.key][0]}">'
+            f"<title>{escape(row.label)}: {loss:.3f} bits a byte, {size:.3f} bytes a parameter</title></circle>"
         )
-        body.append(_text(x + 17, y + 4, f"{row['label']}: {loss:.3f}, {size:.3g} B"))
+        body.append(_text(x + 17, y + 4, f"{row.label}: {loss:.3f}, {size:.3g} B"))
     return body
 
 
-def svg(results: Results) -> str:
-    body = curves(results, 40) if any(row["curve"] for row in results["rows"]) else []
+def svg(results: TrainingResults) -> str:
+    body = curves(results, 40) if any(row.curve for row in results.rows) else []
     body += trade(results, 480)
-    if results["proves_nothing"]:
+    if results.proves_nothing:
         body.append(_text(_WIDTH - 12, 20, "so small a run proves nothing", "end", "soft"))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="convergence" role="img" width="{_WIDTH}" height="{_HEIGHT}" '
@@ -155,17 +153,17 @@ def _table(rows: list[list[str]], head: Sequence[str]) -> str:
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def render(results: Results) -> str:
+def render(results: TrainingResults) -> str:
     trials = []
-    for row in results["rows"]:
-        for t in sorted(row["tuning"], key=lambda t: (t["round"], t["lr"])):
-            found = "diverged" if t["validation_bits"] is None else f"{t['validation_bits']:.3f}"
-            taken = "taken" if t["lr"] == row["lr"] and t["round"] == len(results["settings"]["rounds"]) - 1 else ""
-            trials.append([row["label"], f"{t['lr']:g}", str(t["steps"]), found, taken])
-    parts = ["<h1>Training by each method</h1>", f'<p class="soft">{escape(results["created"])}</p><ul>']
+    for row in results.rows:
+        for t in sorted(row.tuning, key=lambda t: (t.round, t.lr)):
+            found = "diverged" if t.validation_bits is None else f"{t.validation_bits:.3f}"
+            taken = "taken" if t.lr == row.lr and t.round == len(results.settings.rounds) - 1 else ""
+            trials.append([row.label, f"{t.lr:g}", str(t.steps), found, taken])
+    parts = ["<h1>Training by each method</h1>", f'<p class="soft">{escape(results.created)}</p><ul>']
     parts += [f"<li>{escape(line)}</li>" for line in summary.facts(results)]
     parts += ["</ul>", f'<div class="scroll">{svg(results)}</div>']
-    parts.append(_table([summary.cells(row) for row in results["rows"]], summary.COLUMNS))
+    parts.append(_table([summary.cells(row) for row in results.rows], summary.COLUMNS))
     if told := summary.verdicts(results):
         parts.append("<h2>Beside AdamW</h2><ul>" + "".join(f"<li>{escape(line)}</li>" for line in told) + "</ul>")
     parts.append("<h2>How the rates were chosen</h2>")
@@ -174,13 +172,9 @@ def render(results: Results) -> str:
     return html.page("leanops: training by each method", parts)
 
 
-def write_html(results: Results, target: str) -> None:
-    path = Path(target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(results), encoding="utf-8")
+def write_html(results: TrainingResults, target: str) -> None:
+    write_text(target, render(results))
 
 
-def write_svg(results: Results, target: str) -> None:
-    path = Path(target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(svg(results) + "\n", encoding="utf-8")
+def write_svg(results: TrainingResults, target: str) -> None:
+    write_text(target, svg(results) + "\n")

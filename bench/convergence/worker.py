@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from leanops.bench import memory
 from leanops.bench.convergence import corpus
-from leanops.bench.convergence.experiment import Settings, write_atomically
+from leanops.bench.convergence.experiment import write_atomically
 from leanops.bench.convergence.methods import METHODS, Method, state_bytes
+from leanops.bench.convergence.settings import Settings
 
 Stop = Callable[[], bool]
 EVALUATION_BATCH = 8
@@ -165,7 +166,7 @@ class Training:
         whole = torch.load(path, map_location=self.settings.device, weights_only=True)
         seen = whole["seen"]
         if (seen["lr"], seen["steps"]) != (self.lr, self.steps):
-            raise ValueError(f"bench: convergence: {path} is of another run: {seen['lr']}, {seen['steps']} steps")
+            raise ValueError(f"convergence: {path} is of another run: {seen['lr']}, {seen['steps']} steps")
         self.model.load_state_dict(whole["model"])
         self.optimizer.load_state_dict(whole["optimizer"])
         if self.selection is not None:

@@ -14,15 +14,17 @@ import torch
 from leanops import _registry
 from leanops._registry import Cost
 from leanops.bench import accuracy, roofline
+from leanops.bench.measurement import Measurement
 from leanops.bench.peers import subjects
-from leanops.bench.runner import Job, Measurement, Settings
+from leanops.bench.plan import Job, Settings
 
 WRONG = """
 import dataclasses, json, sys
 import torch, leanops
 from leanops import _registry
 from leanops.bench.peers import subjects
-from leanops.bench.runner import Job, Measurement, Settings
+from leanops.bench.measurement import Measurement
+from leanops.bench.plan import Job, Settings
 
 spec = _registry.spec("zo_noise_")
 def kernel(out, *rest):

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from leanops import _native
-from leanops.bench import cli, html, report
-from leanops.bench.runner import SCHEMA, PeerResult, Row
+from leanops.bench import cli, html, report, text
+from leanops.bench.results import Gate, OperatorResults, PeerResult, Row, StepResults
+from leanops.bench.typed_json import from_json
 from leanops.optim import MeZO
 
 
@@ -37,10 +38,11 @@ def one_line_error(status, out, error):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bench", "zo_nothing"], "no operator named zo_nothing; there are zo_noise_"),
-        (["bench", "--dtype", "int8"], "got int8"),
-        (["bench", "--threads", "two"], "--threads must be numbers, got two"),
-        (["bench", "--threads", "0"], "--threads must be 1 or more"),
+        (["bench", "zo_nothing"], "no operator named zo_nothing; there are "),
+        (["bench", "--dtype", "int8"], "argument --dtype: must be of fp32, bf16, fp16 and fp64, got int8"),
+        (["bench", "--dtype", ","], "argument --dtype: must be of fp32, bf16, fp16 and fp64, got ,"),
+        (["bench", "--threads", "two"], "argument --threads: must be numbers, 1 or more, got two"),
+        (["bench", "--threads", "1,0"], "argument --threads: must be numbers, 1 or more, got 1,0"),
         (["bench", "--case", "("], "no regular expression"),
         (["bench", "--case", "matches nothing at all"], "no case matches"),
         (["bench", "--device", "tpu"], "invalid choice: 'tpu'"),
@@ -96,10 +98,10 @@ def test_info_says_who_serves_each_operator_and_why_a_backend_is_absent(tmp_path
     assert told["software"]["torch"]
     assert told["cpu"]["name"]
     assert told["cpu"]["cores"] >= 1
-    text = leanops("info", cwd=tmp_path, LEANOPS_DISABLE="cpu")
-    assert text.returncode == 0
-    assert "absent: switched off by LEANOPS_DISABLE" in text.stdout
-    assert re.search(r"zo_axpy_ +cpu: reference", text.stdout)
+    plain = leanops("info", cwd=tmp_path, LEANOPS_DISABLE="cpu")
+    assert plain.returncode == 0
+    assert "absent: switched off by LEANOPS_DISABLE" in plain.stdout
+    assert re.search(r"zo_axpy_ +cpu: reference", plain.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +122,7 @@ def measured(tmp_path_factory):
 def test_json_on_standard_output_is_only_json_and_complete(measured):
     results, _, done = measured
     assert done.stdout.count("\n") == 1
-    assert results["schema"] == SCHEMA
+    assert results["schema"] == OperatorResults.SCHEMA
     assert set(results) == {
         "schema", "created", "leanops", "command", "settings", "fingerprint", "backends", "roofline", "noise_floor",
         "drift", "peak_how", "rows",
@@ -147,7 +149,7 @@ def test_json_on_standard_output_is_only_json_and_complete(measured):
 
 
 def test_a_run_compared_with_itself_is_the_same(measured, tmp_path):
-    report.write_json(measured[0], str(tmp_path / "r.json"))
+    (tmp_path / "r.json").write_text(json.dumps(measured[0]))
     done = leanops("compare", "r.json", "r.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "0 slower, 0 faster, 1 the same" in done.stdout
@@ -163,13 +165,13 @@ def test_csv_has_a_line_for_each_peer(measured):
 
 def test_markdown_says_machine_command_spread_and_ratio(measured):
     results, folder, _ = measured
-    text = (folder / "out" / "r.md").read_text()
-    row = results["rows"][0]
-    assert "leanops bench zo_axpy_into_ --quick" in text
-    assert f"torch {results['fingerprint']['software']['torch']}" in text
-    (line,) = [line for line in text.splitlines() if line.startswith("| gaussian-16M")]
-    assert report.spread(row) in line
-    assert f"{row['peers'][0]['ratio']:.2f}x" in line
+    written = (folder / "out" / "r.md").read_text(encoding="utf-8")
+    row = from_json(Row, results["rows"][0])
+    assert "leanops bench zo_axpy_into_ --quick" in written
+    assert f"torch {results['fingerprint']['software']['torch']}" in written
+    (line,) = [line for line in written.splitlines() if line.startswith("| gaussian-16M")]
+    assert text.spread(row) in line
+    assert f"{row.peers[0].ratio:.2f}x" in line
     assert line.count("|") == 10
 
 
@@ -178,16 +180,16 @@ def test_a_mezo_step_is_measured_beside_its_forward_passes(tmp_path):
 
     tiny = mezo_step.Transformer(vocabulary=64, width=32, layers=1, heads=2)
     case = mezo_step.measure(torch.float32, 1, tokens=32, rounds=3, model=tiny)
-    names = [row["name"] for row in case["rows"]]
+    names = [row.name for row in case.rows]
     assert names[0] == "two forward passes"
-    assert case["rows"][0]["ratio"] == 1.0
-    assert all(row["median_s"] > 0 and len(row["samples_s"]) == 3 for row in case["rows"])
+    assert case.rows[0].ratio == 1.0
+    assert all(row.median_s > 0 and len(row.samples_s) == 3 for row in case.rows)
     mark = {"cpu": {"name": "a processor"}, "software": {"torch": torch.__version__}}
-    results = {"command": ["x", "bench", "mezo-step"], "created": "2026-01-01", "fingerprint": mark, "cases": [case]}
-    markdown.write(results, str(tmp_path / "step.md"))
-    text = (tmp_path / "step.md").read_text()
-    assert text.startswith("`leanops bench mezo-step`, 2026-01-01")
-    assert all(name in text for name in names)
+    results = StepResults(command=["x", "mezo-step"], created="2026-01-01", fingerprint=mark, cases=[case])
+    markdown.write_steps(results, str(tmp_path / "step.md"))
+    written = (tmp_path / "step.md").read_text(encoding="utf-8")
+    assert written.startswith("`leanops mezo-step`, 2026-01-01")
+    assert all(name in written for name in names)
 
 
 class Links(HTMLParser):
@@ -201,31 +203,30 @@ class Links(HTMLParser):
 
 
 def test_html_needs_nothing_from_outside(measured):
-    text = (measured[1] / "out" / "r.html").read_text()
+    written = (measured[1] / "out" / "r.html").read_text(encoding="utf-8")
     page = Links()
-    page.feed(text)
+    page.feed(written)
     assert page.outside == []
     assert {"svg", "table"} <= page.tags
     assert not {"script", "link", "iframe", "img", "object"} & page.tags
-    assert "url(" not in text
-    assert "@import" not in text
-    assert len(text) < 5 << 20
-    plots = re.findall(r"<svg.*?</svg>", text, re.S)
+    assert "url(" not in written
+    assert "@import" not in written
+    assert len(written) < 5 << 20
+    plots = re.findall(r"<svg.*?</svg>", written, re.S)
     assert len(plots) == 3
     for plot in plots:
         ElementTree.fromstring(plot)
 
 
 def test_a_wrong_row_has_no_time_in_any_report(measured, capsys, tmp_path):
-    results = json.loads(json.dumps(measured[0]))
-    row = dataclasses.asdict(Row("op/<case>", "zo_axpy_", "<case>", "float32", "cpu", 1, "cpu", "wrong", "off by <b>"))
-    row["gate"] = {"passed": False, "error": 0.5, "bound": 0.0, "against": "reference", "reason": "off"}
-    results["rows"] = [row]
-    page = html.render(results)
+    results = from_json(OperatorResults, measured[0])
+    gate = Gate(False, 0.5, 0.0, "reference", "off")
+    results.rows = [Row("op/<case>", "wrong", "zo_axpy_", "<case>", "float32", reason="off by <b>", gate=gate)]
+    page = html.operators(results)
     assert "WRONG" in page
     assert "off by &lt;b&gt;" in page
     assert "<svg" not in page
-    report.print_table(results, sys.stdout)
+    report.print_operators(results, sys.stdout)
     lines = [line for line in capsys.readouterr().out.splitlines() if "<case>" in line]
     assert lines
     assert not re.search(r"\d (ms|µs|s)\b|GB/s|%", lines[0])

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from leanops.bench import cli, compare
-from leanops.bench.runner import SCHEMA
+from leanops.bench.results import OperatorResults
+
+SCHEMA = OperatorResults.SCHEMA
+
+
+def roofline(**changes):
+    return {"device": "cpu", "threads": 1, "bandwidth": {"copy": 10e9}, "gemm": {}, "dispatch_s": 1e-6} | changes
 
 
 def results(times, noise=0.01, drift=0.0, cpu="a", bandwidth=10e9):
@@ -23,7 +29,7 @@ def results(times, noise=0.01, drift=0.0, cpu="a", bandwidth=10e9):
         "fingerprint": {"cpu": {"name": cpu}},
         "noise_floor": noise,
         "drift": drift,
-        "roofline": [{"device": "cpu", "threads": 1, "bandwidth": {"copy": bandwidth}}],
+        "roofline": [roofline(bandwidth={"copy": bandwidth})],
         "rows": rows,
     }
 
@@ -103,20 +109,19 @@ def without(name):
         (without("fingerprint"), "fingerprint must be an object, got null"),
         (without("roofline"), "roofline must be a list, got null"),
         (with_(rows=None), "rows must be a list, got null"),
-        (with_(rows=[1]), "rows[0] must be an object with key and status, got 1"),
-        (with_(rows=[{"status": "ok"}]), "rows[0] must be an object with key and status"),
-        (with_(rows=[{"key": "x", "status": "ok"}]), "rows[0].samples_s must be a list of positive times, got null"),
-        (with_(rows=[{"key": "x", "status": "ok", "samples_s": []}]), "samples_s must be a list of positive times"),
-        (with_(rows=[{"key": "x", "status": "ok", "samples_s": ["a"]}]), 'positive times, got ["a"]'),
+        (with_(rows=[1]), "rows[0] must be an object, got 1"),
+        (with_(rows=[{"status": "ok"}]), "rows[0].key must be a string, got null"),
+        (with_(rows=[{"key": "x", "status": True}]), "rows[0].status must be a string, got true"),
+        (with_(rows=[{"key": "x", "status": "ok"}]), "rows[0].samples_s must be a list of positive times, got []"),
+        (with_(rows=[{"key": "x", "status": "ok", "samples_s": None}]), "rows[0].samples_s must be a list, got null"),
+        (with_(rows=[{"key": "x", "status": "ok", "samples_s": ["a"]}]), 'samples_s[0] must be a number, got "a"'),
         (with_(rows=[{"key": "x", "status": "ok", "samples_s": [1.0, 0]}]), "positive times, got [1.0, 0]"),
         (with_(rows=[{"key": "x", "status": "ok", "samples_s": [float("nan")]}]), "positive times, got [NaN]"),
-        (with_(roofline=[{"device": "cpu", "threads": 1}]), "roofline[0] must be an object with device, threads and"),
-        (with_(roofline=[{"bandwidth": {}, "device": "cpu", "threads": None}]), "roofline[0] must be an object"),
-        (
-            with_(roofline=[{"bandwidth": {"copy": 0}, "device": "cpu", "threads": 1}]),
-            "bandwidth.copy must be a positive",
-        ),
-        (with_(drift="x"), 'drift must be a number, 0 or more, or null, got "x"'),
+        (with_(roofline=[{"device": "cpu", "threads": 1}]), "roofline[0].bandwidth must be an object, got null"),
+        (with_(roofline=[roofline(threads=None)]), "roofline[0].threads must be a whole number, got null"),
+        (with_(roofline=[roofline(bandwidth={"copy": 0})]), "roofline[0].bandwidth.copy must be a positive"),
+        (with_(roofline=[roofline(gemm={"float32": -1.0})]), "roofline[0].gemm.float32 must be a positive number"),
+        (with_(drift="x"), 'drift must be a number, got "x"'),
         (with_(noise_floor=-1), "noise_floor must be a number, 0 or more, or null, got -1"),
     ],
 )
@@ -140,3 +145,26 @@ def test_the_published_results_can_be_compared():
     assert taken
     for path in taken:
         assert compare.main(str(path), str(path), io.StringIO()) == 0
+
+
+def spread(times, width):
+    """Results whose samples scatter by a factor of ``width`` both ways."""
+    found = results({"x": ("ok", 1.0)}, noise=0.0)
+    found["rows"][0]["samples_s"] = [times * width ** (i / 10) for i in range(-10, 11)]
+    return found
+
+
+@pytest.mark.parametrize(("width", "blind"), [(1.02, False), (2.0, True)])
+def test_an_interval_too_wide_to_see_a_tenth_says_so(run, width, blind):
+    code, text = run(spread(1.0, width), spread(1.0, width))
+    assert code == 0
+    row = next(line for line in text.splitlines() if line.startswith("x "))
+    assert row.split()[1] == "same"
+    assert ("too wide to see a tenth" in row) is blind
+    assert ("1 of those called the same" in text) is blind
+
+
+def test_a_change_that_is_seen_is_not_called_too_wide(run):
+    code, text = run(spread(1.0, 1.5), spread(9.0, 1.5))
+    assert code == 1
+    assert "too wide" not in text

@@ -21,10 +21,11 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers, whose Llama is trained, is not installed")
 
-from leanops.bench import cli, report
+from leanops.bench import cli, progress
 from leanops.bench.convergence import corpus, experiment, plot, summary, worker
 from leanops.bench.convergence.experiment import Settings
 from leanops.bench.convergence.methods import METHODS, state_bytes
+from leanops.bench.convergence.results import TrainingResults, TrainingRow
 
 TINY = Settings.quick(
     tokens=12 * 64, hidden=32, intermediate=48, heads=2, context=32, batch=2, rounds=((6, 2), (3, 1)),
@@ -61,7 +62,7 @@ def test_text_is_whole_files_in_order_without_tests_and_generated_tables(tmp_pat
     assert bytes(text.train) == b"# a.py\n\0# b.py\n\0"
     assert bytes(text.validation) == b"# inspect.py\n\0"
     assert bytes(text.test) == b"# shutil.py\n\0"
-    assert text.facts()["train"] == {"files": 2, "bytes": 16}
+    assert text.facts().train == corpus.Size(files=2, bytes=16)
     (tmp_path / "b.py").write_text("# B.py\n")
     assert corpus.load(tmp_path).sha256 != text.sha256
     (tmp_path / "shutil.py").unlink()
@@ -199,7 +200,7 @@ def test_a_run_that_diverges_ends_and_says_so(tmp_path):
     assert result["losses"][-1] is None
     assert result["test_windows"] is None
     row = experiment.result(tmp_path / "adamw", BY_KEY["adamw"])
-    assert row["test_bits"] is None
+    assert row.test_bits is None
     assert "diverged at step" in " ".join(summary.cells(row))
     assert said
 
@@ -226,10 +227,10 @@ def wait(until, seconds=120.0):
 DRIVER = """
 import json, sys
 from pathlib import Path
-from leanops.bench import report
+from leanops.bench import progress
 from leanops.bench.convergence import experiment
 settings = experiment.Settings.load(Path(sys.argv[1]))
-experiment.run(settings, "sm3-lisa", Path(sys.argv[1]), report.Lines(sys.stderr), checkpoint_s=0)
+experiment.run(settings, "sm3-lisa", Path(sys.argv[1]), progress.Lines(sys.stderr), checkpoint_s=0)
 """
 LONG = dataclasses.replace(TINY, tokens=120 * 64, points=6)
 
@@ -239,7 +240,7 @@ def whole(tmp_path_factory):
     """A run that nobody disturbs: (results, folder)."""
     folder = tmp_path_factory.mktemp("whole")
     lines = io.StringIO()
-    results = experiment.run(LONG, "sm3-lisa", folder, report.Lines(lines))
+    results = experiment.run(LONG, "sm3-lisa", folder, progress.Lines(lines))
     assert lines.getvalue().count("\n") == experiment.units(LONG)
     return results, folder
 
@@ -262,28 +263,28 @@ def test_a_killed_run_goes_on_to_the_same_bits(victim, whole, text, tmp_path):
     wait(lambda: lock_is_free(tmp_path))  # a worker whose command was killed ends by itself
     assert not (own / "train.json").exists()
     lines = io.StringIO()
-    results = experiment.run(LONG, "sm3-lisa", tmp_path, report.Lines(lines))
+    results = experiment.run(LONG, "sm3-lisa", tmp_path, progress.Lines(lines))
     assert "(kept)" in lines.getvalue()
     assert not (own / "checkpoint.pt").exists()
-    (mine,), (theirs,) = results["rows"], whole[0]["rows"]
-    assert mine["resumed"] == 1
+    (mine,), (theirs,) = results.rows, whole[0].rows
+    assert mine.resumed == 1
     for name in ("lr", "losses", "curve", "test_windows", "state_bytes"):
-        assert mine[name] == theirs[name], name
+        assert getattr(mine, name) == getattr(theirs, name), name
 
 
 @pytest.mark.slow
 def test_what_is_done_is_not_done_again(whole):
     lines = io.StringIO()
-    results = experiment.run(LONG, "sm3-lisa", whole[1], report.Lines(lines))
+    results = experiment.run(LONG, "sm3-lisa", whole[1], progress.Lines(lines))
     assert lines.getvalue() == ""
-    assert results["rows"] == whole[0]["rows"]
+    assert results.rows == whole[0].rows
 
 
 @pytest.mark.slow
 def test_a_folder_of_other_settings_or_versions_is_refused_by_name(whole):
     for settings in (dataclasses.replace(LONG, seed=7), dataclasses.replace(LONG, tokens=LONG.tokens + 64)):
         with pytest.raises(ValueError, match=r"cannot continue \(settings\.(seed: 0 -> 7|tokens: 7680 -> 7744)\)"):
-            experiment.run(settings, "", whole[1], report.Lines(io.StringIO()))
+            experiment.run(settings, "", whole[1], progress.Lines(io.StringIO()))
     found = json.loads((whole[1] / "run.json").read_text())
     other = json.loads(json.dumps(found))
     other["fingerprint"]["software"]["torch"] = "1.0"
@@ -294,13 +295,13 @@ def test_a_folder_of_other_settings_or_versions_is_refused_by_name(whole):
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match="holds something else"):
-        experiment.run(TINY, "adamw", tmp_path, report.Lines(io.StringIO()))
+        experiment.run(TINY, "adamw", tmp_path, progress.Lines(io.StringIO()))
     assert (tmp_path / "thesis.tex").read_text() == "x"
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
     with experiment.locked(tmp_path), pytest.raises(ValueError, match="in use by another run"):
-        experiment.run(TINY, "adamw", tmp_path, report.Lines(io.StringIO()))
+        experiment.run(TINY, "adamw", tmp_path, progress.Lines(io.StringIO()))
 
 
 def test_a_worker_that_fails_is_one_line_with_its_last_words(tmp_path, monkeypatch):
@@ -310,7 +311,7 @@ def test_a_worker_that_fails_is_one_line_with_its_last_words(tmp_path, monkeypat
         lambda *_: [sys.executable, "-c", "import sys; print('a\\nthe end', file=sys.stderr); sys.exit(3)"],
     )
     with pytest.raises(ValueError, match=r"adamw ended with status 3: the end \(see .*log.txt\)"):
-        experiment.run(TINY, "adamw", tmp_path, report.Lines(io.StringIO()))
+        experiment.run(TINY, "adamw", tmp_path, progress.Lines(io.StringIO()))
 
 
 # --- the command and its reports --------------------------------------------------------------------------------------
@@ -322,16 +323,16 @@ def test_a_worker_that_fails_is_one_line_with_its_last_words(tmp_path, monkeypat
         (["--only", "("], "no regular expression"),
         (["--only", "lion"], "--only matches none of adamw, adafactor, sm3-fp32"),
         (["--tokens", "100"], "--tokens must be at least 8192, got 100"),
-        (["--threads", "1,2"], "--threads must be one number"),
-        (["--threads", "0"], "--threads must be 1 or more, got 0"),
+        (["--threads", "1,2"], "--threads: must be one number"),
+        (["--threads", "0"], "--threads: must be one number, 1 or more, got 0"),
         (["--seed", "-1"], "--seed must be in"),
-        (["--csv", "x.csv"], "convergence stands alone"),
-        (["zo_axpy_"], "convergence stands alone"),
+        (["--csv", "x.csv"], "unrecognized arguments: --csv x.csv"),
+        (["zo_axpy_"], "unrecognized arguments: zo_axpy_"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["bench", "convergence", *arguments]) == 2
+    assert cli.main(["convergence", *arguments]) == 2
     out, error = capsys.readouterr()
     assert out == ""
     assert error.count("\n") == 1
@@ -339,22 +340,17 @@ def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_options_of_convergence_are_refused_elsewhere(capsys):
-    assert cli.main(["bench", "zo_axpy_", "--tokens", "5"]) == 2
-    assert "--tokens belongs to convergence" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_one_command_gives_table_json_picture_and_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["leanops", "bench", "convergence", "--quick"])
+    monkeypatch.setattr(sys, "argv", ["leanops", "convergence", "--quick"])
     arguments = ["--quick", "--threads", "1", "--tokens", "2048", "--only", "adamw|no momentum", "--folder", "f"]
     outputs = ["--json", "-", "--html", "out/c.html", "--svg", "out/c.svg", "--markdown", "out/c.md"]
-    assert cli.main(["bench", "convergence", *arguments, *outputs]) == 0
+    assert cli.main(["convergence", *arguments, *outputs]) == 0
     out, error = capsys.readouterr()
     results = json.loads(out)
     assert out.count("\n") == 1
-    assert results["schema"] == experiment.SCHEMA
+    assert results["schema"] == TrainingResults.SCHEMA
     assert results["proves_nothing"]
     assert "PROVES NOTHING" in error
     assert "[1/32]" in error
@@ -378,60 +374,59 @@ def test_one_command_gives_table_json_picture_and_page(tmp_path, monkeypatch, ca
     assert picture.strip() in page
     assert not [mark for mark in ("<script", "<link", "<img", "src=", "@import", "url(") if mark in page]
     written = (tmp_path / "out" / "c.md").read_text()
-    assert "`leanops bench convergence --quick`" in written
+    assert "`leanops convergence --quick`" in written
     assert "(c.svg)" in written
     assert "SM3, no momentum" in written
 
 
 def row(label="SM3", loss=3.0, peak=100 << 20, state=100, step=0.1, windows=16):
     noise = [0.01 * math.sin(3.0 * i) for i in range(windows)]
-    return {
-        "key": "sm3-fp32", "label": label, "lr": 0.1, "rates": [0.1], "edge": True, "diverged": None,
-        "train_bits": loss, "test_windows": [loss + x for x in noise], "test_bits": loss,
-        "seconds": [[step * (1 + x), 0.0] for x in noise], "tokens_per_s": 1.0 / step, "optimizer_s": 0.01,
-        "peak_bytes": peak, "state_bytes": state, "state_bytes_per_parameter": 1.0, "curve": [[1, loss + 1], [2, loss]],
-    }  # fmt: skip
+    return TrainingRow(
+        key="sm3-fp32", label=label, settings="", all_train=True, lr=0.1, rates=[0.1], edge=True, tuning=[],
+        diverged=None, parameters=100, losses=[loss], curve=[(1, loss + 1), (2, loss)], train_bits=loss,
+        test_bits=loss, test_windows=[loss + x for x in noise], seconds=[(step * (1 + x), 0.0) for x in noise],
+        tokens_per_s=1.0 / step, tokens_per_s_quartiles=(1.0, 1.0), optimizer_s=0.01, forward_backward_s=step,
+        peak_bytes=peak, state_bytes=state, state_bytes_per_parameter=1.0, resumed=0,
+    )  # fmt: skip
 
 
 def beside(own, base):
-    own["against"] = experiment.against(own, base)
-    own["against_adafactor"] = None
-    return own
+    return dataclasses.replace(own, against=experiment.against(own, base))
 
 
 def test_losing_is_said_plainly_and_with_its_sign():
     base = row("AdamW")
     worse = beside(row(loss=3.05, peak=120 << 20, state=200, step=0.2), base)
-    told = summary.verdict(worse, {"drift": 0.0})
+    told = summary.verdict(worse, drift=0.0)
     lost = "held-out loss (+0.050 bits/byte), tokens/s (-50.0%), peak memory (+20 MiB), optimizer bytes (200% of"
     assert told.startswith(f"SM3, beside AdamW: worse in {lost}")
     assert "better" not in told
     assert "told apart" not in told
-    assert summary.loss_difference(worse["against"]).startswith("+0.050 [")
-    assert summary.loss_difference(worse["against"]).endswith("worse")
+    assert summary.loss_difference(worse.against).startswith("+0.050 [")
+    assert summary.loss_difference(worse.against).endswith("worse")
     better = beside(row(loss=2.95, peak=80 << 20, state=50, step=0.05), base)
-    told = summary.verdict(better, {"drift": 0.0})
+    told = summary.verdict(better, drift=0.0)
     assert "worse" not in told
     assert "better in held-out loss (-0.050 bits/byte), tokens/s (+100.0%), peak memory (-20 MiB)" in told
     assert "50% of AdamW's" in told
-    better["against_adafactor"] = experiment.against(better, row("Adafactor", loss=2.9))
-    told = summary.verdict(better, {"drift": 0.0})
+    better.against_adafactor = experiment.against(better, row("Adafactor", loss=2.9))
+    told = summary.verdict(better, drift=0.0)
     assert "beside Adafactor's: +0.050 [+0.050, +0.050] worse." in told
 
 
 def test_what_is_within_the_noise_is_called_the_same():
     base = row("AdamW")
     own = beside(row(state=50, step=0.104), base)
-    own["against"] |= {"test_bits": 0.001, "test_bits_low": -0.01, "test_bits_high": 0.01}
-    told = summary.verdict(own, {"drift": 0.06})
+    own.against = dataclasses.replace(own.against, test_bits=0.001, test_bits_low=-0.01, test_bits_high=0.01)
+    told = summary.verdict(own, drift=0.06)
     assert "not told apart in held-out loss (+0.001 bits/byte), tokens/s (-3.8%), peak memory (+0 MiB)." in told
     assert "better in optimizer bytes (50%" in told
-    assert summary.loss_difference(own["against"]).endswith("not told apart")
+    assert summary.loss_difference(own.against).endswith("not told apart")
 
 
 def test_a_diverged_method_loses():
-    lost = row() | {"diverged": 7, "against": None, "against_adafactor": None}
-    assert "diverged at step 7: it loses" in summary.verdict(lost, {"drift": 0.0})
+    lost = dataclasses.replace(row(), diverged=7)
+    assert "diverged at step 7: it loses" in summary.verdict(lost, drift=0.0)
 
 
 def test_the_default_run_is_a_real_one():

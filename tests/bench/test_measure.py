@@ -74,6 +74,9 @@ class Machine:
         self.order.append(call())
         return call() * inner * (1 + self.slope * self.turns) * np.exp(self.noise * self.generator.standard_normal())
 
+    def now(self):
+        return 0.0
+
     def settle(self):
         pass
 

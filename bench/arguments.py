@@ -1,0 +1,140 @@
+"""The arguments of the ``leanops`` command."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+
+DTYPES = {
+    "fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16",
+    "fp16": "float16", "float16": "float16", "fp64": "float64", "float64": "float64",
+}  # fmt: skip
+FORMATS = {
+    "json": "results with raw samples; - writes only JSON to standard output",
+    "csv": "a line for each row and peer",
+    "html": "one file with plots, readable without a network",
+    "svg": "the picture alone",
+    "markdown": "the table with its machine and command, as a section of Markdown",
+}
+
+
+class CommandError(Exception):
+    """What the user reads as one line on standard error, with exit status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise CommandError(f"{self.prog}: {message}")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(part for word in text.split(",") if (part := word.strip()))
+
+
+def _dtypes(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(DTYPES.get(word, "") for word in _words(text)))
+    if not names or "" in names:
+        raise argparse.ArgumentTypeError(f"must be of fp32, bf16, fp16 and fp64, got {text}")
+    return names
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"must be one number, 1 or more, got {text}")
+    return int(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    words = _words(text)
+    if not all(word.isascii() and word.isdecimal() and int(word) >= 1 for word in words):
+        raise argparse.ArgumentTypeError(f"must be numbers, 1 or more, got {text}")
+    return tuple(dict.fromkeys(map(int, words)))
+
+
+def _peers(text: str) -> tuple[str, ...] | None:
+    return {"all": None, "none": ()}.get(text, _words(text))
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"is no regular expression: {error}") from None
+    return text
+
+
+def _add_formats(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    files = parser.add_argument_group("files", "a folder that is missing is made")
+    for name in names:
+        files.add_argument(f"--{name}", metavar="FILE", help=FORMATS[name])
+
+
+def _add_measuring(parser: argparse.ArgumentParser, quick: str) -> None:
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--dtype",
+        type=_dtypes,
+        default=("float32", "bfloat16"),
+        metavar="DTYPES",
+        help="comma-separated: fp32, bf16, fp16, fp64 (fp32,bf16)",
+    )
+    parser.add_argument("--peers", type=_peers, default=None, help="all, none, or comma-separated parts of names (all)")
+    parser.add_argument("--quick", action="store_true", help=quick)
+
+
+def parser(version: str) -> Parser:
+    whole = Parser(prog="leanops", description="Operators and optimizers for training with less memory.")
+    whole.add_argument("--version", action="version", version=f"leanops {version}")
+    commands = whole.add_subparsers(dest="command", required=True, metavar="command")
+
+    bench = commands.add_parser("bench", help="measure the operators against their peers and the roofline")
+    bench.add_argument("ops", nargs="*", metavar="op", help="operators to measure (all by default)")
+    _add_measuring(bench, "fewer and smaller cases, as many as two minutes allow on this machine")
+    bench.add_argument("--threads", type=_counts, default=(), help="comma-separated thread counts (1 and all)")
+    bench.add_argument(
+        "--case", type=_pattern, default="", metavar="REGEX", help="only cases whose key matches somewhere"
+    )
+    _add_formats(bench, ("json", "csv", "html", "markdown"))
+
+    step = commands.add_parser("mezo-step", help="measure a whole MeZO step beside its forward passes")
+    _add_measuring(step, "fewer rounds")
+    step.add_argument("--threads", type=_counts, default=(), help="comma-separated thread counts (all)")
+    _add_formats(step, ("json", "csv", "html", "markdown"))
+
+    training = commands.add_parser(
+        "convergence",
+        help="train a language model with each optimizer",
+        description="Train one language model with each optimizer. A killed run goes on to the same bits.",
+    )
+    training.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    training.add_argument("--quick", action="store_true", help="a small model for under two minutes; it proves nothing")
+    training.add_argument("--threads", type=_count, metavar="N", help="threads of each run (all; 1 with --quick)")
+    training.add_argument(
+        "--only", type=_pattern, default="", metavar="REGEX", help="only methods whose key or label matches somewhere"
+    )
+    training.add_argument("--tokens", type=int, metavar="N", help="tokens that each method trains on")
+    training.add_argument("--seed", type=int, metavar="N", help="of the weights and of the order of the text (0)")
+    training.add_argument("--folder", help="where what is done lies (results/convergence)")
+    _add_formats(training, ("json", "html", "svg", "markdown"))
+
+    compare = commands.add_parser("compare", help="exit status 1 when a case became slower")
+    compare.add_argument("base", metavar="BASE.json")
+    compare.add_argument("new", metavar="NEW.json")
+
+    info = commands.add_parser("info", help="versions, devices, and which backend serves each operator and why")
+    info.add_argument("--json", action="store_true")
+
+    replay = commands.add_parser("replay", help="the weights of a run from its start weights and its log")
+    replay.add_argument("base", metavar="BASE.safetensors")
+    replay.add_argument("log", metavar="RUN.zolog")
+    replay.add_argument("-o", "--out", required=True, metavar="OUT.safetensors")
+    replay.add_argument("--fused", action="store_true", help="all seeds in one pass: faster, equal to rounding only")
+    replay.add_argument(
+        "--name",
+        action="append",
+        default=[],
+        metavar="LOG=BASE",
+        help="a parameter's name in the log and in BASE where they differ, as of a tied weight; may be given again",
+    )
+    return whole

@@ -1,0 +1,149 @@
+"""The commands that measure: what each runs, prints and writes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Generic, TextIO, TypeVar
+
+from leanops.autotune import fingerprint
+from leanops.bench import html, markdown, mezo_step, plan, progress, report, runner
+from leanops.bench.arguments import CommandError
+from leanops.bench.results import OperatorResults, Results, StepResults
+
+R = TypeVar("R", bound=Results)
+Writers = Mapping[str, Callable[[R, str], None]]
+
+
+@dataclass(frozen=True)
+class Task(Generic[R]):
+    """What a measuring command does with its results, by the names of the formats."""
+
+    name: str
+    run: Callable[[progress.Progress], R]
+    show: Callable[[R, TextIO], None]
+    writers: Writers[R]
+    usual: Sequence[str]  # formats that are written into results/ where none is asked for
+
+    def perform(self, options: argparse.Namespace) -> R:
+        """Measure, write the files, then print: output that fails takes no result along."""
+        targets = self._targets(options)
+        stream = sys.stderr if options.json == "-" else sys.stdout
+        with progress.show(sys.stderr) as shown:
+            results = self.run(shown)
+        try:
+            for name, target in targets.items():
+                self.writers[name](results, target)
+        finally:
+            self.show(results, stream)
+        for name, target in targets.items():
+            if target != "-":
+                print(f"{name.upper()}: {Path(target).resolve()}", file=stream)
+        return results
+
+    def _targets(self, options: argparse.Namespace) -> dict[str, str]:
+        """The file for each format asked for, or for the usual ones; it can be written, or an error comes now."""
+        targets: dict[str, str] = {name: target for name in self.writers if (target := getattr(options, name))}
+        for name, target in targets.items():
+            if target == "-" and name != "json":
+                raise CommandError(f"--{name} must be a file, got -; only --json writes to standard output")
+        files = [Path(target).resolve() for target in targets.values()]
+        if twice := [target for target, file in zip(targets.values(), files, strict=True) if files.count(file) > 1]:
+            raise CommandError(f"each format needs a file of its own, got {' and '.join(twice)}")
+        targets = targets or {name: f"results/{self.name}.{name}" for name in self.usual}
+        for target in targets.values():
+            _check_writable(target)
+        return targets
+
+
+def _check_writable(target: str) -> None:
+    if target == "-":
+        return
+    path = Path(target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise CommandError(f"{target} is a folder")
+    existed = path.exists()
+    path.open("a").close()
+    if not existed:
+        path.unlink()
+
+
+def _settings(options: argparse.Namespace, ops: Sequence[str] = (), case: str = "") -> plan.Settings:
+    return plan.Settings(tuple(ops), options.device, options.dtype, options.threads, options.peers, case, options.quick)
+
+
+def bench(options: argparse.Namespace) -> int:
+    settings = _settings(options, options.ops, options.case)
+    plan.plan(settings)  # a mistake in the arguments is found before anything is written
+    writers: Writers[OperatorResults] = {
+        "json": report.write_json,
+        "csv": report.write_operators_csv,
+        "html": html.write_operators,
+        "markdown": markdown.write_operators,
+    }
+    task = Task(
+        name="bench",
+        run=lambda shown: runner.run(settings, shown, sys.argv),
+        show=report.print_operators,
+        writers=writers,
+        usual=("json", "html"),
+    )
+    wrong = [row.key for row in task.perform(options).rows if row.status == "wrong"]
+    if wrong:
+        print(f"leanops bench: wrong results, no speed shown: {', '.join(wrong)}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def step(options: argparse.Namespace) -> int:
+    settings = _settings(options)
+    mezo_step.plan(settings)
+    writers: Writers[StepResults] = {
+        "json": report.write_json,
+        "csv": report.write_steps_csv,
+        "html": html.write_steps,
+        "markdown": markdown.write_steps,
+    }
+    task = Task(
+        name="mezo-step",
+        run=lambda shown: mezo_step.run(settings, shown, sys.argv),
+        show=report.print_steps,
+        writers=writers,
+        usual=("json", "html"),
+    )
+    task.perform(options)
+    return 0
+
+
+def convergence(options: argparse.Namespace) -> int:
+    from leanops.bench.convergence import experiment, plot, summary
+    from leanops.bench.convergence.results import TrainingResults
+    from leanops.bench.convergence.settings import Settings
+
+    given = {name: getattr(options, name) for name in ("tokens", "seed") if getattr(options, name) is not None}
+    threads = 1 if options.quick else fingerprint.cores()  # a small model gains nothing from a second
+    given |= {"threads": options.threads or threads, "device": options.device}
+    settings = Settings.quick(**given) if options.quick else Settings(**given)
+    settings.check()
+    experiment.chosen(options.only)
+    folder = Path(options.folder or ("results/convergence-quick" if options.quick else "results/convergence"))
+    picture = Path(options.svg).name if options.svg else None
+    writers: Writers[TrainingResults] = {
+        "json": report.write_json,
+        "html": plot.write_html,
+        "svg": plot.write_svg,
+        "markdown": partial(summary.write_markdown, picture=picture),
+    }
+    task = Task(
+        name="convergence",
+        run=lambda shown: experiment.run(settings, options.only, folder, shown, sys.argv),
+        show=summary.print_table,
+        writers=writers,
+        usual=("json", "html", "svg"),
+    )
+    task.perform(options)
+    return 0
