@@ -1,4 +1,4 @@
-"""The parameters that an optimizer is given: their names, what is refused, and this rank's part of a DTensor."""
+"""The parameters of an optimizer: their names, what is refused, and the part of a DTensor on this rank."""
 
 from __future__ import annotations
 
