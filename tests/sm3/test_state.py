@@ -320,3 +320,13 @@ def test_a_step_names_the_argument_that_it_cannot_take(change, error, message):
     with pytest.raises(error, match=f"sm3_step_: {message}"):
         lo.sm3_step_(**arguments)
     assert not w.any()
+
+
+def test_a_step_renders_no_tensor_for_a_message_that_is_not_raised(monkeypatch):
+    def rendered(self, *args, **kwargs):
+        raise AssertionError("a tensor was made into text")
+
+    w = torch.zeros(3)
+    monkeypatch.setattr(torch.Tensor, "__repr__", rendered)
+    lo.sm3_step_([w], [torch.ones(3)], [torch.zeros(3)], lr=0.1)
+    assert w.any()
