@@ -57,7 +57,7 @@ def _info(options: argparse.Namespace) -> int:
 
 def _replay(options: argparse.Namespace) -> int:
     from leanops.bench import progress
-    from leanops.optim.zo.replay import replay_file
+    from leanops.optim.zo.replay_file import replay_file
 
     for name in (options.base, options.log):
         if not Path(name).is_file():

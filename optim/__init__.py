@@ -11,9 +11,11 @@ from leanops.optim.selection.lisa import LISA
 from leanops.optim.selection.prefix_knapsack import prefix_knapsack
 from leanops.optim.selection.tensor_selector import TensorSelection, TensorSelector
 from leanops.optim.sm3 import SM3
+from leanops.optim.zo.decay_groups import decay_groups
 from leanops.optim.zo.log import LogError, ZoLog
-from leanops.optim.zo.mezo import MeZO, decay_groups
-from leanops.optim.zo.replay import replay_, replay_file
+from leanops.optim.zo.mezo import MeZO
+from leanops.optim.zo.replay import replay_
+from leanops.optim.zo.replay_file import replay_file
 from leanops.optim.zo.seed_pool import SeedPool
 
 __all__ = [

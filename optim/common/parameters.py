@@ -73,13 +73,47 @@ def check_apart(op: str, pairs: Iterable[tuple[str, Tensor]]) -> None:
             WrittenMemory(op, names, range(len(names))).check(tensors)
 
 
+# A wrapper's attribute for the module inside of it, and the classes of wrappers that call it simply `module`.
+_WRAPPED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_WRAPPERS = frozenset({"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"})
+
+
+def canonical_names(model: nn.Module) -> list[str]:
+    """The names of ``model.named_parameters()`` as the plain model has them: without the prefixes of torch.compile,
+    DataParallel, DistributedDataParallel, FSDP and checkpoint wrappers, however they are nested."""
+    return [_canonical(model, name) for name, _ in model.named_parameters()]
+
+
+def _canonical(model: nn.Module, name: str) -> str:
+    module: Any = model
+    kept = []
+    for part in name.split("."):
+        inner = part == "module" and any(c.__name__ in _WRAPPERS for c in type(module).__mro__)
+        if not inner and part not in _WRAPPED:
+            kept.append(part)
+        module = getattr(module, part, None)
+    return ".".join(kept)
+
+
+def names_by_identity(model: nn.Module) -> dict[int, tuple[str, str]]:
+    """id(p) -> the model's name of a parameter, and the canonical one."""
+    pairs = zip(model.named_parameters(), canonical_names(model), strict=True)
+    return {id(p): (name, canonical) for (name, p), canonical in pairs}
+
+
+def without_wrappers(name: str) -> str:
+    """A name from which the wrappers' own attributes are removed, where the model itself is not at hand. ``module``
+    stays: a model may have a submodule of this name."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
 Params = nn.Module | Mapping[str, Tensor] | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
 
 def named(op: str, params: Any) -> tuple[list[tuple[str, Tensor]], bool]:
     """(name, tensor) pairs, and whether the names are the caller's own."""
     if isinstance(params, nn.Module):
-        return list(params.named_parameters()), True
+        return list(zip(canonical_names(params), params.parameters(), strict=True)), True
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
         kinds = "a module, a mapping or an iterable of tensors"
         raise TypeError(f"{op}: params must be {kinds}, got {type(params).__name__}")

@@ -27,19 +27,6 @@ from leanops.optim.zo.variants import VARIANTS, strategy_of
 from leanops.zo import MAX_RANK, VERSION
 
 _RUN = ("zo", "seed_rule", "variant", "directions", "rounding", "momentum_mode", "smoothing")
-_EXEMPT = ("bias", "layer_norm", "layernorm")
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups: names with bias, layer_norm or layernorm (in any case) do not decay, all others do."""
-    pairs = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    exempt = [any(word in n.lower() for word in _EXEMPT) for n, _ in pairs]
-    groups: list[dict[str, Any]] = []
-    for free, decay in ((False, weight_decay), (True, 0.0)):
-        chosen = [pair for pair, e in zip(pairs, exempt, strict=True) if e == free]
-        if chosen:
-            groups.append({"params": chosen, "weight_decay": decay})
-    return groups
 
 
 def _one_of(name: str, value: object, options: Collection[str]) -> None:
@@ -176,7 +163,7 @@ class MeZO(Optimizer):
             **strategy.own_settings,
         }
         self._on_nonfinite = on_nonfinite
-        self._names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
+        self._names = {} if model is None else parameters.names_by_identity(model)
         self._evaluator = Evaluator(perturb, strategy, model, same_rng)
         self._reduction = Reduction(process_group, parallel, directions)
         self._log_file = log_file
@@ -222,17 +209,22 @@ class MeZO(Optimizer):
         self._check_hyper(group)
         if len({id(p) for p in group["params"]}) != len(group["params"]):
             raise ValueError("MeZO: a parameter group must not hold a parameter twice")
-        named = [(self._names.get(id(p), str(i)), p) for i, p in enumerate(self._flat()) if p.requires_grad]
+        named = [(self._name(p, None, i), p) for i, p in enumerate(self._flat()) if p.requires_grad]
         for name, p in named:
             parameters.check("MeZO", name, p)
         parameters.check_apart("MeZO", ((name, parameters.local(p)) for name, p in named))
+
+    def _name(self, p: Tensor, given: str | None, position: int) -> str:
+        """A parameter's name in the log: the caller's, else the model's, without a wrapper's prefix."""
+        raw, plain = self._names.get(id(p), (None, str(position)))
+        return plain if given is None or given == raw else parameters.without_wrappers(given)
 
     def _describe(self, group: dict[str, Any], index: int) -> list[dict[str, Any]]:
         first = len(self._record.entries)
         names = group.get("param_names", [None] * len(group["params"]))
         return [
             {
-                "name": name or self._names.get(id(p), str(first + i)),
+                "name": self._name(p, name, first + i),
                 "id": first + i,
                 "shape": list(p.shape),
                 "dtype": dtype_name(p.dtype),

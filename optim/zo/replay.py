@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,18 +16,17 @@ from leanops.common.checks import is_integer
 from leanops.optim.common import parameters
 from leanops.optim.common.parameters import Params
 from leanops.optim.zo.directions import Seed, left
-from leanops.optim.zo.log import LogError, ZoLog, replacing
+from leanops.optim.zo.log import LogError, ZoLog
 from leanops.optim.zo.momentum_window import MomentumWindow
-from leanops.optim.zo.safetensors_header import copies, read_header
+from leanops.optim.zo.names import names_of
 from leanops.optim.zo.slots import Slot, by_device, slot_of
 from leanops.optim.zo.strategy import Strategy
 from leanops.optim.zo.update import State, Update
 from leanops.optim.zo.variants import VARIANTS, strategy_of
-from leanops.zo import VERSION, columns_of, zo_axpy_
+from leanops.zo import VERSION, zo_axpy_
 
 _CALL = 8192  # seeds a call
 _SLICE = 1 << 18  # elements that stay in a cache while steps of several terms pass over them
-_FILE_SLICE = 1 << 22  # elements of a file's tensor in memory at a time
 
 
 @dataclass
@@ -42,7 +40,7 @@ class Program:
         return [u for u, ids in zip(self.updates, self.frozen, strict=True) if tensor_id not in ids]
 
 
-def _strategy(header: Mapping[str, Any], fused: bool = False) -> Strategy:
+def replayable(header: Mapping[str, Any], fused: bool = False) -> Strategy:
     """The strategy of a log; LogError where this version cannot replay it."""
     if header["zo"] != VERSION or header["seed_rule"] != seed_rule.RULE:
         raise LogError(
@@ -85,7 +83,7 @@ def _fusable(updates: Sequence[Update], dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.float64) or all(len(u.terms[0]) == 1 for u in updates if u.terms)
 
 
-def _run(slots: Sequence[Slot], updates: Sequence[Update], strategy: Strategy, fused: bool) -> None:
+def run_(slots: Sequence[Slot], updates: Sequence[Update], strategy: Strategy, fused: bool) -> None:
     """Apply a program to tensors of one device and of one kind of dtype."""
     tensors = [s.local for s in slots]
 
@@ -150,7 +148,7 @@ def _combined(updates: Sequence[Update]) -> tuple[list[Seed], list[float], float
     return list(total), list(total.values()), 1.0 - keep
 
 
-def _moved(log: ZoLog, found: Sequence[Program]) -> dict[int, list[Update]]:
+def moved_by(log: ZoLog, found: Sequence[Program]) -> dict[int, list[Update]]:
     """For each parameter that moves in these steps, its updates; parameters that move alike share one list."""
     shared: dict[tuple[int, tuple[bool, ...]], list[Update]] = {}
     out: dict[int, list[Update]] = {}
@@ -167,27 +165,12 @@ def _moved(log: ZoLog, found: Sequence[Program]) -> dict[int, list[Update]]:
     return out
 
 
-def _loaded(op: str, log: Any) -> ZoLog:
+def loaded(op: str, log: Any) -> ZoLog:
     if isinstance(log, ZoLog):
         return log
     if not isinstance(log, (str, os.PathLike)):
         raise TypeError(f"{op}: log must be a ZoLog or the name of its file, got {type(log).__name__}")
     return ZoLog.load(log)
-
-
-def _named(op: str, log: ZoLog, moved: Mapping[int, Any], names: Mapping[str, str] | None) -> dict[int, str]:
-    """id -> name where the weights are, of each parameter that moves."""
-    names = {} if names is None else names
-    if not isinstance(names, Mapping):
-        raise TypeError(f"{op}: names must be a mapping from the log's names, got {names!r}")
-    entries = log.params()
-    known = {e["name"] for e in entries}
-    if unknown := [str(n) for n in names if n not in known]:
-        raise ValueError(f"{op}: names must be of parameters of the log, got {', '.join(unknown[:8])}")
-    found = {e["id"]: names.get(e["name"], e["name"]) for e in entries if e["id"] in moved}
-    if twice := [n for n, count in Counter(found.values()).items() if count > 1]:
-        raise LogError(f"{op}: parameters of the log must have a name each, got {', '.join(twice[:8])} for several")
-    return found
 
 
 def _match(params: Params, log: ZoLog, moved: Mapping[int, Any], names: Mapping[str, str] | None) -> dict[int, Tensor]:
@@ -204,20 +187,19 @@ def _match(params: Params, log: ZoLog, moved: Mapping[int, Any], names: Mapping[
         tensors = {e["id"]: t for e, (_, t) in zip(entries, pairs, strict=True) if e["id"] in moved}
     else:
         table = dict(pairs)
-        wanted = _named("replay_", log, moved, names)
-        missing = [n for n in wanted.values() if n not in table]
-        if missing:
+        wanted, _ = names_of("replay_", log, moved, names, table)
+        if missing := [n for n in wanted.values() if n not in table]:
             raise LogError(f"replay_: the log moves parameters that are not there: {', '.join(map(str, missing[:8]))}")
         tensors = {i: table[n] for i, n in wanted.items()}
     for entry in entries:
         if entry["id"] in tensors:
             t = tensors[entry["id"]]
             parameters.check("replay_", entry["name"], t)
-            _fits("replay_", entry, list(t.shape), str(t.dtype).removeprefix("torch."))
+            check_fits("replay_", entry, list(t.shape), str(t.dtype).removeprefix("torch."))
     return tensors
 
 
-def _fits(where: object, entry: Mapping[str, Any], shape: list[int], dtype: str) -> None:
+def check_fits(where: object, entry: Mapping[str, Any], shape: list[int], dtype: str) -> None:
     if (entry["shape"], entry["dtype"]) != (shape, dtype):
         raise LogError(
             f"{where}: parameter {entry['name']} must be {entry['dtype']} {entry['shape']}, got {dtype} {shape}"
@@ -256,9 +238,9 @@ def replay_(
         ValueError: ``start`` or ``stop`` outside the run; ``names`` of no parameter of the log; tensors that overlap.
         Nothing is written when an error is raised.
     """
-    log = _loaded("replay_", log)
-    strategy = _strategy(log.header, fused)
-    moved = _moved(log, programs(log, strategy, start, stop))
+    log = loaded("replay_", log)
+    strategy = replayable(log.header, fused)
+    moved = moved_by(log, programs(log, strategy, start, stop))
     entries = {e["id"]: e["name"] for e in log.params()}
     slots = [slot_of("replay_", entries[i], i, t) for i, t in _match(params, log, moved, names).items()]
     parameters.check_apart("replay_", ((s.name, s.local) for s in slots))
@@ -268,86 +250,4 @@ def replay_(
         alike.setdefault((id(moved[s.tensor_id]), wide), []).append(s)
     for together in alike.values():
         for part in by_device(together):
-            _run(part, moved[part[0].tensor_id], strategy, fused)
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
-Progress = Callable[[int, int], None]
-
-
-def replay_file(
-    base: str | os.PathLike[str],
-    log: ZoLog | str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    progress: Progress | None = None,
-    *,
-    fused: bool = False,
-    names: Mapping[str, str] | None = None,
-) -> None:
-    """:func:`replay_` from one safetensors file to another, a few million elements in memory at a time.
-
-    Tensors that the log does not move are copied; the header, metadata included, stays as it is. Names, shapes and
-    dtypes are checked before anything is written, and the output appears whole or not at all. It may take the place of
-    ``base``. ``progress(done, total)`` counts bytes.
-
-    A weight that is used twice has one name in the log. A file may hold it again under another: a tensor that the log
-    does not know and that begins as a copy of one it moves is copied with a warning.
-    """
-    if isinstance(log, (str, os.PathLike)) and os.path.exists(out) and os.path.samefile(out, log):
-        raise ValueError(f"replay_file: out must be another file than the log, got {out}")
-    log = _loaded("replay_file", log)
-    strategy = _strategy(log.header, fused)
-    moved = _moved(log, programs(log, strategy))
-    preamble, table = read_header(base)
-    wanted = _named("replay_file", log, moved, names)
-    updates: dict[str, tuple[int, list[Update]]] = {}
-    for entry in log.params():
-        if entry["id"] not in moved:
-            continue
-        name = wanted[entry["id"]]
-        if name not in table:
-            raise LogError(f"{base}: the log moves parameter {name}, which is not in the file")
-        dtype = next((k for k, v in _DTYPES.items() if v == table[name]["dtype"]), table[name]["dtype"])
-        _fits(base, entry, table[name]["shape"], dtype)
-        updates[name] = (entry["id"], moved[entry["id"]])
-    known = {(names or {}).get(e["name"], e["name"]) for e in log.params()}
-    for name, other in copies(base, len(preamble), table, updates, [n for n in table if n not in known]):
-        warnings.warn(
-            f"{base}: {other} is a copy of {name}, which the log moves, but is not in the log and stays as it is; "
-            "where it is the same weight under a second name, remove it",
-            stacklevel=2,
-        )
-    total = sum(t["data_offsets"][1] - t["data_offsets"][0] for t in table.values())
-    with replacing(out) as writer, open(base, "rb") as reader:
-        writer.write(preamble)
-        reader.seek(len(preamble))
-        done = 0
-        for name, info in sorted(table.items(), key=lambda item: item[1]["data_offsets"]):
-            for data in _replayed(reader, info, updates.get(name), strategy, fused):
-                writer.write(data)
-                done += len(data)
-                if progress is not None:
-                    progress(done, total)
-
-
-def _replayed(
-    reader: Any,
-    info: Mapping[str, Any],
-    update: tuple[int, list[Update]] | None,
-    strategy: Strategy,
-    fused: bool,
-) -> Iterator[bytes | bytearray]:
-    """A tensor's bytes after the replay, slice by slice."""
-    size = info["data_offsets"][1] - info["data_offsets"][0]
-    step = _FILE_SLICE * 8
-    for start in range(0, size, step):
-        data = bytearray(reader.read(min(step, size - start)))
-        if update is not None:
-            dtype = next(getattr(torch, k) for k, v in _DTYPES.items() if v == info["dtype"])
-            part = torch.frombuffer(data, dtype=dtype)  # writes into `data`
-            slot = Slot(part, part, update[0], start // part.element_size(), "", columns_of(info["shape"]))
-            with torch.no_grad():
-                _run([slot], update[1], strategy, fused)
-        yield data
+            run_(part, moved[part[0].tensor_id], strategy, fused)

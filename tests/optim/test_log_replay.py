@@ -21,6 +21,7 @@ from leanops.common import seeds
 from leanops.common.philox import philox
 from leanops.optim import LogError, MeZO, ZoLog, replay_, replay_file
 from leanops.optim.zo import replay as replay_module
+from leanops.optim.zo import replay_file as replay_file_module
 from leanops.optim.zo.variants import strategy_of
 from leanops.zo import reference
 
@@ -34,7 +35,7 @@ def test_replay_gives_the_bits_of_the_run(
     dtype: torch.dtype, options: dict[str, Any], rounding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a module, of its parameters in two parts, and of a file."""
-    monkeypatch.setattr(replay_module, "_FILE_SLICE", 2)  # 16 bytes at a time: slices begin anywhere in a row
+    monkeypatch.setattr(replay_file_module, "_SLICE", 2)  # 16 bytes at a time: slices begin anywhere in a row
     monkeypatch.setattr(replay_module, "_SLICE", 7)
     start, end, opt = run(dtype, rounding=rounding, **options)
     assert not same(start, end)

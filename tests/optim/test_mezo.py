@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import leanops as lo
 from leanops.common import seeds as seed_rule
-from leanops.optim import MeZO, ZoLog, decay_groups, replay_
+from leanops.optim import MeZO, ZoLog, replay_
 from leanops.optim.zo import strategy
 
 F64 = torch.float64
@@ -144,16 +144,6 @@ def test_groups_have_their_own_lr_and_decay_and_ids_run_through_them() -> None:
     g = float(opt.log.scalars()[0, 0])
     torch.testing.assert_close(a.detach(), 1 - 1e-2 * g * za, rtol=1e-13, atol=0)
     torch.testing.assert_close(b.detach(), (1 - 5e-4) - 1e-3 * g * zb, rtol=1e-13, atol=0)
-
-
-def test_decay_groups_exempt_biases_and_layer_norms() -> None:
-    model = nn.ModuleDict({"LayerNorm": nn.LayerNorm(3), "norm": nn.RMSNorm(3), "lin": nn.Linear(3, 3)})
-    decayed, free = decay_groups(model, 0.1)
-    assert [n for n, _ in decayed["params"]] == ["norm.weight", "lin.weight"]
-    assert [n for n, _ in free["params"]] == ["LayerNorm.weight", "LayerNorm.bias", "lin.bias"]
-    opt = MeZO(decay_groups(model, 0.1))
-    assert [g["weight_decay"] for g in opt.param_groups] == [0.1, 0.0]
-    assert opt.log.header["params"][0]["name"] == "norm.weight"
 
 
 def test_only_parameters_that_require_grad_move() -> None:
