@@ -104,6 +104,7 @@ class BuildNative(build_ext):
     def run(self) -> None:
         target = Path(self.build_lib, "leanops", "lib").resolve()
         target.mkdir(parents=True, exist_ok=True)
+        objects_folder = Path(self.get_finalized_command("build").build_base, "objects")  # the next build takes them
         report = {}
         for library, describe in (("cpu", cpu_library), ("cuda", cuda_library)):
             output = target / f"libleanops_{library}.so"
@@ -112,7 +113,7 @@ class BuildNative(build_ext):
                 if platform.system() != "Linux":
                     raise Unavailable(f"the native libraries are built on Linux only, this is {platform.system()}")
                 objects, link, facts = describe()
-                build(library, objects, link, Path(self.build_temp, library), output)
+                build(library, objects, link, objects_folder / library, output)
                 report[library] = {"built": True, **facts}
             except Exception as error:  # whatever it is, the package works without the library
                 reason = str(error) if isinstance(error, Unavailable) else f"{type(error).__name__}: {error}"

@@ -1,6 +1,7 @@
 """Builds C++ that tests need, with the flags of ``setup.py``: the cores as a Python module, a driver, an emulator.
 
-Ninja compiles in ``build/tests`` what has changed, under a lock: once for all processes and runs of a checkout.
+Ninja compiles in ``build/tests`` what has changed, under a lock: once for all processes and runs of a checkout. The
+module is linked from the objects of the installed library, ``build/objects/cpu``, where ``setup.py`` made them here.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "tests"
+INSTALLED = Path("build", "objects", "cpu")  # below the root
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class Object:
     def name(self) -> str:
         parts = self.source.relative_to(ROOT).with_suffix("").parts
         return ".".join((*parts, self.variant) if self.variant else parts) + ".o"
+
+    @property
+    def installed_name(self) -> str:
+        """The name in ``build/objects/cpu``."""
+        return f"{self.source.stem}.{self.variant}.o" if self.variant else f"{self.source.stem}.o"
 
 
 def setup_constants() -> dict[str, object]:
@@ -82,8 +89,35 @@ def _quote(words: Iterable[str]) -> str:
     return shlex.join(words).replace("$", "$$")
 
 
-def build(name: str, objects: Sequence[Object], link_flags: Sequence[str], suffix: str = "") -> Path:
-    """``build/tests/NAME/NAME`` with a suffix, linked from objects that other programs do not share."""
+def _ninja(folder: Path, *arguments: str) -> str:
+    """What ninja prints; ``folder`` holds its build.ninja."""
+    paths = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    ninja = shutil.which("ninja", path=paths)
+    assert ninja is not None, "ninja is not installed: pip install ninja"
+    command = [ninja, "-f", str(folder / "build.ninja"), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{folder} cannot be built:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def _split_installed(objects: Sequence[Object]) -> tuple[list[Path], list[Object]]:
+    """Objects that the installed library is linked from, compiled again where a source has changed; and the others."""
+    if not (ROOT / INSTALLED / "build.ninja").exists():
+        return [], list(objects)
+    known = {line.split(":")[0] for line in _ninja(INSTALLED, "-t", "targets", "all").splitlines()}
+    shared = {
+        item: INSTALLED / item.installed_name for item in objects if str(INSTALLED / item.installed_name) in known
+    }
+    with FileLock(ROOT / INSTALLED / "lock"):
+        _ninja(INSTALLED, *map(str, shared.values()))
+    return list(shared.values()), [item for item in objects if item not in shared]
+
+
+def build(
+    name: str, objects: Sequence[Object], link_flags: Sequence[str], suffix: str = "", shared: Sequence[Path] = ()
+) -> Path:
+    """``build/tests/NAME/NAME`` with a suffix, linked from objects of its own and from those that are ``shared``."""
     folder = FOLDER.relative_to(ROOT) / name
     target = folder / f"{name}{suffix}"
     lines = [
@@ -95,15 +129,12 @@ def build(name: str, objects: Sequence[Object], link_flags: Sequence[str], suffi
     for item in objects:
         lines.append(f"build {folder / item.name}: compile {item.source.relative_to(ROOT)}")
         lines.append(f" flags = {_quote(item.flags)}")
-    lines.append(f"build {target}: link {' '.join(str(folder / item.name) for item in objects)}")
-    ninja = shutil.which("ninja", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
-    assert ninja is not None, "ninja is not installed: pip install ninja"
+    parts = [*(folder / item.name for item in objects), *shared]
+    lines.append(f"build {target}: link {' '.join(map(str, parts))}")
     (ROOT / folder).mkdir(parents=True, exist_ok=True)
     with FileLock(ROOT / folder / "lock"):
         (ROOT / folder / "build.ninja").write_text("\n".join(lines) + "\n")
-        done = subprocess.run([ninja, "-f", str(folder / "build.ninja")], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{target} cannot be built:\n{done.stdout}{done.stderr}")
+        _ninja(folder)
     return ROOT / target
 
 
@@ -111,9 +142,10 @@ def build_module() -> ModuleType:
     import pybind11
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    objects = [*core_objects(), *part_objects("bindings", includes)]
+    shared, own = _split_installed(core_objects())
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    target = build("leanops_native", objects, ["-shared", "-pthread"], suffix)
+    own += part_objects("bindings", includes)
+    target = build("leanops_native", own, ["-shared", "-pthread"], suffix, shared)
     spec = importlib.util.spec_from_file_location("leanops_native", target)
     assert spec is not None
     assert spec.loader is not None
