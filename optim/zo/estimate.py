@@ -14,64 +14,11 @@ from leanops.optim.common.parameters import check_apart, is_sharded
 from leanops.optim.zo.directions import Seed
 from leanops.optim.zo.perturb_at_use import Scratch
 from leanops.optim.zo.perturb_in_place import Copy, InPlace, Perturber, drop_unsharded, fsdp_modules
+from leanops.optim.zo.processes import Reduction
 from leanops.optim.zo.slots import Slot
 from leanops.optim.zo.strategy import Strategy
 
 MODES = ("auto", "scratch", "copy", "inplace")
-
-
-class Reduction:
-    """One small all-reduce a step over a process group, or none."""
-
-    def __init__(self, group: Any, parallel: str, directions: int) -> None:
-        if parallel not in ("data", "direction"):
-            raise ValueError(f"MeZO: parallel must be one of data, direction, got {parallel!r}")
-        self.group = group
-        self._parallel = parallel
-        self._device = torch.device("cpu")
-        self._world, self._rank = 1, 0
-        if group is not None:
-            self._world, self._rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
-        elif parallel == "direction":
-            raise ValueError("MeZO: parallel='direction' needs a process_group")
-        if parallel == "direction" and directions < self._world:
-            raise ValueError(f"MeZO: parallel='direction' needs a direction a process, {self._world}, got {directions}")
-
-    def use(self, slots: Sequence[Slot]) -> None:
-        """Take the mesh's group for sharded parameters, and the device that the group's backend works on."""
-        sharded: list[Any] = [s.param for s in slots if is_sharded(s.param)]
-        if sharded and self._parallel == "direction":
-            raise ValueError(
-                "MeZO: parallel='direction' cannot be used with sharded parameters: their ranks evaluate together"
-            )
-        if self.group is None and sharded:
-            mesh = sharded[0].device_mesh
-            self.group = mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group()
-            self._world, self._rank = (
-                torch.distributed.get_world_size(self.group),
-                torch.distributed.get_rank(self.group),
-            )
-        if self.group is not None and slots:
-            backend = torch.distributed.get_backend(self.group)
-            self._device = slots[0].local.device if backend == "nccl" else torch.device("cpu")
-
-    def mine(self, direction: int) -> bool:
-        """Whether this process evaluates a direction."""
-        return self._parallel == "data" or direction % self._world == self._rank
-
-    @property
-    def first(self) -> bool:
-        return self._parallel == "data" or self._rank == 0
-
-    def __call__(self, values: list[float]) -> list[float]:
-        """The mean over processes (data), or what each process knows put together (direction: 0 elsewhere)."""
-        if self.group is None:
-            return values
-        total = torch.tensor(values, dtype=torch.float64, device=self._device)
-        torch.distributed.all_reduce(total, group=self.group)
-        if self._parallel == "data":
-            total /= self._world
-        return [float(v) for v in total.tolist()]
 
 
 class Evaluator:

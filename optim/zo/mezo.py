@@ -14,12 +14,13 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from leanops.common import seeds
-from leanops.common.checks import finite
+from leanops.common.checks import finite, is_integer
 from leanops.common.dtypes import dtype_name
 from leanops.optim.common import parameters
 from leanops.optim.zo.directions import Noise
-from leanops.optim.zo.estimate import Evaluator, Reduction
+from leanops.optim.zo.estimate import Evaluator
 from leanops.optim.zo.log import ZoLog
+from leanops.optim.zo.processes import Reduction
 from leanops.optim.zo.run_record import Record
 from leanops.optim.zo.slots import Slot, slot_of
 from leanops.optim.zo.step import FIELDS
@@ -82,10 +83,11 @@ class MeZO(Optimizer):
         same_rng: every evaluation of a step sees the same state of torch's generators (the same dropout masks), and the
             state advances as if one evaluation had run.
         log_file: append the log to this file as the run goes on; see :class:`ZoLog`.
-        process_group: average g over these processes, one scalar a step (and direction), nothing else. DTensor
-            parameters use the group of their mesh by themselves.
+        process_group: average g over these processes, one scalar a step (and direction), nothing else. Without it, a
+            ``model`` in DistributedDataParallel gives its own group, and DTensor parameters that of their mesh.
         parallel: ``"data"``: every process evaluates the same perturbation on its own data; ``"direction"``: process j
-            evaluates directions j, j + W, ... of n >= W.
+            evaluates directions j, j + W, ... of n >= W; ``"none"``: every process is a run of its own. Where
+            torch.distributed has several processes and no group is known, all but ``"none"`` are refused.
         rank: r of ``"lowrank"``, U [n, r] and V [m, r]. E Z Zᵀ is r times that of Gaussian z: a learning rate of LOZO's
             paper, whose estimate has a factor 1/r, is to be divided by r here.
         period: of ``"lowrank"``, the steps that V lives.
@@ -128,7 +130,7 @@ class MeZO(Optimizer):
         period: int = 50,
         smoothing: float = 1e-8,
     ) -> None:
-        if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
+        if not is_integer(directions) or directions < 1:
             raise ValueError(f"MeZO: directions must be an integer >= 1, got {directions!r}")
         _one_of("distribution", distribution, ("gaussian", "rademacher", "lowrank"))
         if not 0.0 < finite("MeZO", "smoothing", smoothing, 0.0) < 1.0:
@@ -136,9 +138,9 @@ class MeZO(Optimizer):
         if not isinstance(model, nn.Module | None):
             raise TypeError(f"MeZO: model must be a torch.nn.Module or None, got {type(model).__name__}")
         for name, value, most in (("rank", rank, MAX_RANK), ("period", period, 2**63)):
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            if not is_integer(value) or not 1 <= value <= most:
                 raise ValueError(f"MeZO: {name} must be an integer in [1, {most}], got {value!r}")
-        noise = Noise(distribution, rank, period) if distribution == "lowrank" else Noise(distribution)
+        noise = Noise(distribution, int(rank), int(period)) if distribution == "lowrank" else Noise(distribution)
         _one_of("rounding", rounding, ("nearest", "stochastic"))
         _one_of("variant", variant, VARIANTS)
         _one_of("momentum_mode", momentum_mode, ("recompute", "store"))
@@ -146,7 +148,7 @@ class MeZO(Optimizer):
         strategy = strategy_of(
             {
                 "variant": variant,
-                "directions": directions,
+                "directions": int(directions),
                 **noise.settings,
                 "rounding": rounding,
                 "momentum_mode": momentum_mode,
@@ -165,10 +167,11 @@ class MeZO(Optimizer):
         self._on_nonfinite = on_nonfinite
         self._names = {} if model is None else parameters.names_by_identity(model)
         self._evaluator = Evaluator(perturb, strategy, model, same_rng)
-        self._reduction = Reduction(process_group, parallel, directions)
+        self._reduction = Reduction(process_group, parallel, directions, model)
         self._log_file = log_file
         self._record = Record(settings)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self._reduction.check(self._flat())
         self._record.begin(self._flat(), len(self.param_groups))
 
     # --- capabilities, see leanops.optim.common.capabilities ----------------------------------------------------------

@@ -21,8 +21,9 @@ from leanops.common.checks import finite, integer, integers, is_integer
 from leanops.optim.common import parameters
 from leanops.optim.common.parameters import Params
 from leanops.optim.zo.directions import Noise, Seed
-from leanops.optim.zo.estimate import Evaluator, Reduction
+from leanops.optim.zo.estimate import Evaluator
 from leanops.optim.zo.log import replacing
+from leanops.optim.zo.processes import Reduction
 from leanops.optim.zo.slots import Slot, slot_of
 from leanops.optim.zo.strategy import Spsa
 from leanops.optim.zo.update import apply_
@@ -89,6 +90,8 @@ class SeedPool:
             raise ValueError(f"SeedPool: distribution must be one of {', '.join(_DISTRIBUTIONS)}, got {distribution!r}")
         if rounding not in _ROUNDINGS:
             raise ValueError(f"SeedPool: rounding must be one of {', '.join(_ROUNDINGS)}, got {rounding!r}")
+        if isinstance(clip, (str, bytes)):
+            raise TypeError(f"SeedPool: clip must be a number > 0, got {clip!r}, which is text")
         if not isinstance(clip, (int, float, np.integer, np.floating)) or not clip > 0:
             raise ValueError(f"SeedPool: clip must be a number > 0, got {clip!r}")
         self.size, self.seed = int(size), seed_rule.check("SeedPool", seed)
@@ -205,7 +208,7 @@ class SeedPool:
         k, lr, eps = integer(op, "k", k, self.size), finite(op, "lr", lr), finite(op, "eps", eps, 0.0, above=True)
         seed = [Seed(int(self.seeds[k]) % 2**64)]
         evaluator = self._evaluator = self._evaluator or Evaluator("auto", Spsa(self._noise), None, True)
-        (g,), _ = evaluator.estimate(closure, slots, seed, eps, Reduction(None, "data", 1), op)
+        (g,), _ = evaluator.estimate(closure, slots, seed, eps, Reduction(None, "none", 1), op)
         if not math.isfinite(g):
             raise FloatingPointError(
                 f"{op}: a loss, or the estimate from it in fp32, is not finite; nothing was changed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -31,27 +32,31 @@ def in_range(op: str, name: str, value: int, low: int, high: int) -> None:
 
 
 def finite(op: str, name: str, value: Any, low: float = -math.inf, *, above: bool = False) -> float:
-    """``value`` as a float, where it is a finite number, not below ``low``, or above it."""
+    """``value`` as a float, where it is a finite number, not below ``low``, or above it. Text is a TypeError: float()
+    would take it, and what computes with the value later would not."""
+    bound = f" {'>' if above else '>='} {low:g}" if math.isfinite(low) else ""
+    wanted = f"{op}: {name} must be a finite number{bound}, got {value!r}"
+    if isinstance(value, (str, bytes, bytearray)):
+        raise TypeError(f"{wanted}, which is text; YAML reads 1e-6 as text and 1.0e-6 as a number")
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError):  # the last from a tensor of several elements
         number = math.nan
     if not math.isfinite(number) or number < low or (above and number == low):
-        bound = f" {'>' if above else '>='} {low:g}" if math.isfinite(low) else ""
-        raise ValueError(f"{op}: {name} must be a finite number{bound}, got {value!r}")
+        raise ValueError(wanted)
     return number
 
 
 def is_integer(value: object) -> bool:
-    """Of Python or numpy, or symbolic; True and False are none."""
-    return isinstance(value, (int, torch.SymInt, np.integer)) and not isinstance(value, bool)
+    """Whether it is an integer of Python, of numpy or of any other library, or symbolic. Booleans are excluded."""
+    return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
 
 
 def integer(op: str, name: str, value: int, high: int) -> int:
     """``value`` as an int, where it is an integer in [0, ``high``). The dispatcher refuses others without a name."""
     if not is_integer(value):
         raise ValueError(f"{op}: {name} must be an integer, got {value!r}")
-    value = int(value) if isinstance(value, np.integer) else value
+    value = value if isinstance(value, torch.SymInt) else int(value)
     in_range(op, name, value, 0, high)
     return value
 

@@ -51,7 +51,7 @@ def data_parallel(rank: int) -> None:
         # one process on both halves of the data takes the same path, to the rounding of the loss
         if not options:
             single, halves = model_of(), [data(0), data(1)]
-            ref = MeZO(single.parameters(), lr=1e-2)
+            ref = MeZO(single.parameters(), lr=1e-2, parallel="none")
             for _ in range(5):
                 ref.step(lambda s=single, h=halves: sum(nn.functional.mse_loss(s(x), y) for x, y in h) / 2)
             for p, q in zip(single.parameters(), model.parameters(), strict=True):
@@ -76,7 +76,7 @@ def direction_parallel(rank: int) -> None:
 
         options: dict[str, Any] = {"lr": 1e-2, "directions": directions, "variant": variant}
         opt = MeZO(model.parameters(), process_group=dist.group.WORLD, parallel="direction", **options)
-        ref = MeZO(single.parameters(), **options)
+        ref = MeZO(single.parameters(), parallel="none", **options)
         opt.step(closure)
         assert seen == calls
         opt.step(closure)
@@ -113,7 +113,7 @@ def sharded(rank: int) -> None:
                 fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         opt = MeZO(model.parameters(), lr=1e-2, model=model, **options)
-        ref = MeZO(single.parameters(), lr=1e-2, **options)
+        ref = MeZO(single.parameters(), lr=1e-2, parallel="none", **options)
         shards = [p.to_local().clone() for p in model.parameters()]
         opt.step(lambda m=model: nn.functional.mse_loss(m(x), y) * 0)
         ref.step(lambda s=single: nn.functional.mse_loss(s(x), y) * 0)
@@ -142,7 +142,7 @@ def sharded_replay_and_refusals(rank: int) -> None:
     start = plain.detach().clone()
     for options in ({}, LOZO):
         plain.data.copy_(start)
-        opt = MeZO([plain], lr=1e-2, **options)
+        opt = MeZO([plain], lr=1e-2, parallel="none", **options)
         for _ in range(4):
             opt.step(lambda: (plain**2).sum())
         for placement in (Shard(0), Replicate()):
@@ -157,9 +157,54 @@ def sharded_replay_and_refusals(rank: int) -> None:
         MeZO([rows], perturb="scratch").step(lambda: rows.to_local().sum())
 
 
+def replicas(rank: int) -> None:
+    """A wrapped model brings its group; without a group two processes are refused before they drift apart."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    x, y = data(rank)
+    for wrap in (
+        DistributedDataParallel,
+        lambda m: torch.compile(DistributedDataParallel(m), backend="eager"),
+        lambda m: nn.Sequential(DistributedDataParallel(m)),
+    ):
+        for options in ({}, {"parallel": "direction", "directions": 2}):
+            model, start = model_of(), model_of()
+            wrapped = wrap(model)
+            opt = MeZO(wrapped.parameters(), lr=1e-2, model=wrapped, **options)
+            with Counted() as sizes:
+                for _ in range(5):
+                    opt.step(lambda f=wrapped: nn.functional.mse_loss(f(x), y))
+            assert sizes == [options.get("directions", 1)] * 5
+            a, b = gathered(model.parameters())
+            assert torch.equal(a, b)
+            replay_(list(start.parameters()), opt.log)
+            assert all(map(torch.equal, start.parameters(), model.parameters()))
+    model = model_of()
+    text = "process_group must be given in a world of 2 processes"
+    with pytest.raises(ValueError, match=text):
+        MeZO(model.parameters(), model=model)
+    with pytest.raises(ValueError, match=text):
+        MeZO(model.parameters())
+    with pytest.raises(ValueError, match="parallel='none' cannot be used with a process_group"):
+        MeZO(model.parameters(), parallel="none", process_group=dist.group.WORLD)
+    apart = MeZO(model.parameters(), lr=1e-2, parallel="none", model=DistributedDataParallel(model))
+    with Counted() as sizes:
+        for _ in range(5):
+            apart.step(lambda: nn.functional.mse_loss(model(x), y))
+    assert not sizes
+    a, b = gathered(model.parameters())
+    assert not torch.equal(a, b)
+    before = model_of()
+    early = MeZO(before.parameters(), lr=1e-2, parallel="none")
+    early._reduction._parallel = "data"  # as made before the world was initialised
+    with pytest.raises(ValueError, match=text):
+        early.step(lambda: nn.functional.mse_loss(before(x), y))
+    assert all(map(torch.equal, before.parameters(), model_of().parameters()))
+
+
 @pytest.mark.parametrize(
     "job",
-    [data_parallel, direction_parallel, skip_together, sharded, sharded_replay_and_refusals],
+    [replicas, data_parallel, direction_parallel, skip_together, sharded, sharded_replay_and_refusals],
     ids=lambda j: j.__name__,
 )
 def test_two_processes(job: Callable[[int], None]) -> None:

@@ -8,6 +8,7 @@ import math
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -386,14 +387,15 @@ def test_a_first_step_that_fails_leaves_no_log_file(tmp_path: Any) -> None:
         ({"eps": math.nan}, "eps"),
         ({"lr": -1.0}, "lr must be .*>= 0"),
         ({"lr": math.nan}, "lr"),
-        ({"lr": "fast"}, "lr must be a finite number >= 0, got 'fast'"),
         ({"lr": torch.ones(2)}, r"lr must be a finite number >= 0, got tensor"),
         ({"eps": None}, "eps must be a finite number > 0, got None"),
-        ({"smoothing": "x", "variant": "hizoo"}, "smoothing must be .*'x'"),
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"momentum": 1.0}, "momentum must be below 1"),
         ({"directions": 0}, "directions must be an integer >= 1, got 0"),
         ({"directions": 1.5}, "directions"),
+        ({"directions": True}, "directions must be an integer >= 1, got True"),
+        ({"distribution": "lowrank", "rank": True}, "rank must be an integer in .*got True"),
+        ({"distribution": "lowrank", "period": "5"}, "period must be an integer in .*got '5'"),
         ({"variant": "fzoo"}, "at least 2 directions"),
         ({"variant": "spsb"}, "variant must be one of .*spsb"),
         ({"distribution": "normal"}, "distribution must be one of .*normal"),
@@ -409,6 +411,40 @@ def test_a_first_step_that_fails_leaves_no_log_file(tmp_path: Any) -> None:
 def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MeZO([nn.Parameter(torch.zeros(2))], **options)
+
+
+@pytest.mark.parametrize("text", ["1e-6", "0.5", b"0.5", np.str_("0.5"), "fast"])
+def test_numbers_that_are_text_are_a_type_error_wherever_they_come(text: Any) -> None:
+    """YAML reads 1e-6 as text, and float() takes text: a scheduler would fail later, when it multiplies."""
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    for name in ("lr", "eps", "weight_decay", "momentum", "smoothing"):
+        with pytest.raises(TypeError, match=rf"MeZO: {name} must be a finite number .*, which is text"):
+            MeZO([p], **{name: text})
+    opt = MeZO([p])
+    with pytest.raises(TypeError, match="MeZO: eps must be"):
+        opt.eps = text
+    for name in ("lr", "weight_decay", "momentum"):
+        with pytest.raises(TypeError, match=f"MeZO: {name} must be"):
+            opt.add_param_group({"params": [q], name: text})
+        assert len(opt.param_groups) == 1
+        kept, opt.param_groups[0][name] = opt.param_groups[0][name], text
+        with pytest.raises(TypeError, match=f"MeZO: {name} must be"):
+            opt.step(lambda: p.sum())
+        opt.param_groups[0][name] = kept
+    assert torch.equal(p.detach(), torch.ones(2))
+    opt.step(lambda: p.sum())
+    assert len(opt.log) == 1
+
+
+def test_integers_of_numpy_and_other_libraries_are_integers() -> None:
+    p = nn.Parameter(torch.ones(3, 2))
+    numbers = {"directions": np.int64(2), "rank": np.uint8(1), "period": np.int32(3), "seed": np.int16(5)}
+    opt = MeZO([p], distribution="lowrank", **numbers)
+    opt.step(lambda: p.square().sum())
+    header = ZoLog.from_bytes(opt.log.to_bytes()).header
+    assert [header[name] for name in numbers] == [2, 1, 3, 5]
+    with pytest.raises(ValueError, match="directions must be an integer"):
+        MeZO([p], directions=np.bool_(True))  # type: ignore[arg-type]
 
 
 def test_bad_parameters_are_refused_and_nothing_is_added() -> None:
