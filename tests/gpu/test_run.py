@@ -124,7 +124,7 @@ def test_packages_that_are_missing_are_named(machine, monkeypatch, capsys):
 
 def test_every_test_for_a_gpu_is_in_a_step(commands):
     tests = gpu.ROOT / "tests"
-    marked = gpu.for_a_gpu(tests)
+    marked = [f for f in gpu.for_a_gpu(tests) if "example_family" not in f.parts]  # which runs in a copy
     ran = {Path(part) for command in commands.values() for part in command if part.startswith(str(tests))}
     assert len(marked) >= 6
     assert [f for f in marked if not {f, *f.parents} & ran] == []

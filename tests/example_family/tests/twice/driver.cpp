@@ -1,0 +1,20 @@
+// The kernel of twice for the sanitizers.
+#include "testing/driver.h"
+#include "twice/twice.h"
+
+using namespace leanops;
+using namespace leanops::testing;
+
+namespace {
+
+const Check added([](Isa isa) {
+  const std::vector<float> x(33, 1.5f);
+  std::vector<float> y(33);
+  twice::kernels(isa).run(y.data(), x.data(), 33);
+  Runs result;
+  result.runs = 1;
+  result.bad = y != std::vector<float>(33, 3.0f);
+  return result;
+});
+
+}  // namespace
