@@ -104,8 +104,7 @@ class BuildNative(build_ext):
     def run(self) -> None:
         target = Path(self.build_lib, "leanops", "lib").resolve()
         target.mkdir(parents=True, exist_ok=True)
-        objects_folder = Path(self.get_finalized_command("build").build_base, "objects")  # the next build takes them
-        report = {}
+        objects_folder, report = Path(self.get_finalized_command("build").build_base, "objects"), {}  # kept objects
         for library, describe in (("cpu", cpu_library), ("cuda", cuda_library)):
             output = target / f"libleanops_{library}.so"
             output.unlink(missing_ok=True)

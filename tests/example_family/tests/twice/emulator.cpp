@@ -8,7 +8,8 @@ using namespace leanops;
 namespace {
 
 const bool added = [] {
-  emulator::kernels()["twice::run"] = {[](void** a) { twice::run(*(u64*)a[0], *(u64*)a[1], *(i64*)a[2]); }, 0};
+  emulator::kernels()["twice::run"] = {[](void** a) { twice::run(*(u64*)a[0], *(u64*)a[1], *(i64*)a[2]); },
+                                       0};
   return true;
 }();
 
