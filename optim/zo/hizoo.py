@@ -24,7 +24,7 @@ from leanops.common.dtypes import wide_dtype
 from leanops.optim.zo.directions import Noise, Seed, left
 from leanops.optim.zo.momentum_window import MomentumWindow
 from leanops.optim.zo.rounding import write_
-from leanops.optim.zo.slots import Slot, by_device
+from leanops.optim.zo.slots import Slot, by_device, fixed_kept, keep_fixed_
 from leanops.optim.zo.strategy import THETA, Point, Spsa, Write
 from leanops.optim.zo.update import State, Update, descend_, momentum_of
 from leanops.zo import zo_axpy_
@@ -85,7 +85,8 @@ class Hizoo(Spsa):
         return slot._replace(state=(own["curvature"],))
 
     def perturb_(self, slots: Sequence[Slot], seed: Seed, scale: float) -> None:
-        self.perturb_into_([s.local for s in slots], slots, seed, scale)
+        with fixed_kept(slots):
+            self.perturb_into_([s.local for s in slots], slots, seed, scale)
 
     def perturb_into_(self, outs: Sequence[Tensor], slots: Sequence[Slot], seed: Seed, scale: float) -> None:
         """out <- round(p + scale z / sqrt(h)); ``outs`` may be the slots' own memory."""
@@ -95,6 +96,7 @@ class Hizoo(Spsa):
             return
         for piece, step in _scaled(outs, slots, [seed], [scale]):
             piece.out.copy_(step.add_(piece.slot.local))
+        keep_fixed_(outs, slots)
 
     def prepared(self, seed: Seed, scale: float) -> Write:
         return partial(self.perturb_into_, seed=seed, scale=scale)

@@ -346,7 +346,8 @@ def _is_change(values: Any, groups: int) -> bool:
     if not isinstance(frozen, list) or not isinstance(joined, list):
         return False
     return all(type(i) is int for i in frozen) and all(
-        isinstance(e, dict) and e.keys() == _ENTRY and type(e["id"]) is int and e["group"] == groups for e in joined
+        isinstance(e, dict) and e.keys() - {"fixed_rows"} == _ENTRY and type(e["id"]) is int and e["group"] == groups
+        for e in joined
     )
 
 

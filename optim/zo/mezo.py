@@ -19,10 +19,11 @@ from leanops.common.dtypes import dtype_name
 from leanops.optim.common import parameters
 from leanops.optim.zo.directions import Noise
 from leanops.optim.zo.estimate import Evaluator
+from leanops.optim.zo.exclude import Exclusions
 from leanops.optim.zo.log import ZoLog
 from leanops.optim.zo.processes import Reduction
 from leanops.optim.zo.run_record import Record
-from leanops.optim.zo.slots import Slot, slot_of
+from leanops.optim.zo.slots import Slot, fixed_kept, slot_of
 from leanops.optim.zo.step import FIELDS
 from leanops.optim.zo.variants import VARIANTS, strategy_of
 from leanops.zo import MAX_RANK, VERSION
@@ -91,6 +92,9 @@ class MeZO(Optimizer):
         rank: r of ``"lowrank"``, U [n, r] and V [m, r]. E Z Zᵀ is r times that of Gaussian z: a learning rate of LOZO's
             paper, whose estimate has a factor 1/r, is to be divided by r here.
         period: of ``"lowrank"``, the steps that V lives.
+        exclude: what stays as it is, in the updates and in the evaluations: names of parameters, regular expressions
+            that are searched for in the names, or parameters; or a mapping from these to rows, such as
+            ``{"embed.weight": [0]}`` for a padding row (None: the whole parameter). The log tells which rows.
         smoothing: α of ``"hizoo"``, the share of a step's curvature in h. Published: 1e-10 to 1e-6.
 
     ``step(closure)`` calls ``closure()`` under no_grad, two times a direction (n + 1 times in all for one_sided and
@@ -129,6 +133,7 @@ class MeZO(Optimizer):
         rank: int = 2,
         period: int = 50,
         smoothing: float = 1e-8,
+        exclude: Any = None,
     ) -> None:
         if not is_integer(directions) or directions < 1:
             raise ValueError(f"MeZO: directions must be an integer >= 1, got {directions!r}")
@@ -169,8 +174,11 @@ class MeZO(Optimizer):
         self._evaluator = Evaluator(perturb, strategy, model, same_rng)
         self._reduction = Reduction(process_group, parallel, directions, model)
         self._log_file = log_file
+        self._exclusions = Exclusions(exclude)
+        self._excluded: set[int] = set()  # ids of parameters that are excluded as a whole
         self._record = Record(settings)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self._exclusions.check_used()
         self._reduction.check(self._flat())
         self._record.begin(self._flat(), len(self.param_groups))
 
@@ -225,16 +233,15 @@ class MeZO(Optimizer):
     def _describe(self, group: dict[str, Any], index: int) -> list[dict[str, Any]]:
         first = len(self._record.entries)
         names = group.get("param_names", [None] * len(group["params"]))
-        return [
-            {
-                "name": self._name(p, name, first + i),
-                "id": first + i,
-                "shape": list(p.shape),
-                "dtype": dtype_name(p.dtype),
-                "group": index,
-            }
-            for i, (p, name) in enumerate(zip(group["params"], names, strict=True))
-        ]
+        entries = []
+        for i, (p, given) in enumerate(zip(group["params"], names, strict=True), first):
+            name = self._name(p, given, i)
+            whole, rows = self._exclusions.of(name, p)
+            if whole:
+                self._excluded.add(i)
+            entry = {"name": name, "id": i, "shape": list(p.shape), "dtype": dtype_name(p.dtype), "group": index}
+            entries.append({**entry, "fixed_rows": rows} if rows else entry)
+        return entries
 
     def _slots(self) -> list[list[Slot]]:
         """What moves, by group."""
@@ -245,9 +252,9 @@ class MeZO(Optimizer):
                     f"MeZO: parameter {entry['name']} was {entry['dtype']} {entry['shape']} when the run began, "
                     f"now it is {p.dtype} {list(p.shape)}: its log would not replay"
                 )
-            if p.requires_grad:
+            if p.requires_grad and entry["id"] not in self._excluded:
                 parameters.check("MeZO.step", entry["name"], p)
-                slot = slot_of("MeZO", entry["name"], entry["id"], p)
+                slot = slot_of("MeZO", entry["name"], entry["id"], p, entry.get("fixed_rows", ()))
                 found[entry["group"]].append(self._record.strategy.with_state(slot, self.state))
         return found
 
@@ -306,7 +313,8 @@ class MeZO(Optimizer):
             for group, moved in zip(self.param_groups, slots, strict=True):
                 update = record.strategy.update(record.window, step_seeds, scalars, group)
                 if update is not None:
-                    record.strategy.apply_(moved, update, self.state)
+                    with fixed_kept(moved):
+                        record.strategy.apply_(moved, update, self.state)
             record.window.add(step_seeds, scalars, self.param_groups)
         log.append(scalars if applied else None)
         return loss
@@ -340,6 +348,11 @@ class MeZO(Optimizer):
         if saved != mine:
             differing = next((a, b) for a, b in zip([*saved, None], [*mine, None], strict=False) if a != b)
             raise ValueError(f"{op}: parameter (id, shape, dtype) must be {differing[0]} as saved, got {differing[1]}")
+        for theirs, own in zip(log.params(), self._record.entries, strict=True):
+            if (saved_rows := theirs.get("fixed_rows", [])) != (rows := own.get("fixed_rows", [])):
+                raise ValueError(
+                    f"{op}: exclude must have the saved run's rows of {own['name']}, {saved_rows}, got {rows}"
+                )
         super().load_state_dict(state_dict)
         settings |= {"seed": log.header["seed"], "eps": state_dict["mezo"]["eps"]}
         # torch casts state to the parameter's dtype; momenta are wider than half-precision parameters
@@ -353,6 +366,9 @@ class MeZO(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._reduction.group is not None:
             raise TypeError("MeZO: an optimizer with a process group cannot be copied or pickled; use state_dict()")
-        mine = {k: self.__dict__[k] for k in ("_on_nonfinite", "_evaluator", "_reduction", "_record")}
+        mine = {
+            k: self.__dict__[k]
+            for k in ("_on_nonfinite", "_evaluator", "_reduction", "_record", "_exclusions", "_excluded")
+        }
         # names stand in the record; a copy does not append to the original's file
         return {**super().__getstate__(), **mine, "_names": {}, "_log_file": None}

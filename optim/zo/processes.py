@@ -66,8 +66,8 @@ class Reduction:
         if (world := _several_processes()) > 1:
             raise ValueError(
                 f"MeZO: process_group must be given in a world of {world} processes, for without it their weights "
-                "drift apart; give process_group=torch.distributed.group.WORLD, or a DistributedDataParallel as model=; "
-                "parallel='none' makes every process a run of its own"
+                "drift apart; give process_group=torch.distributed.group.WORLD, or a DistributedDataParallel as "
+                "model=; parallel='none' makes every process a run of its own"
             )
 
     def use(self, slots: Sequence[Slot]) -> None:

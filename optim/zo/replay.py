@@ -19,7 +19,7 @@ from leanops.optim.zo.directions import Seed, left
 from leanops.optim.zo.log import LogError, ZoLog
 from leanops.optim.zo.momentum_window import MomentumWindow
 from leanops.optim.zo.names import names_of
-from leanops.optim.zo.slots import Slot, by_device, slot_of
+from leanops.optim.zo.slots import Slot, by_device, fixed_kept, slot_of
 from leanops.optim.zo.strategy import Strategy
 from leanops.optim.zo.update import State, Update
 from leanops.optim.zo.variants import VARIANTS, strategy_of
@@ -85,6 +85,11 @@ def _fusable(updates: Sequence[Update], dtype: torch.dtype) -> bool:
 
 def run_(slots: Sequence[Slot], updates: Sequence[Update], strategy: Strategy, fused: bool) -> None:
     """Apply a program to tensors of one device and of one kind of dtype."""
+    with fixed_kept(slots):
+        _run_free(slots, updates, strategy, fused)
+
+
+def _run_free(slots: Sequence[Slot], updates: Sequence[Update], strategy: Strategy, fused: bool) -> None:
     tensors = [s.local for s in slots]
 
     def pass_over(seeds: list[Seed], coeffs: list[float], decay: float | list[float], sequential: bool) -> None:
@@ -241,8 +246,11 @@ def replay_(
     log = loaded("replay_", log)
     strategy = replayable(log.header, fused)
     moved = moved_by(log, programs(log, strategy, start, stop))
-    entries = {e["id"]: e["name"] for e in log.params()}
-    slots = [slot_of("replay_", entries[i], i, t) for i, t in _match(params, log, moved, names).items()]
+    entries = {e["id"]: e for e in log.params()}
+    slots = [
+        slot_of("replay_", entries[i]["name"], i, t, entries[i].get("fixed_rows", ()))
+        for i, t in _match(params, log, moved, names).items()
+    ]
     parameters.check_apart("replay_", ((s.name, s.local) for s in slots))
     alike: dict[tuple[int, bool], list[Slot]] = {}
     for s in slots:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -48,7 +49,7 @@ def replay_file(
     moved = moved_by(log, programs(log, strategy))
     preamble, table = read_header(base)
     wanted, known = names_of("replay_file", log, moved, names, table)
-    updates: dict[str, tuple[int, list[Update]]] = {}
+    updates: dict[str, tuple[Mapping[str, Any], list[Update]]] = {}
     for entry in log.params():
         if entry["id"] not in moved:
             continue
@@ -57,7 +58,7 @@ def replay_file(
             raise LogError(f"{base}: the log moves parameter {name}, which is not in the file")
         dtype = next((k for k, v in _DTYPES.items() if v == table[name]["dtype"]), table[name]["dtype"])
         check_fits(base, entry, table[name]["shape"], dtype)
-        updates[name] = (entry["id"], moved[entry["id"]])
+        updates[name] = (entry, moved[entry["id"]])
     for name, other in copies(base, len(preamble), table, updates, [n for n in table if n not in known]):
         warnings.warn(
             f"{base}: {other} is a copy of {name}, which the log moves, but is not in the log and stays as it is; "
@@ -80,7 +81,7 @@ def replay_file(
 def _replayed(
     reader: Any,
     info: Mapping[str, Any],
-    update: tuple[int, list[Update]] | None,
+    update: tuple[Mapping[str, Any], list[Update]] | None,
     strategy: Strategy,
     fused: bool,
 ) -> Iterator[bytes | bytearray]:
@@ -92,7 +93,11 @@ def _replayed(
         if update is not None:
             dtype = next(getattr(torch, k) for k, v in _DTYPES.items() if v == info["dtype"])
             part = torch.frombuffer(data, dtype=dtype)  # writes into `data`
-            slot = Slot(part, part, update[0], start // part.element_size(), "", columns_of(info["shape"]))
+            entry, shape = update[0], info["shape"]
+            width = math.prod(shape[1:])
+            fixed = tuple((first * width, end * width) for first, end in entry.get("fixed_rows", ()))
+            offset = start // part.element_size()
+            slot = Slot(part, part, entry["id"], offset, entry["name"], columns_of(shape), fixed=fixed)
             with torch.no_grad():
                 run_([slot], update[1], strategy, fused)
         yield data

@@ -26,7 +26,7 @@ from leanops import _registry
 from leanops.common.seeds import seed_tensor
 from leanops.optim.zo.directions import Noise, Seed
 from leanops.optim.zo.momentum_window import MomentumWindow
-from leanops.optim.zo.slots import Slot
+from leanops.optim.zo.slots import Slot, fixed_kept, keep_fixed_
 from leanops.optim.zo.update import State, Update, accumulate_, apply_, descend_, momentum_of
 from leanops.zo import zo_axpy_, zo_axpy_into_
 
@@ -112,12 +112,14 @@ class Strategy:
 
     def perturb_(self, slots: Sequence[Slot], seed: Seed, scale: float) -> None:
         """p <- round(p + scale z), for the slots of one device."""
-        zo_axpy_([s.local for s in slots], seed.left, scale, **self.noise.arguments(slots, [seed]))
+        with fixed_kept(slots):
+            zo_axpy_([s.local for s in slots], seed.left, scale, **self.noise.arguments(slots, [seed]))
 
     def perturb_into_(self, outs: Sequence[Tensor], slots: Sequence[Slot], seed: Seed, scale: float) -> None:
         """out <- round(p + scale z), for the slots of one device."""
         kept = [s.local for s in slots]
         zo_axpy_into_(outs, kept, seed.left, scale, **self.noise.arguments(slots, [seed]))
+        keep_fixed_(outs, slots)
 
     def prepared(self, seed: Seed, scale: float) -> Write:
         """:meth:`perturb_into_` for many calls that each take little time, on tensors that are known to be sound."""
@@ -140,6 +142,7 @@ class Strategy:
                 False,
                 *low_rank,
             )
+            keep_fixed_(outs, slots)
 
         return perturb
 
