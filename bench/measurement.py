@@ -21,6 +21,7 @@ from leanops.bench.text import NO_TIME
 
 COPIES = 8  # of a small case's inputs at most, so that they do not all lie in the cache
 LEAST_ROUNDS = 3
+PACKAGE_S = 10.0  # what the import of a peer's package may take
 
 Dispatch = dict[tuple[str, torch.dtype, int], float]
 
@@ -188,7 +189,8 @@ class Measurement:
     def _invite(self, peer: Peer, copies: list[Args], turns: Turns, limit: Limit) -> None:
         """Let a peer take part. The first that can is the main one; another must leave time for the rounds."""
         main = len(turns.calls) == 1
-        if not main and LEAST_ROUNDS * turns.round_s > limit.left:
+        needed = (LEAST_ROUNDS + 1) * turns.round_s + (PACKAGE_S if peer.origin == "package" else 0.0)
+        if not main and needed > limit.left:
             raise Unavailable(NO_TIME)
         seconds = turns.add(peer.label, rotating([peer.make(a) for a in copies]))
         if not (main and self.settings.quick) and seconds > self.settings.peer_limit_s:

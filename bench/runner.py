@@ -20,7 +20,7 @@ from leanops.bench.measurement import Dispatch, Measurement
 from leanops.bench.plan import Job, Settings, plan
 from leanops.bench.progress import Progress
 from leanops.bench.results import OperatorResults, Row, header
-from leanops.bench.schedule import NOT_REACHED, QUICK_S, Forecast, headlines, pick
+from leanops.bench.schedule import NOT_REACHED, QUICK_S, Forecast, choose, headlines
 
 
 def run(
@@ -104,14 +104,13 @@ class Session:
         ladders = headlines(list(jobs), substitutes=not self.settings.case)
         shown: list[Job] = []
         while ladders:
-            needed = {group: [self._seconds(job) for job in ladder] for group, ladder in ladders.items()}
-            group = min(ladders, key=lambda group: needed[group][0])
-            share = self.left / len(ladders)
+            chosen = choose(ladders, self._seconds, self.left)
+            group, job = min(chosen.items(), key=lambda item: self._seconds(item[1]))
+            spare = max(self.left - sum(map(self._seconds, chosen.values())), 0.0) / len(chosen)
             ladder = ladders.pop(group)
-            first = ladder.index(pick(ladder, needed[group], share))
-            for job in ladder[first:]:
-                shown.append(job)
-                if self._take(job, share).status != "skipped":
+            for candidate in ladder[ladder.index(job) :]:
+                shown.append(candidate)
+                if self._take(candidate, self._seconds(candidate) + spare).status != "skipped":
                     break
         return shown
 

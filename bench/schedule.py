@@ -8,7 +8,7 @@ from its shapes and the machine's rates, and corrected by the rows that were mea
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,8 +24,10 @@ NOT_REACHED = "not reached within the two minutes of --quick"
 _ELEMENT_S = 20e-9  # an eager peer's time for an element, on a core that adds in place at _USUAL
 _REFERENCE_S = 500e-9
 _USUAL = 10e9  # bytes a second
-_CALLS = LEAST_ROUNDS + 5  # of operator and peer each: gate, calibration, rounds, noise, peak memory
+_PEER_CALLS = LEAST_ROUNDS + 2  # gate, calibration, rounds
+_OWN_CALLS = 2 * LEAST_ROUNDS + 4  # the same with two turns a round, inputs, peak memory
 _LEAST_S = 0.2  # what a row costs beyond its calls
+_PRIOR_S = 3.0  # seconds of rows that were guessed right, before any is measured
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Forecast:
 
     device: torch.device
     _loads: dict[tuple[Group, str], Load] = field(default_factory=dict)
-    _ratios: dict[Group, float] = field(default_factory=dict)  # measured over guessed
+    _rows: list[tuple[Group, float, float]] = field(default_factory=list)  # seconds measured and guessed
 
     def load(self, job: Job) -> Load:
         key = job.group, job.name
@@ -70,24 +72,25 @@ class Forecast:
     def learn(self, job: Job, roof: Roofline, least_s: float) -> None:
         """Correct what follows by what a row took at least."""
         guess = self._guess(self.load(job), roof, by_reference(job, self.device))
-        if guess > 0:
-            self._ratios[job.group] = max(least_s - _LEAST_S, 0.1 * guess) / guess
+        self._rows.append((job.group, max(least_s - _LEAST_S, 0.0), guess))
 
     def _correction(self, group: Group) -> float:
-        if group in self._ratios:
-            return self._ratios[group]
-        logs = [math.log(ratio) for ratio in self._ratios.values()]
-        return max(1.0, math.exp(sum(logs) / len(logs))) if logs else 1.0
+        """Measured over guessed seconds, of the group's rows where there are any; a few seconds say little."""
+        rows = [row for row in self._rows if row[0] == group] or self._rows
+        return (_PRIOR_S + sum(row[1] for row in rows)) / (_PRIOR_S + sum(row[2] for row in rows))
 
     def _guess(self, load: Load, roof: Roofline, referenced: bool) -> float:
         slowness = max(1.0, _USUAL / roof.bandwidth[roofline.IN_PLACE])
-        element_s = (_REFERENCE_S if referenced else _ELEMENT_S) if self.device.type == "cpu" else 0.0
-        call_s = load.work * element_s * slowness + 3 * load.bytes / roof.bandwidth[roofline.COPY]
-        if load.flops:
-            call_s = 3 * load.bytes / roof.bandwidth[roofline.COPY]
-            # a peer multiplies in the inputs' dtype, however slow torch is in it
-            call_s += load.flops / roof.gemm.get(load.flops_dtype, _USUAL)
-        return _CALLS * call_s
+        move_s = 3 * load.bytes / roof.bandwidth[roofline.COPY]
+        if referenced:
+            return _OWN_CALLS * (move_s + load.work * _REFERENCE_S * slowness)
+        if load.flops:  # a peer multiplies in the inputs' dtype, however slow torch is in it
+            peer_s = load.flops / roof.gemm.get(load.flops_dtype, _USUAL)
+            own_s = move_s + 2 * load.flops / max(roof.gemm.values(), default=_USUAL)
+        else:
+            peer_s = load.work * _ELEMENT_S * slowness if self.device.type == "cpu" else move_s
+            own_s = move_s
+        return _OWN_CALLS * own_s + _PEER_CALLS * peer_s
 
 
 def headlines(jobs: Sequence[Job], substitutes: bool) -> dict[Group, list[Job]]:
@@ -105,9 +108,18 @@ def headlines(jobs: Sequence[Job], substitutes: bool) -> dict[Group, list[Job]]:
     return ladders
 
 
-def pick(ladder: Sequence[Job], seconds: Sequence[float], share_s: float) -> Job:
-    """The first that fits into its share of the time; the cheapest where none does."""
-    for job, needed in zip(ladder, seconds, strict=True):
-        if needed <= share_s:
-            return job
-    return ladder[min(range(len(ladder)), key=lambda i: (seconds[i], -i))]
+def choose(ladders: Mapping[Group, Sequence[Job]], seconds: Callable[[Job], float], left_s: float) -> dict[Group, Job]:
+    """The first of each ladder; where all of them take longer than ``left_s``, cheaper ones for the dearest."""
+    chosen = {group: ladder[0] for group, ladder in ladders.items()}
+    while sum(map(seconds, chosen.values())) > left_s:
+        cheaper = {
+            group: job
+            for group, ladder in ladders.items()
+            for job in reversed(ladder)
+            if ladder.index(job) > ladder.index(chosen[group]) and seconds(job) < seconds(chosen[group])
+        }
+        if not cheaper:
+            break
+        group = max(cheaper, key=lambda group: seconds(chosen[group]))
+        chosen[group] = cheaper[group]
+    return chosen
