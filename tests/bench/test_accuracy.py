@@ -7,16 +7,19 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from leanops import _registry
 from leanops._registry import Cost
+from leanops.autotune.measure import Clock
 from leanops.bench import accuracy, roofline
 from leanops.bench.measurement import Measurement
 from leanops.bench.peers import subjects
 from leanops.bench.plan import Job, Settings
+from leanops.bench.results import PeerResult
 
 WRONG = """
 import dataclasses, json, sys
@@ -126,6 +129,83 @@ def test_the_floor_is_the_slower_of_memory_and_arithmetic():
     assert ROOF.floor(busy, "copy").bound == "GEMM float32"
     idle = Cost(read=3_000, written=3_000, flops=10, flops_dtype=torch.float32)
     assert ROOF.floor(idle, "copy").bound == "memory (copy)"
+
+
+SLOW_IN_16_BIT = replace(ROOF, gemm={"float32": 90e9, "bfloat16": 0.9e9, "float16": 200e9, "float64": 40e9})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rate", "way"),
+    [
+        (torch.bfloat16, 90e9, "GEMM float32 of widened bfloat16"),  # torch has no fast bf16 product there
+        (torch.float16, 200e9, "GEMM float16"),
+        (torch.float32, 90e9, "GEMM float32"),
+        (torch.float64, 40e9, "GEMM float64"),  # fp32 would be another result
+    ],
+)
+def test_the_ceiling_is_the_best_way_to_the_same_result(dtype, rate, way):
+    floor = SLOW_IN_16_BIT.floor(Cost(read=3, written=3, flops=9_000_000, flops_dtype=dtype), "copy")
+    assert floor.seconds == pytest.approx(9_000_000 / rate)
+    assert floor.bound == way
+
+
+def placed(own_s, peers, dtype=torch.bfloat16, same=("same",)):
+    """The row of a product of 9 MFLOP that takes so long, beside peers that do."""
+    spec = _registry.spec("zo_linear")
+    job = Job(spec, subjects()["zo_linear"], spec.cases[0], "case", dtype, 1)
+    measurement = Measurement(job, Settings(), torch.device("cpu"), {})
+    measurement.cost, measurement.pattern = Cost(read=3, written=3, flops=9_000_000, flops_dtype=dtype), "copy"
+    measurement.row.median_s, measurement.same_result = own_s, set(same)
+    measurement.row.peers = [PeerResult(name, median_s=seconds) for name, seconds in peers.items()]
+    measurement.place(SLOW_IN_16_BIT)
+    return measurement.row
+
+
+def test_a_row_that_widens_is_held_against_the_product_in_fp32():
+    row = placed(200e-6, {})
+    assert row.percent_of_roofline == pytest.approx(50.0)  # 5555% of torch's own bf16 product
+    assert row.bound == "GEMM float32 of widened bfloat16"
+    assert row.reason == ""
+
+
+def test_a_peer_with_the_same_result_is_a_ceiling_too():
+    row = placed(200e-6, {"same": 50e-6, "other": 1e-6})
+    assert row.percent_of_roofline == pytest.approx(25.0)
+    assert row.bound == "same"
+
+
+@pytest.mark.parametrize("own_s", [99e-6, 10e-6, 1e-9])
+def test_no_row_shows_more_than_all_that_the_machine_can_do(own_s):
+    row = placed(own_s, {"same": 300e-6})
+    assert row.percent_of_roofline == 100.0
+    assert row.floor_s == own_s
+    assert "% faster than the machine's measured rates allow" in row.reason
+
+
+def test_a_rate_is_measured_in_bounded_time_however_slow_the_product(monkeypatch):
+    sizes = []
+
+    class Slow(Clock):
+        """Products of this machine: 1 GFLOP/s in bf16, 100 in fp32."""
+
+        time = 0.0
+
+        def now(self):
+            return self.time
+
+        def __call__(self, call, inner=1):
+            a = call.args[0]
+            sizes.append((a.dtype, len(a)))
+            seconds = inner * 2 * len(a) ** 3 / (1e9 if a.dtype == torch.bfloat16 else 100e9)
+            self.time += seconds
+            return seconds
+
+    clock, effort = Slow(torch.device("cpu")), roofline.Effort.of(quick=True)
+    for dtype, rate, size in ((torch.bfloat16, 1e9, 256), (torch.float32, 100e9, 1024)):
+        before = clock.time
+        assert roofline._product(clock, torch.device("cpu"), dtype, effort) == pytest.approx(rate)
+        assert max(n for d, n in sizes if d == dtype) == size
+        assert clock.time - before < 1.0
 
 
 def test_how_bytes_move_decides_which_bandwidth_bounds():
