@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import execnet
 import pytest
+import tiers
 from interpreter import served
 
 FILE = "test_interpreted.py"
@@ -21,11 +22,13 @@ _INTERPRETER = pytest.StashKey["Interpreter"]()
 
 
 class Outcome(NamedTuple):
-    """What became of a test: "passed", "failed" or "skipped"; the text of the failure or the reason of the skip."""
+    """What became of a test: "passed", "failed" or "skipped"; the text of the failure or the reason of the skip; what
+    was printed; and the CPU time of the other process."""
 
     outcome: str
     text: str
     printed: str
+    seconds: float
 
 
 class Interpreter:
@@ -48,7 +51,7 @@ class Interpreter:
         except (EOFError, OSError, execnet.RemoteError) as error:
             self.ended = True
             self.stop()
-            return Outcome("failed", f"the interpreting process has ended: {error!r}", "")
+            return Outcome("failed", f"the interpreting process has ended: {error!r}", "", 0.0)
 
     def stop(self) -> None:
         self._group.terminate(timeout=5)
@@ -62,7 +65,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if _INTERPRETER not in stash or stash[_INTERPRETER].ended:
         files = {item.path for item in pyfuncitem.session.items if item.path.name == FILE}
         stash[_INTERPRETER] = Interpreter(pyfuncitem.config, sorted(files))
-    outcome, text, printed = stash[_INTERPRETER].run(pyfuncitem.nodeid)
+    outcome, text, printed, seconds = stash[_INTERPRETER].run(pyfuncitem.nodeid)
+    tiers.also_spent(pyfuncitem, seconds)
     if printed:
         pyfuncitem.add_report_section("call", "interpreter", printed)
     if outcome == "skipped":

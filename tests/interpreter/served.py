@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -23,10 +24,11 @@ class Served:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         items = {item.nodeid: item for item in session.items}
         for nodeid in self._channel:
+            began = sum(os.times()[:4])
             self._reports.clear()
             if nodeid in items:
                 session.config.hook.pytest_runtest_protocol(item=items[nodeid], nextitem=None)
-            self._channel.send(self._outcome(nodeid))
+            self._channel.send((*self._outcome(nodeid), sum(os.times()[:4]) - began))
         return True
 
     def _outcome(self, nodeid: str) -> tuple[str, str, str]:
