@@ -54,7 +54,8 @@ def test_shell_lines_use_what_there_is(page: Path) -> None:
         if words and words[0] == "make":
             assert set(words[1:]) <= targets, f"{page.name}: {line}"
         elif words and words[0] == "leanops":
-            _has_options(page, line, words, help_of("-m", "leanops.bench.cli", words[1]))
+            command = [word for word in words[1:2] if not word.startswith("-")]
+            _has_options(page, line, words, help_of("-m", "leanops.bench.cli", *command))
         elif words and words[0] == "python" and words[1:2] and words[1].startswith("docs/"):
             assert (ROOT / words[1]).exists(), f"{page.name}: {line}"
             _has_options(page, line, words, help_of(words[1]))
