@@ -63,6 +63,20 @@ def local(p: Any) -> Tensor:
     return shard
 
 
+def tied(params: Iterable[Tensor]) -> dict[int, int]:
+    """Position -> the first position of a parameter with the same memory, seen with the same shape and strides. Such
+    parameters, tied by ``p.data = q.data``, are one weight under several names."""
+    first: dict[tuple[Any, ...], int] = {}
+    ties: dict[int, int] = {}
+    for i, p in enumerate(params):
+        plain = type(p) in (Tensor, nn.Parameter, nn.Buffer) and p.layout == torch.strided and not p.is_meta
+        if plain and p.numel():
+            key = (p.data_ptr(), p.device, p.dtype, p.shape, p.stride())
+            if (other := first.setdefault(key, i)) != i:
+                ties[i] = other
+    return ties
+
+
 def check_apart(op: str, pairs: Iterable[tuple[str, Tensor]]) -> None:
     """Refuse tensors, given with their names, that overlap themselves or one another."""
     found: dict[torch.device, list[tuple[str, Tensor]]] = {}

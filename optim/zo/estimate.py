@@ -40,7 +40,7 @@ class Evaluator:
         return {**self.__dict__, "_perturber": None, "_for": (), "_model": None, "_mode": mode}
 
     def _ready(self, op: str, slots: Sequence[Slot]) -> Perturber:
-        key = tuple(id(t) for s in slots for t in (s.param, *s.state))
+        key = tuple(id(t) for s in slots for t in (s.param, *s.twins, *s.state))
         if self._perturber is None or key != self._for:
             check_apart(op, ((s.name, s.local) for s in slots))
             mode = self._choose(slots)

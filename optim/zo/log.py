@@ -44,6 +44,7 @@ _LAYOUT = {_SET: "<HHd", _CHECK: "<II", _END: "<II"}  # (group, field, value), (
 _CHECK_EVERY = 4096
 _SKIPPED = struct.pack("<I", 0x7FC00000)
 _ENTRY = {"name", "id", "shape", "dtype", "group"}  # of a parameter
+_OPTIONAL = {"fixed_rows", "tied"}  # rows that do not move; the earlier parameter that has the same memory
 
 
 class LogError(ValueError):
@@ -257,6 +258,10 @@ class ZoLog:
                 found += content.get("params", [])
         return found
 
+    def ties(self) -> dict[int, int]:
+        """id -> the id of the earlier parameter that has the same memory, of the parameters that have one."""
+        return {e["id"]: e["tied"] for e in self.params() if "tied" in e}
+
     def steps(self, start: int = 0, stop: int | None = None) -> Iterator[Step]:
         """The steps of the run in their order."""
         for step in self.states():
@@ -346,7 +351,7 @@ def _is_change(values: Any, groups: int) -> bool:
     if not isinstance(frozen, list) or not isinstance(joined, list):
         return False
     return all(type(i) is int for i in frozen) and all(
-        isinstance(e, dict) and e.keys() - {"fixed_rows"} == _ENTRY and type(e["id"]) is int and e["group"] == groups
+        isinstance(e, dict) and e.keys() - _OPTIONAL == _ENTRY and type(e["id"]) is int and e["group"] == groups
         for e in joined
     )
 

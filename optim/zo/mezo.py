@@ -220,7 +220,10 @@ class MeZO(Optimizer):
         self._check_hyper(group)
         if len({id(p) for p in group["params"]}) != len(group["params"]):
             raise ValueError("MeZO: a parameter group must not hold a parameter twice")
-        named = [(self._name(p, None, i), p) for i, p in enumerate(self._flat()) if p.requires_grad]
+        flat = self._flat()
+        ties = parameters.tied(flat)
+        moving = {ties.get(i, i) for i, p in enumerate(flat) if p.requires_grad}
+        named = [(self._name(flat[i], None, i), flat[i]) for i in sorted(moving)]
         for name, p in named:
             parameters.check("MeZO", name, p)
         parameters.check_apart("MeZO", ((name, parameters.local(p)) for name, p in named))
@@ -241,21 +244,42 @@ class MeZO(Optimizer):
                 self._excluded.add(i)
             entry = {"name": name, "id": i, "shape": list(p.shape), "dtype": dtype_name(p.dtype), "group": index}
             entries.append({**entry, "fixed_rows": rows} if rows else entry)
+        every = [*self._record.entries, *entries]
+        for i, original in parameters.tied(self._flat()).items():
+            twin, earlier = every[i], every[original]
+            one = (i in self._excluded) != (original in self._excluded)
+            if one or twin.get("fixed_rows", []) != earlier.get("fixed_rows", []):
+                pair = f"{earlier['name']} and {twin['name']}"
+                raise ValueError(f"MeZO: exclude must name both of {pair}, which have the same memory, or none")
+            twin["tied"] = original
         return entries
 
     def _slots(self) -> list[list[Slot]]:
         """What moves, by group."""
         found: list[list[Slot]] = [[] for _ in self.param_groups]
-        for p, entry in zip(self._flat(), self._record.entries, strict=True):
+        flat = self._flat()
+        ties = parameters.tied(flat)
+        if ties != self._record.ties:
+            raise RuntimeError(
+                f"MeZO: parameters that share memory (id: earlier id) were {self._record.ties} when the run began, now "
+                f"they are {ties}: its log would not replay"
+            )
+        twins: dict[int, list[Tensor]] = {}
+        for i, first in ties.items():
+            twins.setdefault(first, []).append(flat[i])
+        for p, entry in zip(flat, self._record.entries, strict=True):
             if dtype_name(p.dtype) != entry["dtype"] or list(p.shape) != entry["shape"]:
                 raise RuntimeError(
                     f"MeZO: parameter {entry['name']} was {entry['dtype']} {entry['shape']} when the run began, "
                     f"now it is {p.dtype} {list(p.shape)}: its log would not replay"
                 )
-            if p.requires_grad and entry["id"] not in self._excluded:
+            same = twins.get(entry["id"], [])
+            moves = any(q.requires_grad for q in (p, *same)) and entry["id"] not in self._excluded
+            if moves and entry["id"] not in ties:
                 parameters.check("MeZO.step", entry["name"], p)
                 slot = slot_of("MeZO", entry["name"], entry["id"], p, entry.get("fixed_rows", ()))
-                found[entry["group"]].append(self._record.strategy.with_state(slot, self.state))
+                slot = self._record.strategy.with_state(slot._replace(twins=tuple(same)), self.state)
+                found[entry["group"]].append(slot)
         return found
 
     # --- a step -------------------------------------------------------------------------------------------------------

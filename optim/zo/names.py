@@ -24,7 +24,8 @@ def names_of(
     where: object, log: ZoLog, moved: Collection[int], names: Mapping[str, str] | None, tensors: Iterable[str]
 ) -> tuple[dict[int, str], set[str]]:
     """id -> the tensor's name, of each parameter that moves, and all tensors that the log knows. ``names`` are the
-    caller's: the log's name -> the tensor's. A name without a tensor is given back as it is."""
+    caller's: the log's name -> the tensor's. A name without a tensor is given back as it is,
+    but left out where an earlier parameter has the same memory."""
     names = {} if names is None else names
     if not isinstance(names, Mapping):
         raise TypeError(f"{where}: names must be a mapping from the log's names, got {names!r}")
@@ -35,12 +36,14 @@ def names_of(
         unknown = [str(n) for n in names if n not in known and plain(str(n)) not in known]
         raise ValueError(f"{where}: names must be of parameters of the log, got {', '.join(unknown[:_SHOWN])}")
     wanted: dict[int, Any] = {e["id"]: given.get(e["name"], e["name"]) for e in entries}
-    needed = [name for i, name in wanted.items() if i in moved]
+    ties = log.ties()
+    needed = [name for i, name in wanted.items() if i in moved and i not in ties]
     if twice := [str(name) for name, count in Counter(needed).items() if count > 1]:
         text = f"parameters of the log must have a name each, got {', '.join(twice[:_SHOWN])} for several"
         raise LogError(f"{where}: {text}")
     found = match(where, [n for n in wanted.values() if isinstance(n, str)], set(needed), tensors)
-    return {i: found.get(name, name) for i, name in wanted.items() if i in moved}, set(found.values())
+    used = {i: name for i, name in wanted.items() if i in moved and (i not in ties or name in found)}
+    return {i: found.get(name, name) for i, name in used.items()}, set(found.values())
 
 
 def match(where: object, names: Collection[str], needed: Collection[str], tensors: Iterable[str]) -> dict[str, str]:

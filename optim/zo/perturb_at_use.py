@@ -118,7 +118,7 @@ class _Mode(TorchFunctionMode):
         super().__init__()
         self._slots = owner.slots
         self._seen = owner.seen
-        self._all = {id(s.param) for s in owner.all}
+        self._all = {id(p) for s in owner.all for p in (s.param, *s.twins)}
         self._arenas = owner.arenas
         self._perturb = owner.strategy.prepared(seed, scale)
         self._active = scale != 0.0
@@ -209,6 +209,11 @@ class _Mode(TorchFunctionMode):
         return out[places]
 
 
+def _by_identity(slots: Sequence[Slot]) -> dict[int, Slot]:
+    """The slot of each parameter, those of the same memory included."""
+    return {id(p): s._replace(param=p) for s in slots for p in (s.param, *s.twins)}
+
+
 def _replace(values: Any, replaced: dict[int, Tensor]) -> Any:
     if isinstance(values, Tensor):
         return replaced.get(id(values), values)
@@ -242,7 +247,7 @@ class Scratch:
     def __init__(self, slots: Sequence[Slot], strategy: Strategy, op: str) -> None:
         self._op = op
         self.all = list(slots)
-        self.slots = {id(s.param): s for s in slots}
+        self.slots = _by_identity(slots)
         self.strategy = strategy
         self.seen: dict[int, Slot] = {}
         self.arenas: dict[torch.device, _Arena] = {}
@@ -263,7 +268,8 @@ class Scratch:
             return self._run(closure, seed, scale)
         trace: list[float] = []
         loss = self._run(closure, seed, scale, trace)
-        unseen = [s for s in self.all if id(s.param) not in self.seen]
+        seen = {s.tensor_id for s in self.seen.values()}
+        unseen = [s for s in self.all if s.tensor_id not in seen]
         if not math.isfinite(loss):
             return loss  # tells nothing about what it depends on; the step will not count
         if unseen:
@@ -288,8 +294,8 @@ class Scratch:
         loss: Tensor | float,
     ) -> Tensor | float:
         held = Copy(unseen, self.strategy)
-        for s in unseen:
-            del self.slots[id(s.param)]
+        for identity in _by_identity(unseen):
+            del self.slots[identity]
         second_trace: list[float] = []
         with ExitStack() as stack:
             stack.enter_context(held.session())
@@ -297,7 +303,7 @@ class Scratch:
             again()
             second = self._run(closure, seed, scale, second_trace)
             if _same(loss, second) and len(trace) == len(second_trace) and all(map(_same, trace, second_trace)):
-                self.slots |= {id(s.param): s for s in unseen}
+                self.slots |= _by_identity(unseen)
                 return second
             self.held = held
             self._stack.push(stack.pop_all())

@@ -167,7 +167,7 @@ def moved_by(log: ZoLog, found: Sequence[Program]) -> dict[int, list[Update]]:
             shared[key] = found[g].of(i)
         if shared[key]:
             out[i] = shared[key]
-    return out
+    return out | {i: out[first] for i, first in log.ties().items() if first in out}
 
 
 def loaded(op: str, log: Any) -> ZoLog:
@@ -193,7 +193,7 @@ def _match(params: Params, log: ZoLog, moved: Mapping[int, Any], names: Mapping[
     else:
         table = dict(pairs)
         wanted, _ = names_of("replay_", log, moved, names, table)
-        if missing := [n for n in wanted.values() if n not in table]:
+        if missing := [n for n in wanted.values() if n not in table]:  # twins that are absent are left out of it
             raise LogError(f"replay_: the log moves parameters that are not there: {', '.join(map(str, missing[:8]))}")
         tensors = {i: table[n] for i, n in wanted.items()}
     for entry in entries:
@@ -247,10 +247,13 @@ def replay_(
     strategy = replayable(log.header, fused)
     moved = moved_by(log, programs(log, strategy, start, stop))
     entries = {e["id"]: e for e in log.params()}
-    slots = [
-        slot_of("replay_", entries[i]["name"], i, t, entries[i].get("fixed_rows", ()))
-        for i, t in _match(params, log, moved, names).items()
-    ]
+    tensors, ties = _match(params, log, moved, names), log.ties()
+    same = parameters.tied(tensors.values())  # a twin that has the memory of its original follows by itself
+    slots = []
+    for place, (i, t) in enumerate(tensors.items()):
+        source = entries[ties.get(i, i)]
+        if not (place in same and i in ties):
+            slots.append(slot_of("replay_", entries[i]["name"], source["id"], t, source.get("fixed_rows", ())))
     parameters.check_apart("replay_", ((s.name, s.local) for s in slots))
     alike: dict[tuple[int, bool], list[Slot]] = {}
     for s in slots:

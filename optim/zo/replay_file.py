@@ -50,15 +50,16 @@ def replay_file(
     preamble, table = read_header(base)
     wanted, known = names_of("replay_file", log, moved, names, table)
     updates: dict[str, tuple[Mapping[str, Any], list[Update]]] = {}
-    for entry in log.params():
-        if entry["id"] not in moved:
+    entries, ties = {e["id"]: e for e in log.params()}, log.ties()
+    for entry in entries.values():
+        if entry["id"] not in wanted:
             continue
         name = wanted[entry["id"]]
         if name not in table:
             raise LogError(f"{base}: the log moves parameter {name}, which is not in the file")
         dtype = next((k for k, v in _DTYPES.items() if v == table[name]["dtype"]), table[name]["dtype"])
         check_fits(base, entry, table[name]["shape"], dtype)
-        updates[name] = (entry, moved[entry["id"]])
+        updates[name] = (entries[ties.get(entry["id"], entry["id"])], moved[entry["id"]])
     for name, other in copies(base, len(preamble), table, updates, [n for n in table if n not in known]):
         warnings.warn(
             f"{base}: {other} is a copy of {name}, which the log moves, but is not in the log and stays as it is; "

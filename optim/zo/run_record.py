@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
 from leanops.common.dtypes import dtype_name
+from leanops.optim.common.parameters import tied
 from leanops.optim.zo.directions import Seed
 from leanops.optim.zo.log import ZoLog
 from leanops.optim.zo.momentum_window import MomentumWindow
@@ -46,13 +47,27 @@ class Record:
 
     def begin(self, params: Iterable[Tensor], groups: int) -> None:
         """The log without steps, of the parameters as they are now (they may have been cast since construction)."""
+        params = list(params)
         self.entries = [
             {**entry, "shape": list(p.shape), "dtype": dtype_name(p.dtype)}
             for entry, p in zip(self.entries, params, strict=True)
         ]
+        self.tie(tied(params))
         self.log.begin({**self.settings, "groups": groups, "params": self.entries})
         self._recorded, self._frozen = {}, []
         self.window.restart()
+
+    def tie(self, ties: Mapping[int, int]) -> None:
+        """Note for each parameter of the same memory as an earlier one which that is."""
+        for entry in self.entries:
+            entry.pop("tied", None)
+            if entry["id"] in ties:
+                entry["tied"] = ties[entry["id"]]
+
+    @property
+    def ties(self) -> dict[int, int]:
+        """id -> the id of the earlier parameter that has the same memory."""
+        return {e["id"]: e["tied"] for e in self.entries if "tied" in e}
 
     def note(self, groups: Sequence[dict[str, Any]], slots: Sequence[Sequence[Slot]]) -> None:
         """Put into the log what has changed since the last step."""

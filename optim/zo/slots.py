@@ -19,7 +19,7 @@ class Slot(NamedTuple):
     ``columns`` counts the elements of a row, 0 for a tensor of fewer than two dimensions. ``state`` are tensors of the
     shape of ``local`` that the run's strategy keeps for the parameter, such as HiZOO's curvature. ``fixed`` are the
     elements that neither move nor are perturbed: the first index and one past the last, in the whole tensor, of each
-    run of rows."""
+    run of rows. ``twins`` are other parameters with the same memory."""
 
     param: Tensor
     local: Tensor
@@ -29,6 +29,7 @@ class Slot(NamedTuple):
     columns: int
     state: tuple[Tensor, ...] = ()
     fixed: tuple[tuple[int, int], ...] = ()
+    twins: tuple[Tensor, ...] = ()
 
 
 def slot_of(op: str, name: str, tensor_id: int, p: Tensor, fixed_rows: Iterable[Sequence[int]] = ()) -> Slot:

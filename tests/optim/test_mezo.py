@@ -484,7 +484,7 @@ def test_frozen_parameters_may_be_of_any_kind_until_they_move() -> None:
     opt.step(lambda: p.sum() * codes.sum())
     assert codes.tolist() == [1, 1]
     assert not torch.equal(p, torch.ones(3))
-    other = nn.Parameter(p.detach(), requires_grad=False)
+    other = nn.Parameter(p.detach()[1:], requires_grad=False)
     opt.add_param_group({"params": [other]})
     before = p.detach().clone()
     other.requires_grad_()
