@@ -202,6 +202,7 @@ class MeZO(Optimizer):
             new = self._describe(group, len(self.param_groups) - 1)
         except BaseException:
             self.param_groups.pop()
+            self._excluded = {i for i in self._excluded if i < len(self._record.entries)}
             raise
         self._record.join(new)
 
@@ -251,7 +252,8 @@ class MeZO(Optimizer):
             if one or twin.get("fixed_rows", []) != earlier.get("fixed_rows", []):
                 pair = f"{earlier['name']} and {twin['name']}"
                 raise ValueError(f"MeZO: exclude must name both of {pair}, which have the same memory, or none")
-            twin["tied"] = original
+            if i >= first:
+                twin["tied"] = original
         return entries
 
     def _slots(self) -> list[list[Slot]]:
