@@ -1,9 +1,12 @@
-"""An optimizer's step inside of the backward pass: each parameter moves, and its gradient is freed, once it is known.
+"""An optimizer's step inside the backward pass: each parameter moves as soon as its gradient is complete.
 
-For every parameter there is an optimizer of its own, run by a hook after the parameter's gradient is accumulated. What
-is left in ``.grad`` is a :class:`Used` gradient: without memory, and with an error for everyone who wants to use it.
-That is how a second backward pass (gradient accumulation), clipping by a global norm and gradient scaling, all of which
-need gradients that are no longer there, are noticed.
+Each parameter has its own optimizer. A hook runs it after the parameter's gradient is accumulated, and then frees the
+gradient. The hook leaves a :class:`Used` gradient in ``.grad``: it has no memory and raises an error at any use. So an
+error stops everything that needs gradients after the backward pass:
+
+- a second backward pass (gradient accumulation),
+- clipping by a global norm,
+- gradient scaling.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from torch.optim import Optimizer
 
 
 class Used(Tensor):
-    """The place of a gradient that has been used in the backward pass: no memory, and an error for any use."""
+    """Stands for a gradient that the backward pass has used: it has no memory, and any use raises an error."""
 
     _name: str
 
@@ -44,31 +47,32 @@ class Used(Tensor):
         name = next(t._name for t in flat if isinstance(t, Used))
         raise RuntimeError(
             f"fuse_into_backward: the gradient of {name} was used and freed during the backward pass, so it cannot be "
-            f"accumulated, clipped, scaled or read ({func}). Call zero_grad() after every backward pass, take one "
-            "backward pass a step, and clip in another way (no clip_grad_norm_, max_grad_norm=0, no GradScaler)"
+            f"accumulated, clipped, scaled or read ({func}). Call zero_grad() after every backward pass, run one "
+            "backward pass a step, and turn off gradient clipping and scaling (no clip_grad_norm_, max_grad_norm=0, "
+            "no GradScaler)"
         )
 
 
 class FusedBackward(Optimizer):
-    """What :func:`fuse_into_backward` returns: an optimizer to schedulers and trainers, whose steps have been taken."""
+    """The optimizer of :func:`fuse_into_backward`: the backward pass takes its steps, and trainers may use it."""
 
     def __init__(self, optimizer_class: type[Optimizer], model_or_params: Any, options: dict[str, Any]) -> None:
         self._class, self._options = optimizer_class, options
-        self._own: dict[Tensor, Optimizer] = {}  # of each parameter
-        self._group: dict[Tensor, int] = {}
-        self._known: list[dict[str, Any]] = []  # the options of each group, as the parameters' optimizers have them
+        self._own: dict[Tensor, Optimizer] = {}  # each parameter's own optimizer
+        self._group: dict[Tensor, int] = {}  # the index of each parameter's group
+        self._known: list[dict[str, Any]] = []  # the options that each group's optimizers have
         self._hooks: list[Any] = []
         groups = _groups_of(model_or_params)
-        # an optimizer that is made only for what it thinks of the arguments, and for the defaults of its options
+        # this optimizer never steps: it checks the arguments and gives the options' defaults
         whole = optimizer_class([{**g} for g in groups], **options)
         try:
             super().__init__(whole.param_groups, whole.defaults)
         except BaseException:
-            self.remove()  # from the groups before the one that is refused
+            self.remove()  # the hooks of the groups that were added before the refused one
             raise
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters: the next backward pass moves them."""
+        """Add a group of parameters. The next backward pass moves them."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         first = sum(len(g["params"]) for g in self.param_groups[:-1])
@@ -76,11 +80,11 @@ class FusedBackward(Optimizer):
         try:
             for name, p in zip(names, group["params"], strict=True):
                 if p.grad is not None:
-                    raise ValueError(f"fuse_into_backward: {name} has a gradient already; call zero_grad() before")
+                    raise ValueError(f"fuse_into_backward: {name} has a gradient already; call zero_grad() first")
                 if _is_fused(p):
                     raise ValueError(f"fuse_into_backward: {name} moves in the backward pass already; call remove()")
             settings = _settings(group)
-            # its position, for an optimizer whose random bits follow from it (SM3's): they are those of one optimizer
+            # SM3 derives random bits from tensor_id: the position gives the bits of one optimizer over all parameters
             own = {
                 p: self._class([{**settings, "params": [p], "tensor_id": first + i}], **self._options)
                 for i, p in enumerate(group["params"])
@@ -93,19 +97,20 @@ class FusedBackward(Optimizer):
         self._known.append(settings)
         for name, p in zip(names, group["params"], strict=True):
             if p.requires_grad:
-                # The collector never frees a parameter that a hook of this kind leads back to; one on its gradient may.
+                # Python's collector cannot free a cycle through a post-accumulate hook, so that hook refers to the
+                # optimizer weakly. It can free a cycle through a gradient hook: that one keeps the optimizer alive.
                 self._hooks.append(p.register_hook(self._keep))
                 self._hooks.append(p.register_post_accumulate_grad_hook(partial(_use, weakref.ref(self), name)))
 
     def _keep(self, grad: Tensor) -> None:
-        """On every parameter, which so keeps this optimizer alive."""
+        """A hook that does nothing: it lets every parameter keep this optimizer alive."""
 
     def _move(self, p: Tensor) -> None:
         self._share_options(self._group[p])
         self._own[p].step()
 
     def _share_options(self, index: int) -> None:
-        """Hand on what a scheduler or a user has set in a group since. Values that an optimizer sets by itself stay."""
+        """Copy the options that a scheduler or a user has changed in a group. Values that an optimizer sets stay."""
         group, known = self.param_groups[index], self._known[index]
         now = _settings(group)
         changed = {k: v for k, v in now.items() if k not in known or v is not known[k]}
@@ -117,10 +122,10 @@ class FusedBackward(Optimizer):
     # --- what trainers call -------------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Marks the end of a step. Only gradients that no backward pass has left here, but a user, are still used.
+        """Mark the end of a step. A gradient that the user has assigned to ``.grad`` moves its parameter now.
 
         Args:
-            closure: run first, as in torch.optim; its backward pass moves the parameters.
+            closure: runs first, as in torch.optim; its backward pass moves the parameters.
         """
         loss = None
         if closure is not None:
@@ -134,13 +139,13 @@ class FusedBackward(Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Makes room for the next backward pass. There is no gradient to free."""
+        """Set every ``.grad`` to None, as the next backward pass needs. This frees no memory."""
         for group in self.param_groups:
             for p in group["params"]:
                 p.grad = None
 
     def remove(self) -> None:
-        """Take the hooks off the parameters: backward passes leave gradients again. The state stays."""
+        """Remove the hooks from the parameters. Backward passes leave gradients again; the state stays."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -156,15 +161,15 @@ class FusedBackward(Optimizer):
 
     @property
     def state(self) -> Any:
-        """The state of every parameter that has one, as it lies in the parameters' optimizers."""
+        """The state of every parameter that has one: the entries of the parameters' own optimizers."""
         return {p: own.state[p] for p, own in self._own.items() if p in own.state}
 
     @state.setter
     def state(self, value: Any) -> None:
-        """torch.optim.Optimizer sets an empty one at the start; the parameters' optimizers have their own."""
+        """Ignored: torch.optim.Optimizer assigns an empty state, and the parameters' optimizers hold the real one."""
 
     def state_dict(self) -> dict[str, Any]:
-        """That of one optimizer of the class over all parameters: either loads what the other has saved."""
+        """The state of one optimizer of the class over all parameters. Either kind loads what the other has saved."""
         state: dict[int, Any] = {}
         groups: list[dict[str, Any]] = []
         for index, group in enumerate(self.param_groups):
@@ -172,7 +177,7 @@ class FusedBackward(Optimizer):
             parts = [self._own[p].state_dict() for p in group["params"]]
             first = sum(len(g["params"]) for g in groups)
             state |= {first + i: part["state"][0] for i, part in enumerate(parts) if 0 in part["state"]}
-            # options that the optimizer counts up by itself are in its own group
+            # options that the optimizer itself changes, such as a step count, are in its own group
             kept = {k: v for part in parts[:1] for k, v in part["param_groups"][0].items() if k in group}
             groups.append({**_settings(group), **kept, "params": list(range(first, first + len(parts)))})
             if "param_names" in group:
@@ -180,15 +185,15 @@ class FusedBackward(Optimizer):
         return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take in the state of one optimizer of the class over these parameters. Options become those that were saved.
+        """Load the state of one optimizer of the class over these parameters. The saved options replace the current.
 
-        Raises ValueError for other numbers of groups or parameters; what the class refuses besides, it refuses.
+        Raises ValueError when the numbers of groups or parameters differ, and the errors of the class itself.
         """
         theirs = state_dict["param_groups"]
         sizes = [len(g["params"]) for g in self.param_groups]
         if [len(g["params"]) for g in theirs] != sizes:
             raise ValueError(
-                f"fuse_into_backward: the state must have groups of {sizes} parameters, got "
+                f"fuse_into_backward: state_dict must have groups of {sizes} parameters, got "
                 f"{[len(g['params']) for g in theirs]}"
             )
         fresh: dict[Tensor, Optimizer] = {}
@@ -203,7 +208,7 @@ class FusedBackward(Optimizer):
             options = fresh[mine["params"][0]].param_groups[0] if sizes[i] else saved
             mine.update({k: v for k, v in _settings(options).items() if k in saved})
             self._known[i] = _settings(mine)
-            for p in mine["params"]:  # an lr that is a tensor is one for all: schedulers write into it
+            for p in mine["params"]:  # all share one tensor lr: schedulers write into it
                 fresh[p].param_groups[0].update({k: mine[k] for k in self.defaults if k in mine})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -228,12 +233,12 @@ def _is_fused(p: Tensor) -> bool:
 
 
 def _groups_of(model_or_params: Any) -> list[dict[str, Any]]:
-    """Parameter groups, of a module with the names of its parameters."""
+    """Parameter groups. For a module they have the parameters' names."""
     if isinstance(model_or_params, nn.Module):
         if isinstance(model_or_params, nn.parallel.DistributedDataParallel):
             raise ValueError(
                 "fuse_into_backward: DistributedDataParallel averages gradients after the hook has used them; use "
-                "fully_shard, or one process"
+                "fully_shard or a single process"
             )
         model_or_params = model_or_params.named_parameters()
     if isinstance(model_or_params, Tensor) or not isinstance(model_or_params, Iterable):
@@ -250,15 +255,16 @@ def _groups_of(model_or_params: Any) -> list[dict[str, Any]]:
 
 
 def fuse_into_backward(optimizer_class: type[Optimizer], model_or_params: Any, **options: Any) -> FusedBackward:
-    r"""Update every parameter during the backward pass, as soon as its gradient is known, and free the gradient.
+    r"""Update every parameter during the backward pass, as soon as its gradient is complete, and free the gradient.
 
     .. math::
 
         \text{peak} = \text{activations} + \max_p \text{grad}_p \quad\text{instead of}\quad
         \text{activations} + \sum_p \text{grad}_p
 
-    The updates are those of ``optimizer_class`` after the backward pass, bit for bit, for every optimizer that moves
-    each parameter by its own gradient and state alone (those of torch.optim but LBFGS; :class:`leanops.optim.SM3`).
+    The updates have the bits of an ``optimizer_class`` that steps after the backward pass. This holds for every
+    optimizer that moves a parameter by that parameter's gradient and state alone: all of torch.optim except LBFGS, and
+    :class:`leanops.optim.SM3`.
 
     ::
 
@@ -271,32 +277,37 @@ def fuse_into_backward(optimizer_class: type[Optimizer], model_or_params: Any, *
             opt.zero_grad()
 
     Args:
-        optimizer_class: any torch optimizer. options: its arguments.
-        model_or_params: a module, or what the class takes. A parameter that does not require grad does not move; one
-            that starts to later moves in ``step()``.
+        optimizer_class: any torch optimizer. options: its keyword arguments.
+        model_or_params: a module, or any parameters or groups that the class takes. A parameter that does not require
+            grad does not move. If it requires grad later, ``step()`` moves it.
 
     Returns:
-        an optimizer with ``param_groups`` for schedulers, ``state_dict``, ``load_state_dict`` (interchangeable with
-        those of the class), ``step`` (which has little left to do), ``zero_grad`` and ``remove``, which takes the hooks
-        off. It lasts as long as the parameters that it moves.
+        An optimizer with ``param_groups`` for schedulers, ``state_dict`` and ``load_state_dict`` (interchangeable with
+        those of the class), ``step``, ``zero_grad``, and ``remove``, which removes the hooks. It lives as long as the
+        parameters that it moves.
 
-    **Refused**, with an error at the time of use: a second gradient of a parameter before ``zero_grad()`` (gradient
-    accumulation; also reentrant checkpointing of a parameter that is used in two segments), and everything that reads
-    gradients after the backward pass (clipping by norm or value, GradScaler's unscaling), for they are gone. The
-    parameters whose gradient came first have moved by then: a backward pass that fails leaves a step half done.
+    **Refused**, with an error at the time of use:
+
+    - a second gradient of a parameter before ``zero_grad()``: gradient accumulation, and reentrant checkpointing of a
+      parameter that two segments use;
+    - everything that reads gradients after the backward pass, because they are freed: clipping by norm or value, and
+      GradScaler's unscaling.
+
+    The parameters whose gradients came first have moved by then, so a backward pass that fails leaves a step half done.
     Hugging Face's Trainer measures the norm of the gradients even where it does not clip (5.23 with
-    ``max_grad_norm=0``); a subclass whose ``_get_grad_norm`` returns None does not.
+    ``max_grad_norm=0``); a subclass whose ``_get_grad_norm`` returns None avoids that.
 
     Raises:
-        ValueError: a DistributedDataParallel module, no parameters, parameters that have a gradient or move in the
-            backward pass already, an optimizer whose ``step`` needs a closure. TypeError: no class of optimizers, or
-            neither a module nor parameters.
+        ValueError: a DistributedDataParallel module; no parameters; parameters that already have a gradient or already
+            move in the backward pass; an optimizer whose ``step`` needs a closure.
+        TypeError: ``optimizer_class`` is no class of optimizers; ``model_or_params`` is no module and no parameters.
     """
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
         raise TypeError(f"fuse_into_backward: optimizer_class must be a class of optimizers, got {optimizer_class!r}")
     closure = inspect.signature(optimizer_class.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(
-            f"fuse_into_backward: {optimizer_class.__name__}.step needs a closure: several backward passes a step"
+            f"fuse_into_backward: optimizer_class must step without a closure, and {optimizer_class.__name__}.step "
+            "needs a closure, which runs several backward passes a step"
         )
     return FusedBackward(optimizer_class, model_or_params, options)

@@ -1,4 +1,4 @@
-"""Start an optimizer's moments anew without a new optimizer."""
+"""Reset an optimizer's moments without making a new optimizer."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from leanops.optim.common import capabilities
 from leanops.optim.common.parameters import is_sharded
 
-# what a fresh entry holds, in both parts if it is complex; of torch's optimizers and SM3. A string names the option of
-# the group that it starts from.
+# Start values of the state entries of torch's optimizers and SM3. Both parts of a complex entry start there. A string
+# names the group's option that holds the start value.
 _START: dict[str, float | str] = {
     "step": 0,
     # Adam, AdamW, RAdam, NAdam, Adamax, SparseAdam
@@ -36,41 +36,47 @@ _START: dict[str, float | str] = {
     "ax": 0,
     "prev": 0,
     "step_size": "lr",
-    # SM3 in int8; its covers are no moments, see below
+    # SM3 in int8; its covers are no moments, see _is_cover
     "momentum_scale": 0,
 }
 
 
 @torch.no_grad()
 def reset_momentum_(optimizer: Any, *, covers: bool = False) -> None:
-    r"""Set moments **and** step counts back to where they start, in place; weights and options stay.
+    r"""Reset moments **and** step counts to their start values, in place. Weights and options stay.
 
     .. math:: m \leftarrow 0, \qquad v \leftarrow 0, \qquad t \leftarrow 0
 
-    The next step is that of a new optimizer (of SM3: with the covers of the run). The count matters: Adam divides by
-    :math:`1 - \beta^t`, so moments set to 0 beside an old count make the next update too large, by
-    :math:`(1 - \beta_1) / \sqrt{1 - \beta_2}`, 3.2 times at (0.9, 0.999). To be called every few hundred steps,
-    published for low-rank pre-training, also after weights were rewritten (a refactorization), when old moments belong
-    to coordinates that are gone.
+    The next step equals the first step of a new optimizer (SM3 keeps the covers of the run). The count matters: Adam
+    divides by :math:`1 - \beta^t`, so moments of 0 with an old count make the next update too large, by
+    :math:`(1 - \beta_1) / \sqrt{1 - \beta_2}`, 3.2 times at (0.9, 0.999). Call it every few hundred steps, as published
+    for low-rank pre-training. Call it also after weights were rewritten (a refactorization), because old moments then
+    belong to coordinates that no longer exist.
 
-    A count that lies in the parameter group (``group["step"]``, as in pytorch_optimizer) is set to 0 as well; whatever
-    else an optimizer counts or estimates there (schedule-free averages, Prodigy's d) stays.
+    A count in the parameter group (``group["step"]``, as in pytorch_optimizer) is also set to 0. Other values that an
+    optimizer keeps in the group (schedule-free averages, Prodigy's d) stay.
 
-    Every entry is set in place (addresses stay, so captured graphs stay valid): exp_avg, exp_avg_sq, max_exp_avg_sq,
-    exp_inf, momentum_buffer and its scale, square_avg, grad_avg, acc_delta, row_var, col_var, variance, prev, ax and
-    step to 0; mu_product and mu to 1; sum to ``initial_accumulator_value``; eta and step_size to lr. Entries that are
-    None stay so. **A parameter with an entry that is not among these**, or of a tensor type of its own (torchao's
-    quantized moments), loses its state altogether, and the optimizer makes it anew at the next step; nothing of it is
-    kept by half.
+    Every entry is set in place. Addresses stay, so captured graphs stay valid:
+
+    - to 0: exp_avg, exp_avg_sq, max_exp_avg_sq, exp_inf, momentum_buffer and its scale, square_avg, grad_avg,
+      acc_delta, row_var, col_var, variance, prev, ax and step;
+    - to 1: mu_product and mu;
+    - sum to ``initial_accumulator_value``, eta and step_size to lr;
+    - entries that are None stay None.
+
+    **A parameter with any other entry**, or with an entry of a special tensor type (torchao's quantized moments), loses
+    its whole state, and the optimizer makes it anew at the next step. No state is kept in part.
 
     Args:
         optimizer: a torch optimizer.
-        covers: reset the accumulators of :class:`SM3` too. By default they stay, as sums over the run. SM3's step count
-            stays in either case: no correction depends on it, it numbers the bits of stochastic rounding.
+        covers: reset the accumulators of :class:`SM3` too. By default they stay, because they are sums over the run.
+            SM3's step count stays in either case: it numbers the random bits of stochastic rounding, and no bias
+            correction depends on it.
 
     Raises:
-        TypeError: not an optimizer. ValueError: MeZO, whose log would no longer replay; covers=True for an optimizer
-            whose state has none. Nothing is changed then.
+        TypeError: not an optimizer.
+        ValueError: MeZO, because its log would no longer replay; covers=True for an optimizer whose state has no
+            covers. Nothing is changed then.
 
     Source: momentum reset in 2505.22922.
     """
@@ -80,7 +86,7 @@ def reset_momentum_(optimizer: Any, *, covers: bool = False) -> None:
     if capabilities.replayable(optimizer):
         kind = type(optimizer).__name__
         raise ValueError(f"reset_momentum_: optimizer must not be {kind}: its log would no longer replay")
-    # an optimizer may keep something of its own there too, by name
+    # optimizer.state may also hold the optimizer's own values, under names instead of parameters
     keys = {key for p, state in optimizer.state.items() if isinstance(p, Tensor) for key in state}
     if covers and keys and not any(map(_is_cover, keys)):
         raise ValueError(
@@ -106,7 +112,7 @@ def reset_momentum_(optimizer: Any, *, covers: bool = False) -> None:
 
 
 def _starts(own: Optimizer, group: dict[str, Any], state: dict[str, Any], covers: bool) -> dict[str, float] | None:
-    """Where the entries to reset start, or None where that is not known of each, or cannot be set in place."""
+    """Start values of the entries to reset. None if one is unknown or an entry cannot be set in place."""
     found: dict[str, float] = {}
     for key, value in state.items():
         start = 0 if _is_cover(key) else _START.get(key)

@@ -1,16 +1,16 @@
-"""What an optimizer can tell of itself. Other code asks here and never tests an optimizer's class.
+"""Questions to an optimizer about its abilities. Other code asks here and never tests an optimizer's class.
 
-An optimizer answers by attributes of these names. Each is optional, and the default fits the optimizers of torch.optim.
+An optimizer answers by attributes with these names. Each is optional; the defaults fit the optimizers of torch.optim.
 
 ==========================  ===========  ===============================================================================
 attribute                   default      meaning
 ==========================  ===========  ===============================================================================
 ``needs_gradients``         True         ``step()`` moves a parameter by its gradient
-``replayable``              False        a log replays the run, so nobody else may change weights or state between steps
-``state_is_replayed``       False        replay rebuilds the state too, so nobody may drop a parameter's state
-``free_state(p)``           state.pop    drops a parameter's state, and whatever else holds its memory
+``replayable``              False        a log replays the run: no other code may change weights or state between steps
+``state_is_replayed``       False        replay rebuilds the state too: no other code may drop a parameter's state
+``free_state(p)``           state.pop    drops a parameter's state and every other reference to its memory
 ``optimizer_of(p)``         itself       the optimizer that holds a parameter's state
-``kept_by_reset``           nothing      state entries that are no moments and survive a reset of moments
+``kept_by_reset``           nothing      state entries that are no moments, which a reset of moments keeps
 ==========================  ===========  ===============================================================================
 """
 
@@ -44,7 +44,7 @@ def free_state(optimizer: Optimizer, p: Tensor) -> None:
 
 
 def moves_in_backward(optimizer: Optimizer) -> bool:
-    """Whether each parameter has an optimizer of its own, which steps during the backward pass."""
+    """Whether each parameter has its own optimizer, which steps during the backward pass."""
     return hasattr(optimizer, "optimizer_of")
 
 

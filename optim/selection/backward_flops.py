@@ -1,4 +1,4 @@
-"""What each tensor adds to a backward pass, measured by torch's own counter on the autograd graph of a given batch."""
+"""The FLOPs that each tensor adds to a backward pass: torch's counter measures them on the graph of a batch."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ def _counter() -> Any:
 
 @dataclass(frozen=True)
 class BackwardFlops:
-    """FLOPs of a backward pass, taken apart.
+    """FLOPs of a backward pass, tensor by tensor.
 
-    ``names`` are the tensors from the output to the input, in the order in which their gradients were complete.
-    ``forward``: FLOPs of the forward pass. ``dw[k]``: of the gradient of tensor k itself. ``dy[k]``: of gradients of
-    activations that tensor k needs and none above it does. ``fixed``: needed whatever trains (for leaves that are not
-    among the tensors). ``groups``: pairs (tensors as bits, FLOPs that are spent if any of them trains), of which all
-    others are sums.
+    - ``names``: the tensors from the output to the input, in the order in which their gradients were complete.
+    - ``forward``: FLOPs of the forward pass.
+    - ``dw[k]``: FLOPs of the gradient of tensor k itself.
+    - ``dy[k]``: FLOPs of the activations' gradients that tensor k needs and no tensor above it needs.
+    - ``fixed``: FLOPs that every selection needs (for leaves that are not among the tensors).
+    - ``groups``: pairs (tensors as bits, FLOPs that are spent if any of them trains). dw and dy are sums of them.
     """
 
     forward: int
@@ -45,18 +46,18 @@ class BackwardFlops:
         return self.fixed + sum(flops for _, flops in self.groups)
 
     def cost(self, trainable: Collection[str]) -> int:
-        """FLOPs of the backward pass if these train: what the counter finds then, or more (see :func:`measure`)."""
+        """FLOPs of the backward pass if these train: the counter's result, or more (see :func:`measure`)."""
         mask = sum(1 << i for i, name in enumerate(self.names) if name in trainable)
         return self.fixed + sum(flops for group, flops in self.groups if group & mask)
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers, strings and lists; sets of tensors in hexadecimal, for ``torch.load`` reads no integer that long."""
+        """Numbers, strings and lists. Sets of tensors are hexadecimal: ``torch.load`` reads no integer so long."""
         lists = {name: list(getattr(self, name)) for name in ("names", "dw", "dy")}
         return {**asdict(self), **lists, "groups": [[hex(group), flops] for group, flops in self.groups]}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> BackwardFlops:
-        """Raises KeyError, TypeError or ValueError for what :meth:`state_dict` did not make."""
+        """Raises KeyError, TypeError or ValueError for a state that :meth:`state_dict` did not make."""
         forward, fixed = int(state["forward"]), int(state["fixed"])
         names = tuple(map(str, state["names"]))
         dw, dy = (tuple(map(int, state[name])) for name in ("dw", "dy"))
@@ -66,21 +67,22 @@ class BackwardFlops:
 
 
 def measure(op: str, closure: Callable[[], Any], params: Mapping[str, Tensor]) -> BackwardFlops:
-    """Take the backward pass of ``closure()`` apart; all params must require grad. Within :func:`undisturbed`.
+    """Measure the backward pass of ``closure()`` by tensor. All params must require grad. Call in :func:`undisturbed`.
 
-    The graph is run backward once, and torch's counter read before and after each of its nodes. A node that costs FLOPs
-    and passes gradients on along several edges (a product does, to its weight and to its input) is then run alone for
-    each edge, with zeros for gradients. An edge is needed when a tensor that trains lies behind it, and so the cost of
-    every set of tensors is known. Where the edges' costs do not add up to the node's (attention in one kernel computes
-    all its gradients at once), the node counts in full when any is needed, which is never too little.
+    The function runs the graph backward once and reads torch's counter before and after each node. A node may cost
+    FLOPs and pass gradients along several edges: a product does so, to its weight and to its input. Such a node is then
+    run alone for each edge, with zeros as incoming gradients. An edge is needed when a trainable tensor lies behind it,
+    so the cost of every set of tensors is known. If the edges' costs do not add up to the node's cost (attention in one
+    kernel computes all its gradients at once), the node counts in full when any edge is needed. The count is then never
+    too low.
 
-    Gradients are dropped as they appear: at no time is there more than one.
+    Each gradient is dropped when it is complete, so memory holds at most one at a time.
     """
     with _counter() as counter:
         loss, root = _loss(op, closure, params)
     forward = counter.get_total_flops()
     nodes = _nodes(root)
-    flops, shapes, order = _run(loss, nodes, params)
+    flops, shapes, order = _count_nodes(loss, nodes, params)
     names = {id(p): name for name, p in params.items()}
     leaves = {names[id(v)] for v in (getattr(n, "variable", None) for n in nodes) if id(v) in names}
     missing = [name for name in order if name not in leaves]
@@ -89,8 +91,8 @@ def measure(op: str, closure: Callable[[], Any], params: Mapping[str, Tensor]) -
             f"{op}: the gradient of {missing[0]} does not come through the graph of the loss; measure without "
             "activation checkpointing"
         )
-    order += sorted(leaves.difference(order))  # in the graph, and no gradient arrived
-    behind = _behind(nodes, {id(params[name]): i for i, name in enumerate(order)})
+    order += sorted(leaves.difference(order))  # in the graph, but without a gradient
+    behind = _tensors_behind(nodes, {id(params[name]): i for i, name in enumerate(order)})
     other = 1 << len(order)
     groups: Counter[int] = Counter()
     for node in nodes:
@@ -106,7 +108,7 @@ def measure(op: str, closure: Callable[[], Any], params: Mapping[str, Tensor]) -
 
 
 def count(op: str, closure: Callable[[], Any], params: Mapping[str, Tensor]) -> tuple[int, int]:
-    """FLOPs of the forward and of the backward pass as things are. Within :func:`undisturbed`."""
+    """FLOPs of the forward and the backward pass with the tensors that train now. Call in :func:`undisturbed`."""
     with _counter() as forward:
         loss, _ = _loss(op, closure, params)
     with _counter() as backward, _dropped(params):
@@ -117,14 +119,14 @@ def count(op: str, closure: Callable[[], Any], params: Mapping[str, Tensor]) -> 
 def gradients(
     op: str, closure: Callable[[], Any], params: Mapping[str, Tensor], seen: Callable[[str, Tensor], None]
 ) -> None:
-    """One backward pass; ``seen(name, parameter)`` is called when a gradient is complete, which is dropped then."""
+    """One backward pass: calls ``seen(name, parameter)`` for each complete gradient and then drops the gradient."""
     loss, _ = _loss(op, closure, params)
     with _dropped(params, seen):
         loss.backward()
 
 
 def _loss(op: str, closure: Callable[[], Any], params: Mapping[str, Tensor]) -> tuple[Tensor, Node]:
-    """The loss and the root of its graph, which no backward pass has used."""
+    """The loss and the root of its unused graph; ValueError if the closure has called backward or returned no loss."""
     loss = closure()
     used = [name for name, p in params.items() if p.grad is not None]
     if used:
@@ -137,7 +139,7 @@ def _loss(op: str, closure: Callable[[], Any], params: Mapping[str, Tensor]) -> 
 
 @contextmanager
 def _dropped(params: Mapping[str, Tensor], seen: Callable[[str, Tensor], None] | None = None) -> Iterator[None]:
-    """Gradients of a backward pass are shown to ``seen`` and dropped."""
+    """Pass each gradient of a backward pass to ``seen`` and then drop it."""
 
     def hook(name: str) -> Callable[[Tensor], None]:
         def drop(p: Tensor) -> None:
@@ -157,8 +159,9 @@ def _dropped(params: Mapping[str, Tensor], seen: Callable[[str, Tensor], None] |
 
 @contextmanager
 def undisturbed(model: nn.Module, params: Mapping[str, Tensor], trainable: Collection[str]) -> Iterator[None]:
-    """These train for a while, and none has a gradient at first. What a measurement moves comes back: gradients,
-    buffers (running statistics; also those that the forward pass binds anew), random generators, what requires grad."""
+    """Within it, ``trainable`` train and no parameter has a gradient at the start. Afterwards all that a measurement
+    changes is restored: gradients, ``requires_grad``, random generators, and buffers (running statistics, also buffers
+    that the forward pass replaces)."""
     slots = [(m._buffers, dict(m._buffers.items())) for m in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     before = {name: (p.requires_grad, p.grad) for name, p in params.items()}
@@ -189,7 +192,7 @@ def undisturbed(model: nn.Module, params: Mapping[str, Tensor], trainable: Colle
 
 
 def _nodes(root: Node) -> list[Node]:
-    """Every node below the root, each after all those that it leads to."""
+    """The root and every node below it, each after all nodes that it leads to."""
     found: dict[Node, None] = {}
     stack: list[tuple[Node, bool]] = [(root, False)]
     entered: set[Node] = set()
@@ -204,8 +207,8 @@ def _nodes(root: Node) -> list[Node]:
     return list(found)
 
 
-def _behind(nodes: list[Node], index: Mapping[int, int]) -> dict[Node, int]:
-    """Which tensors lie behind a node, as bits; the bit after the last is for all other leaves."""
+def _tensors_behind(nodes: list[Node], index: Mapping[int, int]) -> dict[Node, int]:
+    """The tensors behind each node, as bits. The bit after the last tensor's is for all other leaves."""
     found: dict[Node, int] = {}
     for node in nodes:
         leaf = getattr(node, "variable", None)
@@ -222,10 +225,10 @@ def _behind(nodes: list[Node], index: Mapping[int, int]) -> dict[Node, int]:
 Shapes = list[tuple[torch.Size, torch.dtype, torch.device] | None]
 
 
-def _run(
+def _count_nodes(
     loss: Tensor, nodes: list[Node], params: Mapping[str, Tensor]
 ) -> tuple[dict[Node, int], dict[Node, Shapes], list[str]]:
-    """One backward pass: FLOPs and incoming gradients of each node, and the order in which gradients are complete."""
+    """One backward pass: each node's FLOPs and incoming gradients, and the order in which gradients are complete."""
     counter = _counter()
     started: dict[Node, int] = {}
     flops: dict[Node, int] = {}
@@ -248,7 +251,7 @@ def _run(
     inner = [n for n in nodes if n.next_functions]
     handles = [n.register_prehook(before(n)) for n in inner] + [n.register_hook(after(n)) for n in inner]
     try:
-        # on one thread: nodes of several devices would otherwise run, and be counted, at the same time
+        # on one thread: nodes of several devices would otherwise run at once and mix their counts
         with (
             counter,
             torch.autograd.set_multithreading_enabled(False),
@@ -262,7 +265,7 @@ def _run(
 
 
 def _split(node: Node, flops: int, shapes: Shapes, behind: Mapping[Node, int]) -> dict[int, int]:
-    """A node's FLOPs by the tensors that need them."""
+    """A node's FLOPs, split by the set of tensors (as bits) that needs them."""
     edges = dict.fromkeys((n, i) for n, i in node.next_functions if n is not None)
     whole = 0
     for n, _ in edges:
@@ -270,21 +273,21 @@ def _split(node: Node, flops: int, shapes: Shapes, behind: Mapping[Node, int]) -
     if len(edges) > 1:
         found: Counter[int] = Counter()
         for edge in edges:
-            found[behind[edge[0]]] += _alone(node, edge, shapes)
+            found[behind[edge[0]]] += _edge_flops(node, edge, shapes)
         if sum(found.values()) == flops:
             return found
     return {whole: flops}
 
 
-def _alone(node: Node, edge: Edge, shapes: Shapes) -> int:
-    """FLOPs of a node when only one edge's gradient is asked for."""
+def _edge_flops(node: Node, edge: Edge, shapes: Shapes) -> int:
+    """FLOPs of a node that computes one edge's gradient only."""
     counter = _counter()
-    at: list[int] = []
+    totals: list[int] = []  # the counter before and after the node
     known = [(i, s) for i, s in enumerate(shapes) if s is not None]
     grads = [torch.zeros(shape, dtype=dtype, device=device) for _, (shape, dtype, device) in known]
     handles = [
-        node.register_prehook(lambda *_: at.append(counter.get_total_flops())),
-        node.register_hook(lambda *_: at.append(counter.get_total_flops())),
+        node.register_prehook(lambda *_: totals.append(counter.get_total_flops())),
+        node.register_hook(lambda *_: totals.append(counter.get_total_flops())),
     ]
     try:
         with counter, torch.autograd.set_multithreading_enabled(False):
@@ -298,4 +301,4 @@ def _alone(node: Node, edge: Edge, shapes: Shapes) -> int:
     finally:
         for handle in handles:
             handle.remove()
-    return at[1] - at[0]
+    return totals[1] - totals[0]

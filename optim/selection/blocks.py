@@ -1,4 +1,4 @@
-"""The parts of a model that are named by a user or found: its stack of blocks, and parameters."""
+"""Find the blocks and the parameters of a model that a user names, or the model's only stack of blocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def plain(op: str, model: Any) -> nn.Module:
-    """The module itself, out of the wrappers that put a prefix before its parameters' names."""
+    """The module inside the wrappers that put a prefix before its parameters' names."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
     while True:
@@ -28,9 +28,12 @@ Blocks = str | nn.Module | Sequence[nn.Module | str] | None
 def find_blocks(op: str, model: nn.Module, blocks: Blocks) -> dict[str, nn.Module]:
     """Name and module of each block.
 
-    None: the entries of the only ``nn.ModuleList`` of which two or more entries train (lists within another list's
-    modules, such as experts, do not count). A name: the children of that module. Another string: a regular expression
-    that a block's name matches in full. A module: its children. A list: modules, or their names.
+    - None: the entries of the only ``nn.ModuleList`` that has two or more trainable entries. Lists within another
+      list's modules, such as experts, do not count.
+    - A module's name: the children of that module.
+    - Another string: a regular expression that must match a block's whole name.
+    - A module: its children.
+    - A list: modules or their names.
     """
     names = {id(m): n for n, m in model.named_modules()}
     modules = dict(model.named_modules())
@@ -60,14 +63,15 @@ def find_blocks(op: str, model: nn.Module, blocks: Blocks) -> dict[str, nn.Modul
 
 
 def _stack(op: str, model: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of the only stack of the model."""
+    """The blocks of the model's only stack."""
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     outer = {n: m for n, m in lists.items() if not any(n.startswith(f"{o}.") or not o for o in lists if o != n)}
     if not outer:
         raise ValueError(f"{op}: blocks must be given for a model without a torch.nn.ModuleList, got None")
     training = {n: sum(any(p.requires_grad for p in m.parameters()) for m in entries) for n, entries in outer.items()}
     most = max(training.values())
-    stacks = [n for n, count in training.items() if count >= min(most, 2)]  # one entry is a stack where no list has two
+    # a list with one trainable entry is a stack only if no list has two
+    stacks = [n for n, count in training.items() if count >= min(most, 2)]
     if len(stacks) > 1:
         found = ", ".join(f"{n!r} ({training[n]})" for n in stacks)
         raise ValueError(
@@ -95,7 +99,7 @@ Named = str | nn.Module | Tensor | Sequence[nn.Module | Tensor | str]
 
 
 def find_params(op: str, argument: str, model: nn.Module, names: Collection[str], which: Named) -> set[str]:
-    """Parameters by a regular expression that is found in their names, or as modules, parameters and such names."""
+    """Names of the parameters that ``which`` names: a regular expression to search in names, modules, or parameters."""
     if isinstance(which, str):
         pattern = _pattern(op, argument, which)
         found = {n for n in names if pattern.search(n)}

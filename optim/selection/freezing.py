@@ -3,7 +3,7 @@
 A frozen parameter does not require grad, so autograd computes no gradient for it. Its ``grad`` is None, and the
 optimizer's entry for it is dropped, moments and step count alike. It stays in its parameter group, where every torch
 optimizer skips a parameter without a gradient: weight decay and momentum do not move it either. When it trains again,
-the optimizer starts it anew, as at its first step.
+the optimizer starts with new state, as at its first step.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from leanops.optim.common import capabilities
 from leanops.optim.common.capabilities import holder
 from leanops.optim.selection.blocks import plain
 
-_frozen = WeakIdKeyDictionary()  # parameters that a Freezer has frozen, and its name
+_frozen = WeakIdKeyDictionary()  # frozen parameter -> name of the class that froze it
 
 
 class Freezer:
-    """The parameters that take part, by name: those that require grad when it is made. Others are left alone."""
+    """Freezes and unfreezes the parameters that require grad when it is made, by name. Others are left alone."""
 
     def __init__(self, op: str, model: Any, optimizer: Any) -> None:
         self.op = op
@@ -45,8 +45,8 @@ class Freezer:
         for name, p in self.model.named_parameters():
             if not p.requires_grad and p in _frozen:
                 raise ValueError(
-                    f"{op}: model must be released first, got {name} as {_frozen[p]} froze it; call its release(), or "
-                    "let all that is to take part require grad"
+                    f"{op}: model must be released first, got {name} as {_frozen[p]} froze it; call release() of the "
+                    f"{_frozen[p]}, or set requires_grad of the parameters that shall train"
                 )
         self.params: dict[str, Tensor] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         if not self.params:
@@ -61,11 +61,11 @@ class Freezer:
         self._eager = bool(self.fresh(nn.Parameter(torch.zeros(1, device="cpu"))))
 
     def fresh(self, p: Tensor) -> dict[str, Any]:
-        """What the optimizer makes of a parameter when it is built: mostly nothing (Adagrad does not wait)."""
+        """The state that the optimizer makes for a parameter at construction: empty for most, not for Adagrad."""
         try:
             kind = holder(self.optimizer, next(iter(self.params.values())))
             made = type(kind)([p], **kind.defaults)
-        except Exception:  # a class whose arguments are not its defaults, as torch's are: taken to wait
+        except Exception:  # its defaults are not its arguments: assume that construction makes no state
             return {}
         return dict(made.state.get(p, {}))
 
@@ -88,7 +88,7 @@ class Freezer:
                 state[p] = self.fresh(p)
 
     def free(self) -> None:
-        """Drop the optimizer's state of all that is frozen."""
+        """Drop the optimizer's state of all frozen parameters."""
         counting: Optimizer | None = None
         for p in self.params.values():
             if not p.requires_grad:
@@ -98,7 +98,7 @@ class Freezer:
                     counting = optimizer
         if counting is not None:
             warnings.warn(
-                f"{self.op}: {type(counting).__name__} counts steps by parameter group, so what trains again starts "
-                "with moments of 0 beside an old count, and its first updates are of another size",
+                f"{self.op}: {type(counting).__name__} counts steps by parameter group, so a parameter that trains "
+                "again has new moments and an old step count; its first updates differ in size from a new optimizer's",
                 stacklevel=4,
             )

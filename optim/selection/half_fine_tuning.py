@@ -1,4 +1,4 @@
-"""Half fine-tuning: in each round half of the matrices of each category train, the others keep what they know."""
+"""Half fine-tuning: in each round half of each category's matrices train, and the other half stays unchanged."""
 
 from __future__ import annotations
 
@@ -23,39 +23,40 @@ CATEGORIES: Mapping[str, str] = {
 
 
 class HalfFineTuning(Rounds):
-    r"""Half of each category's matrices train in a round, the other half stays as it is; the next round draws anew.
+    r"""Half of each category's matrices train in a round, the other half stays unchanged; the next round draws anew.
 
-    A matrix is a weight with the bias beside it (``q_proj.weight`` and ``q_proj.bias`` are one). **The rule:** in every
-    block, of a category's n matrices
+    A matrix is a weight with its bias (``q_proj.weight`` and ``q_proj.bias`` are one matrix). **The rule:** of a
+    category's n matrices in a block,
 
     .. math:: \lfloor n / 2 \rfloor \text{ train, and one more in half of the blocks where } n \text{ is odd}
 
-    so that of a category's N matrices in all, N / 2 train, rounded up or down if N is odd. Which ones is uniform: each
-    matrix trains in a round with probability one half, independently of other rounds. So in each block two of q, k, v
-    and o train, one of two norms, and of gate, up and down two in half of the blocks and one in the others, as
-    published. All choices are those with the smallest keys ``philox(seed, round, index)``; rounding of an odd number
-    of odd blocks is the key's lowest bit. Where all this leaves nothing to train, for no category has two matrices, the
-    matrix with the smallest key does.
+    So N / 2 of a category's N matrices in the model train, rounded up or down if N is odd. The draw is uniform: each
+    matrix trains in a round with probability one half, independently of other rounds. As published, in each block two
+    of q, k, v and o and one of two norms train; of gate, up and down two train in half of the blocks and one in the
+    other blocks. Every draw takes the smallest keys ``philox(seed, round, index)``; if the number of blocks with odd n
+    is odd, the lowest bit of a key rounds their half. If no category has two matrices and the rule selects none, the
+    matrix with the smallest key trains.
 
     Frozen matrices have no gradients, no gradient computation and no optimizer state.
 
     Args:
         model, optimizer: see :class:`LISA`.
         period: steps a round; None: a round lasts until :meth:`next_round` (published: one for each task or stage).
-        blocks: see :class:`LISA`; a model without them (None, and no ``nn.ModuleList``) is one block. What lies outside
-            the blocks is treated as a block of its own.
-        categories: name and regular expression of each category. A matrix belongs to the first whose expression is
-            found in its name (without the weight's own, in any case), so order matters. By default norm, embedding
-            (the head included), attention and mlp (:data:`CATEGORIES`); modules that are embeddings or norms by type
-            count as such. What matches none is of the category ``"other"``.
-        always: a regular expression found in parameters' names, or modules and parameters, that train in every round
-            and in no category: a head that starts untrained, for one.
+        blocks: see :class:`LISA`. A model without a ``nn.ModuleList`` is one block if blocks is None. The parameters
+            outside the blocks form one more block.
+        categories: name and regular expression of each category. A matrix belongs to the first category whose
+            expression is found in its name, so order matters. The name has no final ``weight`` or ``bias``, and case is
+            ignored. The default is norm, embedding (the head included), attention and mlp (:data:`CATEGORIES`), and
+            modules of an embedding's or norm's type belong to those categories whatever their name. Matrices that match
+            no expression are in the category ``"other"``.
+        always: a regular expression to search in parameters' names, or modules and parameters. These train in every
+            round and belong to no category, such as a head that starts untrained.
         seed: the draws follow from it and from the number of the round.
 
-    ``categories`` tells the names of each category's matrices.
+    ``categories`` has the names of each category's matrices.
 
     Raises:
-        TypeError, ValueError: see :class:`LISA`; an expression that is none. Nothing is frozen then.
+        TypeError, ValueError: see :class:`LISA`; an invalid regular expression. Nothing is frozen then.
 
     Source: HFT (2404.18466), whose text leaves the order of the draws open.
     """
@@ -106,7 +107,7 @@ class HalfFineTuning(Rounds):
 
     @property
     def matrices(self) -> list[str]:
-        """Names of the matrices that are drawn from, without their ``weight`` or ``bias``."""
+        """Names of the matrices to draw from, without their ``weight`` or ``bias``."""
         return list(self._matrices)
 
     @property
@@ -126,25 +127,25 @@ class HalfFineTuning(Rounds):
         return sorted(self._always)
 
     def next_round(self) -> None:
-        """Draw anew, and free the state of what is frozen now. Raises RuntimeError where a period does so."""
+        """Draw anew, and free the state of the frozen parameters. Raises RuntimeError if ``period`` is set."""
         if self.period is not None:
-            raise RuntimeError(f"HalfFineTuning.next_round: rounds follow from period, {self.period}; make it None")
+            raise RuntimeError(f"HalfFineTuning.next_round: rounds follow from period, {self.period}; set it to None")
         self._enter(self._round + 1)
         self._freezer.free()
         self._stale = False
 
     def _draw(self, round_: int) -> set[str]:
         chosen: list[int] = []
-        # keys of blocks and of the rounding: indices that no matrix has
+        # the keys of blocks and of the rounding take indices above those of the matrices
         key = len(self._matrices)
         for blocks in self._strata.values():
-            odd = [key + i for i, of in enumerate(blocks.values()) if len(of) % 2]
+            odd = [key + i for i, indices in enumerate(blocks.values()) if len(indices) % 2]
             n = len(odd) // 2
             if len(odd) % 2:
                 n += seeds.derive(self.seed, round_, key + len(blocks), stream=streams.DRAW_SEEDS) & 1
             more = set(smallest(self.seed, round_, odd, n))
-            for i, of in enumerate(blocks.values()):
-                chosen += smallest(self.seed, round_, of, math.floor(len(of) / 2) + (key + i in more))
+            for i, indices in enumerate(blocks.values()):
+                chosen += smallest(self.seed, round_, indices, math.floor(len(indices) / 2) + (key + i in more))
             key += len(blocks) + 1
         if not chosen and not self._always:
             chosen = smallest(self.seed, round_, range(len(self._matrices)), 1)
@@ -153,7 +154,7 @@ class HalfFineTuning(Rounds):
 
 
 def _kinds(model: nn.Module) -> dict[str, str]:
-    """Categories that follow from a module's type, by the matrix's name."""
+    """Matrix name -> category, for the modules whose type gives the category."""
     found = {}
     for name, m in model.named_modules():
         if isinstance(m, nn.Embedding | nn.EmbeddingBag):

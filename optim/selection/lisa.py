@@ -1,4 +1,4 @@
-"""LISA: a few blocks train at a time, drawn at random."""
+"""LISA: a few randomly drawn blocks train at a time."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from leanops.optim.selection.rounds import Rounds, at_least, smallest
 
 
 class LISA(Rounds):
-    r"""Layerwise importance sampling: in each round, γ of the N blocks train, and the rest of the model always does.
+    r"""Layerwise importance sampling: in each round γ of the N blocks train; the other parts of the model always train.
 
     .. math::
 
         S_r = \text{the } \gamma \text{ blocks } b \text{ with the smallest keys } \text{philox}(\text{seed}, r, b),
         \qquad r = \lfloor t / K \rfloor
 
-    which is uniform without replacement, anew every K steps. A block is drawn with probability γ / N in a round, each
-    pair with probability γ(γ - 1) / (N(N - 1)), independently of other rounds. Frozen blocks have no gradients, no
-    gradient computation, and no optimizer state: with Adam, 8 bytes a parameter of γ blocks instead of N.
+    The draw is uniform without replacement, anew every K steps. In a round a block is drawn with probability γ / N and
+    each pair with probability γ(γ - 1) / (N(N - 1)), independently of other rounds. Frozen blocks have no gradients, no
+    gradient computation, and no optimizer state: Adam keeps 8 bytes a parameter for γ blocks instead of N.
 
     ::
 
@@ -31,33 +31,37 @@ class LISA(Rounds):
             opt.zero_grad()
 
     Args:
-        model: any module. Parameters that do not require grad when LISA is made stay out of it, so that adapters and
-            models that are frozen in part work as they are.
-        optimizer: any torch optimizer that keeps its state by parameter and holds all parameters that do; make it
-            before LISA. Where it counts steps by parameter group (``group["step"]``), blocks that train again do not
-            start as in a new one, and a warning says so.
+        model: any module. LISA ignores parameters that do not require grad when it is made, so adapters and partly
+            frozen models work without changes.
+        optimizer: any torch optimizer that keeps its state by parameter and holds all parameters that require grad;
+            make it before LISA. If it counts steps by parameter group (``group["step"]``), blocks that train again do
+            not start as in a new optimizer, and LISA warns.
         active: γ, published: 2 (of 32), up to 8.
         period: K, published: 3 to 50 draws over a run, that is tens to hundreds of steps.
-        blocks: what is drawn from: None for the entries of the model's only stack, the ``nn.ModuleList`` of which two
-            or more entries train (a model with several stacks is refused), a container's name
-            (``"model.layers"``), a regular expression that blocks' names match in full (``r"encoder\.block\.\d+"``),
-            or a list of modules or names. Blocks without a trainable parameter are not counted.
-        always: what trains in every round: None for all that is outside the blocks (embeddings, head, final norm), or a
-            regular expression found in parameters' names, or a list of modules and parameters; whatever else lies
-            outside the blocks then stays frozen. Parameters shared by an active block train with it.
+        blocks: the blocks to draw from. Blocks without a trainable parameter are not counted.
+
+            - None: the entries of the model's only stack, the ``nn.ModuleList`` that has two or more trainable entries.
+              A model with several stacks is refused.
+            - A container's name (``"model.layers"``): its children.
+            - A regular expression that must match a block's whole name (``r"encoder\.block\.\d+"``).
+            - A list of modules or names.
+        always: the parameters that train in every round. None: all parameters outside the blocks (embeddings, head,
+            final norm). A regular expression to search in parameters' names, or a list of modules and parameters: these
+            train, and all others outside the blocks stay frozen. A parameter that several blocks share trains when one
+            of them is active.
         seed: the draws follow from it and from the number of the round.
 
-    ``active_blocks`` has the names of the blocks that train now. See ``attach`` for counting steps by a hook,
-    :func:`leanops.optim.trainer_callback` for Hugging Face's Trainer, and ``state_dict``, with which a run resumes to
-    the same bits, in the middle of a round too.
+    ``active_blocks`` has the names of the blocks that train now. ``attach`` counts steps by a hook.
+    :func:`leanops.optim.trainer_callback` is for Hugging Face's Trainer. With ``state_dict`` a run resumes to the same
+    bits, in the middle of a round too.
 
-    DistributedDataParallel: make LISA after it, and give it ``find_unused_parameters=True``.
+    DistributedDataParallel: wrap the model before making LISA, with ``find_unused_parameters=True``.
 
     Raises:
         TypeError: model or optimizer of the wrong kind.
-        ValueError: more active blocks than there are; blocks or always that match nothing, or blocks that cannot be
-            told; an optimizer without one of the trainable parameters; a model that LISA, HalfFineTuning or
-            TensorSelector has frozen and not released. Nothing is frozen then.
+        ValueError: more active blocks than the model has; blocks or always that match nothing; no blocks given for a
+            model with no stack or several; an optimizer without one of the trainable parameters; a model that LISA,
+            HalfFineTuning or TensorSelector has frozen and not released. Nothing is frozen then.
 
     Source: LISA (2403.17919), algorithm 1.
     """
@@ -99,7 +103,7 @@ class LISA(Rounds):
 
     @property
     def blocks(self) -> list[str]:
-        """Names of the blocks that are drawn from."""
+        """Names of the blocks to draw from."""
         return list(self._blocks)
 
     @property

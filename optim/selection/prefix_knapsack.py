@@ -1,4 +1,4 @@
-"""The knapsack with a price for depth, solved exactly: which tensors a backward pass of a given length should train."""
+"""An exact solver of the knapsack with a price for depth: which tensors to train for a given number of FLOPs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-TOLERANCE = 1e-12  # of the sum of the positive importances: differences below it are rounding errors of the sums
-_CHUNK = 16  # depths that are bounded together before they are looked at one by one
-_WINDOW = 10  # tensors around the break whose every combination is tried first
-_SORT = 64  # partial solutions beyond which dominated ones are looked for
-_COUNTS = 1 << 14  # combinations of counts that are tried outright where many tensors share a price
-_STATES = 1 << 16  # partial solutions beyond which the least promising are given up, and optimality with them
+TOLERANCE = 1e-12  # times the sum of the positive importances: smaller differences are rounding errors of the sums
+_CHUNK = 16  # depths that share one bound before each gets its own
+_WINDOW = 10  # tensors around the break: all their combinations are tried first
+_SORT = 64  # with more partial solutions, remove dominated ones
+_COUNTS = 1 << 14  # try at most this many combinations of counts when tensors share prices
+_STATES = 1 << 16  # with more partial solutions, drop the least promising; optimality is then not proven
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A solution: ``selected`` are positions, from shallow to deep; ``bound`` is an importance that none exceeds."""
+    """A solution. ``selected``: positions, from shallow to deep. ``bound``: no solution's importance exceeds it."""
 
     selected: tuple[int, ...]
     importance: float
@@ -41,12 +41,15 @@ def prefix_knapsack(importance: ArrayLike, dw: ArrayLike, dy: ArrayLike, budget:
         \sum_k m_k\, dw_k + \sum_{j \le d} dy_j \le B, \qquad d = \max\{k : m_k = 1\}
 
     Tensors are numbered from the output (0) to the input: the gradient of tensor d needs the gradients of all
-    activations above it, so the deepest tensor sets the price of the way, and every tensor its own price.
+    activations above it. So the deepest tensor sets the price of the activations' gradients, and every tensor adds its
+    own price.
 
-    For each choice of d this is a knapsack over the first d tensors with the capacity left by the way. Bounds of the
-    relaxed knapsack rule out nearly every d; for the rest, tensors that the bound fixes are fixed, the capacity is
-    rounded down to what the others can fill (a multiple of the greatest common divisor), and a dynamic program over
-    partial solutions, with dominance and bounds, does the others.
+    For each choice of d this is a knapsack over the first d tensors. Its capacity is the budget without the price of
+    the activations' gradients. Bounds of the relaxed knapsack rule out nearly every d. For each remaining d:
+
+    1. Fix the tensors that the bound decides.
+    2. Round the capacity down to a multiple of the greatest common divisor of the other tensors' costs.
+    3. Solve for the other tensors by a dynamic program over partial solutions, with dominance and bounds.
 
     Args:
         importance: I, [n], finite; a tensor that is not above 0 is never chosen.
@@ -54,14 +57,14 @@ def prefix_knapsack(importance: ArrayLike, dw: ArrayLike, dy: ArrayLike, budget:
         budget: B, an integer of any size, in the same unit. Negative: nothing fits.
 
     Returns:
-        The solution. Costs are integers, the budget is kept exactly. ``exact``: no other choice has an importance that
-        is larger by more than 1e-12 of the sum of all positive importances, which is where the sums of doubles end.
-        It is False only where the dynamic program had to give up partial solutions (beyond 65,536 at once: hundreds of
-        tensors of unrelated, nearly equal price per importance, which no network is known to have); ``bound`` then
-        still limits what was missed.
+        The solution. Costs are integers, and the budget is kept exactly. ``exact``: no other choice has an importance
+        that is larger by more than 1e-12 of the sum of all positive importances, which is the precision of sums of
+        doubles. It is False only if the dynamic program had to drop partial solutions, because there were more than
+        65,536 at once. That takes hundreds of tensors with unrelated costs and nearly equal price per importance; no
+        network is known to have them. ``bound`` then still limits the missed importance.
 
     Raises:
-        ValueError: lengths that differ, importances that are not finite, costs that are negative or not whole, a budget
+        ValueError: different lengths, importances that are not finite, costs that are negative or not whole, a budget
             that is no integer.
 
     Source: the selection problem of GreenTrainer (2309.13192), whose own dynamic program keeps one solution for each
@@ -70,8 +73,8 @@ def prefix_knapsack(importance: ArrayLike, dw: ArrayLike, dy: ArrayLike, budget:
     v, w, way = _checked(importance, dw, dy)
     if isinstance(budget, bool) or not isinstance(budget, Integral):
         raise ValueError(f"prefix_knapsack: budget must be an integer, got {budget!r}")
-    budget = max(-1, min(int(budget), int(w.sum()) + int(way.sum())))  # what makes a difference, and fits 64 bits
-    cap = budget - np.cumsum(way)  # of each choice of the deepest tensor, what is left for gradients of weights
+    budget = max(-1, min(int(budget), int(w.sum()) + int(way.sum())))  # an equivalent budget that fits 64 bits
+    cap = budget - np.cumsum(way)  # for each deepest tensor: the budget left for gradients of weights
     items = np.flatnonzero((v > 0) & (w <= cap))
     if not len(items):
         return Chosen((), 0.0, 0, 0.0, True)
@@ -102,7 +105,7 @@ def _checked(importance: ArrayLike, dw: ArrayLike, dy: ArrayLike) -> tuple[Float
 
 
 def _fill(found: NDArray[np.bool_], v: Floats, w: Ints, cap: Ints) -> NDArray[np.bool_]:
-    """Add what costs nothing more in the way and still fits: importances below the tolerance may have been left."""
+    """Add tensors above the deepest that still fit: the search skips importances below the tolerance."""
     deepest = int(np.flatnonzero(found)[-1])
     room = int(cap[deepest] - w[found].sum())
     for k in np.flatnonzero(~found[:deepest] & (v[:deepest] > 0) & (w[:deepest] <= room)):
@@ -117,7 +120,8 @@ class _Solver:
 
     def __init__(self, v: Floats, w: Ints, cap: Ints) -> None:
         self.v, self.w = v, w
-        self.last = np.flatnonzero(np.append(cap[1:] < cap[:-1], True))  # other depths leave the same room to fewer
+        # a depth is left out if the next one has the same capacity for more tensors
+        self.last = np.flatnonzero(np.append(cap[1:] < cap[:-1], True))
         self.cap = cap[self.last]
         ratio = np.where(w > 0, v / np.maximum(w, 1), np.inf)
         self.order = np.argsort(-ratio, kind="stable")
@@ -131,7 +135,7 @@ class _Solver:
     def run(self) -> NDArray[np.int64]:
         starts = np.arange(0, len(self.last), _CHUNK)
         stops = np.minimum(starts + _CHUNK, len(self.last)) - 1
-        # all depths of a chunk at once: no more tensors than the deepest has, no less room than the shallowest has
+        # one bound a chunk: the tensors of its deepest depth, the capacity of its shallowest
         high = self._relax(stops, self.cap[starts])
         rows = [np.arange(a, b + 1) for a, b, h in zip(starts, stops, high, strict=True) if h > self.best + self.tol]
         if rows:
@@ -145,7 +149,7 @@ class _Solver:
         return self.chosen
 
     def _relax(self, rows: NDArray[np.int64], cap: Ints) -> Floats:
-        """Bounds of some depths if the break tensor could be cut; what fits before the break is a solution itself."""
+        """Upper bounds of some depths, with the break tensor cut. The tensors before the break are a solution."""
         v, w = self.v[self.order], self.w[self.order]
         inside = self.order[None, :] <= self.last[rows, None]
         used, value = np.cumsum(inside * w, 1), np.cumsum(inside * v, 1)
@@ -176,12 +180,12 @@ class _Solver:
 
 
 class _Core:
-    """One knapsack, its tensors sorted by importance per FLOP: fix what bounds fix, then a dynamic program."""
+    """One knapsack over tensors sorted by importance per FLOP: bounds fix most, a dynamic program solves the rest."""
 
     def __init__(self, v: Floats, w: Ints, cap: int, best: float, tol: float) -> None:
         self.v, self.w, self.cap, self.best, self.tol = v, w, cap, best, tol
-        self.fixed = np.zeros(len(v), bool)  # in every solution that could be better
-        self.mask: NDArray[np.bool_] | None = None  # a solution that is better
+        self.fixed = np.zeros(len(v), bool)  # part of every better solution
+        self.mask: NDArray[np.bool_] | None = None  # a better solution
         self.exact = True
         self.given_up = 0.0
 
@@ -206,7 +210,7 @@ class _Core:
                 self._window(open_, v, w, used, value, s, base)
                 tried = True
             inside = np.arange(len(open_)) < s
-            # the bound if a tensor's place, in or out, were the other
+            # the bound if a tensor changed from in to out, or from out to in
             bound = low + (room + np.where(inside, w, -w)) * ratio + np.where(inside, -v, v)
             free = bound > self.best + self.tol
             if free.all():
@@ -224,7 +228,7 @@ class _Core:
             self.mask[added] = True
 
     def _window(self, open_: Ints, v: Floats, w: Ints, used: Ints, value: Floats, s: int, base: float) -> None:
-        """Every combination of the tensors around the break: a good solution early saves most of the search."""
+        """Try every combination of the tensors around the break: an early good solution saves most of the search."""
         lo = max(0, min(s - _WINDOW // 2, len(v) - _WINDOW))
         hi = min(len(v), lo + _WINDOW)
         sums, costs = np.zeros(1), np.zeros(1, np.int64)
@@ -237,8 +241,8 @@ class _Core:
         self._offer(total, open_[np.concatenate((np.arange(lo), inside))])
 
     def _counts(self, open_: Ints, v: Floats, w: Ints, base: float) -> bool:
-        """Tensors of one price are taken in order of importance, so counts are all there is to choose: a network's
-        layers repeat, and few prices differ. The most frequent price's count follows from the others'."""
+        """Choose how many tensors of each price to take, the most important first. A network's layers repeat, so few
+        prices differ. The count of the most frequent price follows from the other counts."""
         prices, which, n = np.unique(w, return_inverse=True, return_counts=True)
         most = int(n.argmax())
         others = [g for g in range(len(n)) if g != most]
@@ -259,11 +263,11 @@ class _Core:
         return True
 
     def _program(self, open_: Ints, v: Floats, w: Ints, base: float) -> None:
-        """Partial solutions (cost, value) over the first tensors, each bounded by the relaxed rest."""
+        """Dynamic program: partial solutions (cost, value) over the first tensors; the relaxed rest bounds each."""
         used, value = np.concatenate(([0], np.cumsum(w))), np.concatenate(([0.0], np.cumsum(v)))
         ratio = np.append(v / w, 0.0)
         cost, sums = np.zeros(1, np.int64), np.full(1, base)
-        trace: list[tuple[Ints, int]] = []  # of each tensor: which of the doubled partial solutions were kept
+        trace: list[tuple[Ints, int]] = []  # for each tensor: the kept partial solutions, and their number before it
         end: tuple[int, int, int] | None = None  # the best: tensor, partial solution, first tensor that no longer fits
         for t in range(len(open_)):
             half = len(cost)
@@ -295,7 +299,7 @@ class _Core:
 
 
 def _path(trace: Sequence[tuple[Ints, int]], t: int, i: int, stop: int) -> list[int]:
-    """The tensors of a partial solution, and those after it up to ``stop``."""
+    """The tensors of a partial solution, and all tensors after it up to ``stop``."""
     path = list(range(t + 1, stop))
     while True:
         half = trace[t][1]

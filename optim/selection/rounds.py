@@ -1,4 +1,4 @@
-"""Draws of what trains: each follows from a seed and the number of the round."""
+"""Draws of the parameters that train: each draw follows from a seed and the number of the round."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from leanops.optim.selection.freezing import Freezer
 
 
 def at_least(op: str, name: str, value: Any, low: int) -> int:
-    """``value`` as an int, where it is an integer of at least ``low``."""
+    """``value`` as an int; ValueError if it is no integer or below ``low``."""
     if not is_integer(value) or value < low:
         raise ValueError(f"{op}: {name} must be an integer >= {low}, got {value!r}")
     return int(value)
 
 
 def smallest(base: int, round_: int, candidates: Iterable[int], n: int) -> list[int]:
-    """n of the candidates, uniformly without replacement: smallest ``derive(base, round, i)`` first."""
+    """Draw n candidates uniformly without replacement: those with the smallest ``derive(base, round, i)``."""
     ranked = sorted(candidates, key=lambda i: (seeds.derive(base, round_, i, stream=streams.DRAW_SEEDS), i))
     return sorted(ranked[:n])
 
 
 class Rounds:
-    """Draws anew at the start of every round of ``period`` steps; the base of LISA and HalfFineTuning.
+    """The base of LISA and HalfFineTuning: draws the trainable parameters at the start of every ``period`` steps.
 
-    What trains in a round follows from the seed and the round's number alone, so a run that is resumed, or moved with
-    :meth:`seek`, continues as if it had never stopped.
+    A draw follows from the seed and the round's number alone. So a run that is resumed, or moved with :meth:`seek`,
+    continues as if it had never stopped.
     """
 
-    _SETTINGS: tuple[str, ...] = ()  # what a resumed run must have in common with the saved one
+    _SETTINGS: tuple[str, ...] = ()  # settings that must equal the saved run's to resume
 
     def __init__(self, model: Any, optimizer: Any, period: int | None, seed: int) -> None:
         self._op = type(self).__name__
@@ -43,7 +43,7 @@ class Rounds:
         self._hook: Any = None
 
     def _draw(self, round_: int) -> set[str]:
-        """Names of what trains in a round."""
+        """Names of the parameters that train in a round."""
         raise NotImplementedError
 
     @property
@@ -62,17 +62,17 @@ class Rounds:
         return self._freezer.trainable
 
     def step(self) -> None:
-        """Count a step; call it after ``optimizer.step()``. At the end of a round, draw anew and free.
+        """Count a step; call it after ``optimizer.step()``. The end of a round draws anew and frees frozen state.
 
-        Raises RuntimeError after :meth:`attach`, for every step would then count twice.
+        Raises RuntimeError after :meth:`attach`, because every step would then count twice.
         """
         if self._attached:
-            raise RuntimeError(f"{self._op}.step: attach() counts the steps already; call one of them")
+            raise RuntimeError(f"{self._op}.step: attach() counts the steps already; use either attach() or step()")
         self._advance()
 
     @property
     def _attached(self) -> bool:
-        """Whether a hook counts: the user may have removed it by its handle."""
+        """Whether the hook counts steps. The user may have removed it by its handle."""
         return self._hook is not None and self._hook.id in (self._hook.hooks_dict_ref() or ())
 
     def _advance(self) -> None:
@@ -95,7 +95,7 @@ class Rounds:
         self._stale, self._released = True, False
 
     def seek(self, steps: int) -> None:
-        """Go to where ``steps`` steps lead. State of what is frozen there is freed at the next step."""
+        """Go to the position after ``steps`` steps. The next step frees the state of the parameters frozen there."""
         self._steps = steps = at_least(f"{self._op}.seek", "steps", steps, 0)
         self._enter(self._round if self.period is None else steps // self.period)
 
@@ -127,13 +127,13 @@ class Rounds:
         return {name: getattr(self, name) for name in ("period", "seed", *self._SETTINGS)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Position and settings, plain numbers and strings. The optimizer's own state_dict holds the state."""
+        """Position and settings as plain numbers and strings. The optimizer's own state_dict holds its state."""
         return {"steps": self._steps, "round": self._round, **self._settings()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume: the round's parameters train. It may come before or after the optimizer's ``load_state_dict``.
+        """Resume: the saved round's parameters train. Call it before or after the optimizer's ``load_state_dict``.
 
-        Raises ValueError, and changes nothing, where the saved run has other settings.
+        Raises ValueError, and changes nothing, if the saved run has other settings.
         """
         op = f"{self._op}.load_state_dict"
         for name, mine in self._settings().items():

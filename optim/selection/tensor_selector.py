@@ -1,4 +1,4 @@
-"""GreenTrainer: the most important tensors that a given share of the FLOPs of training can train."""
+"""GreenTrainer: train the most important tensors within a given share of full training's FLOPs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ Loss = Callable[[], Any]
 
 @dataclass(frozen=True)
 class TensorSelection:
-    """What was selected, and what it costs; FLOPs of one step on the measured batch.
+    """The selected tensors and their cost, in FLOPs of one step on the measured batch.
 
-    ``budget``: what the backward pass may cost. ``cost``: what the knapsack counts for it, at most the budget.
-    ``backward``: what the selection's backward pass costs, at most the budget, and mostly less than ``cost`` (the
-    knapsack takes every way down to the deepest tensor for needed): counted with this selection where ``select`` had a
-    closure, if its forward pass has the measured FLOPs, otherwise by :class:`BackwardFlops`. ``rho``: the share of full
-    training's FLOPs, both passes, that this is. ``exact``: whether the selection is proven to be the best; see
-    :func:`prefix_knapsack`.
+    - ``budget``: the most that the backward pass may cost.
+    - ``cost``: the knapsack's cost of the selection, at most the budget.
+    - ``backward``: the cost of the selection's backward pass, at most the budget. It is mostly less than ``cost``,
+      because the knapsack charges all gradients of activations down to the deepest tensor. It is counted with this
+      selection if ``select`` had a closure whose forward pass has the measured FLOPs, and otherwise computed by
+      :class:`BackwardFlops`.
+    - ``rho``: the share of full training's FLOPs, both passes.
+    - ``exact``: whether the selection is proven to be the best; see :func:`prefix_knapsack`.
     """
 
     names: tuple[str, ...]
@@ -54,29 +56,29 @@ class TensorSelection:
 
 
 class TensorSelector:
-    r"""Select what trains by importance for the FLOPs it costs, exactly.
+    r"""Select the tensors to train: the largest total importance within a budget of FLOPs, solved exactly.
 
     .. math::
 
         \max_m \sum_k m_k I_k \quad \text{subject to} \quad \sum_k m_k\, dw_k + \sum_{j \le \text{deepest}} dy_j
         \le \rho_{bp} T_{bp}, \qquad \rho_{bp} = \rho \Big(1 + \frac{T_{fp}}{T_{bp}}\Big) - \frac{T_{fp}}{T_{bp}}
 
-    so that a step, its forward pass included, costs at most the share ρ of a step that trains everything.
+    so that a step, with its forward pass, costs at most the share ρ of a step that trains everything.
 
-    **FLOPs are measured**, by ``torch.utils.flop_counter`` on the autograd graph of a batch: ``dw_k`` is what the
-    gradient of tensor k costs, ``dy_k`` what gradients of activations cost that k needs and none above it; see
-    :class:`BackwardFlops`. What the counter does not count (elementwise work, fused attention on a CPU) is free.
-    Measure without activation checkpointing, and without hooks that make activations require grad, such as
-    transformers' ``enable_input_require_grads()``: a selection is counted before it is made, and refused where it costs
-    more than the budget all the same.
+    **FLOPs are measured** by ``torch.utils.flop_counter`` on the autograd graph of a batch. ``dw_k`` is the cost of the
+    gradient of tensor k. ``dy_k`` is the cost of the activations' gradients that k needs and no tensor above it needs;
+    see :class:`BackwardFlops`. Work that the counter does not count (elementwise work, fused attention on a CPU) is
+    free. Measure without activation checkpointing, and without hooks that make activations require grad, such as
+    transformers' ``enable_input_require_grads()``. Before a selection is applied, its backward pass is counted. A
+    selection that costs more than the budget is refused.
 
-    **Importance** is the first-order estimate of how far the next step of this optimizer, with its state, learning rate
-    and weight decay, lowers the loss through this tensor alone:
+    **Importance** is a first-order estimate: how far the next step of this optimizer, with its state, learning rate
+    and weight decay, lowers the loss through this tensor alone.
 
     .. math:: I_k = - \sum_i g_{k,i}\, \Delta w_{k,i}
 
-    from one backward pass with all tensors; the step is tried on a copy of one tensor at a time. Nothing that this
-    does stays: weights, gradients, buffers, optimizer state and random generators are as they were.
+    It takes one backward pass with all tensors, and a trial step on a copy of one tensor at a time. Afterwards weights,
+    gradients, buffers, optimizer state and random generators are restored.
 
     ::
 
@@ -92,17 +94,17 @@ class TensorSelector:
 
     Args:
         model, optimizer: see :class:`LISA`; tensors are the parameters that require grad now.
-        rho: ρ in (0, 1]. A forward pass is about a third of full training, and nothing below it can be kept.
+        rho: ρ in (0, 1]. A forward pass is about a third of full training, so no smaller ρ leaves room for a tensor.
 
-    Several processes: average :meth:`importance` over them, then give it to :meth:`select` on each; the selection
-    follows from the numbers alone.
+    Several processes: average :meth:`importance` over them, then give the average to :meth:`select` on each. The
+    selection follows from the numbers alone.
 
     Raises:
-        TypeError, ValueError: see :class:`LISA`; rho out of range; an optimizer that steps in the backward pass or
-            without one (MeZO); a model sharded by FSDP, whose graph does not lead to its parameters.
+        TypeError, ValueError: see :class:`LISA`; rho out of range; an optimizer that steps during the backward pass or
+            has no backward pass (MeZO); a model sharded by FSDP, whose graph does not lead to its parameters.
 
-    Source: GreenTrainer (2309.13192). Its dynamic program is not exact, it takes FLOPs from formulas by model, and its
-    importance is the gradient after the tried step times that step.
+    Source: GreenTrainer (2309.13192). The published dynamic program is not exact, its FLOPs come from formulas for each
+    model, and its importance is the gradient after the trial step times that step.
     """
 
     def __init__(self, model: Any, optimizer: Any, *, rho: float = 0.5) -> None:
@@ -111,8 +113,8 @@ class TensorSelector:
         self._freezer = Freezer("TensorSelector", model, optimizer)
         if capabilities.moves_in_backward(self._freezer.optimizer):
             raise ValueError(
-                "TensorSelector: optimizer must not step inside of the backward pass, as fuse_into_backward's does: "
-                "measuring takes backward passes that move nothing"
+                "TensorSelector: optimizer must not step inside the backward pass, as fuse_into_backward's does, "
+                "because measuring runs backward passes that must not move weights"
             )
         if not capabilities.needs_gradients(self._freezer.optimizer):
             kind = type(self._freezer.optimizer).__name__
@@ -120,7 +122,7 @@ class TensorSelector:
                 f"TensorSelector: optimizer must step by gradients, got {kind}, which has no backward pass"
             )
         if any(map(_is_fsdp, self._freezer.model.modules())):
-            raise ValueError("TensorSelector: model must not be sharded by FSDP: its graph ends before its parameters")
+            raise ValueError("TensorSelector: model must not be sharded by FSDP, whose graph does not reach parameters")
         self.rho = float(rho)
         self.flops: BackwardFlops | None = None
         self.selection: TensorSelection | None = None
@@ -133,9 +135,9 @@ class TensorSelector:
     # --- measuring ----------------------------------------------------------------------------------------------------
 
     def profile(self, closure: Loss) -> BackwardFlops:
-        """Measure the FLOPs of each tensor on ``closure() -> loss``; :meth:`select` does so when it has none yet.
+        """Measure the FLOPs of each tensor on ``closure() -> loss``. The first :meth:`select` calls it.
 
-        Worth repeating when the batch's shape changes by much. About three times the work of a step.
+        It does about three times the work of a step. Repeat it when the batch's shape changes much.
         """
         params = self._freezer.params
         with undisturbed(self._freezer.model, params, params):
@@ -143,7 +145,7 @@ class TensorSelector:
         return self.flops
 
     def importance(self, closure: Loss) -> dict[str, float]:
-        """I of every tensor, on the batch of ``closure() -> loss``; 0 for tensors that get no gradient."""
+        """The importance I of every tensor on the batch of ``closure() -> loss``; 0 for tensors without a gradient."""
         params = self._freezer.params
         groups = {id(p): group for group in self._freezer.optimizer.param_groups for p in group["params"]}
         found: dict[str, Tensor] = {}
@@ -157,7 +159,7 @@ class TensorSelector:
         return {name: float(found[name]) if name in found else 0.0 for name in params}
 
     def measure(self, closure: Loss) -> tuple[int, int]:
-        """FLOPs of the forward and the backward pass of ``closure()`` with the tensors that train now, as counted."""
+        """Count the FLOPs of the forward and the backward pass of ``closure()`` with the tensors that train now."""
         return self._count("TensorSelector.measure", closure, self.trainable)
 
     def _count(self, op: str, closure: Loss, trainable: Collection[str]) -> tuple[int, int]:
@@ -167,13 +169,14 @@ class TensorSelector:
 
     @torch.no_grad()
     def _trial(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
-        """What the optimizer's next step would add to a parameter, on copies of it and of its state."""
+        """The change that the optimizer's next step would make to a parameter, computed on copies."""
         optimizer = self._freezer.optimizer
         moved = torch.nn.Parameter(p.detach().clone())
         moved.grad = grad
         state = optimizer.state[p] if p in optimizer.state else self._freezer.fresh(p)
         trial = object.__new__(type(optimizer))
-        trial.__dict__.update({k: v for k, v in optimizer.__dict__.items() if k != "step"})  # a scheduler's wrapper
+        # a scheduler wraps step as an attribute of the optimizer: leave that out
+        trial.__dict__.update({k: v for k, v in optimizer.__dict__.items() if k != "step"})
         trial._optimizer_step_pre_hooks = OrderedDict()
         trial._optimizer_step_post_hooks = OrderedDict()
         trial.state = defaultdict(dict, {moved: copy.deepcopy(state)})
@@ -184,17 +187,17 @@ class TensorSelector:
     # --- selecting ----------------------------------------------------------------------------------------------------
 
     def select(self, closure: Loss | None = None, *, importance: Mapping[str, float] | None = None) -> TensorSelection:
-        """Let the best tensors within the budget train, freeze the others and free their state; call between steps.
+        """Train the best tensors within the budget, freeze the others and free their state. Call it between steps.
 
         Args:
-            closure: returns the loss of a batch, and does not call backward. Not needed with ``importance`` once FLOPs
-                are measured; without it the selection is not counted.
-            importance: of every tensor, instead of measuring it.
+            closure: returns the loss of a batch and does not call backward. It may be left out if ``importance`` is
+                given and FLOPs are measured; the selection's cost is then not counted.
+            importance: the importance of every tensor, which is otherwise measured.
 
         Raises:
             ValueError: no closure where one is needed, or one that calls backward; importance that is not finite, or
-                not of all tensors; a rho that leaves room for no tensor; nothing with an importance above 0; a backward
-                pass that is counted with the selection and costs more than the budget. Nothing is changed then.
+                not given for all tensors; a rho that leaves room for no tensor; no importance above 0; a selection
+                whose counted backward pass costs more than the budget. Nothing is changed then.
         """
         op = "TensorSelector.select"
         if closure is None and (self.flops is None or importance is None):
@@ -210,14 +213,14 @@ class TensorSelector:
         if closure is not None:
             forward, backward = self._count(op, closure, selection.names)
             if known and forward <= flops.forward and backward > selection.budget:
-                # measured on another batch, perhaps with other FLOPs (experts)
+                # the profile is of another batch, whose FLOPs may differ (experts)
                 flops = self.profile(closure)
                 selection = self._best(op, flops, importance)
                 forward, backward = self._count(op, closure, selection.names)
             if forward <= flops.forward and backward > selection.budget:
                 raise ValueError(
-                    f"{op}: closure must have a backward pass of at most {selection.budget:,} FLOPs with what was "
-                    f"selected, got {backward:,}; measure without activation checkpointing and without hooks that make "
+                    f"{op}: closure must have a backward pass of at most {selection.budget:,} FLOPs with the selected "
+                    f"tensors, got {backward:,}; measure without activation checkpointing and without hooks that make "
                     "activations require grad (enable_input_require_grads)"
                 )
             if forward == flops.forward:
@@ -230,7 +233,7 @@ class TensorSelector:
     def _best(self, op: str, flops: BackwardFlops, importance: Mapping[str, float]) -> TensorSelection:
         if set(importance) != set(self._freezer.params):
             odd = sorted(set(importance) ^ set(self._freezer.params))
-            raise ValueError(f"{op}: importance must have an entry for each tensor alone, got a difference, {odd}")
+            raise ValueError(f"{op}: importance must have one entry for each tensor, got missing or unknown {odd}")
         values = [float(importance[name]) for name in flops.names]
         bad = [(n, v) for n, v in zip(flops.names, values, strict=True) if not math.isfinite(v)]
         if bad:
@@ -269,7 +272,7 @@ class TensorSelector:
     # --- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What was selected and measured, plain numbers and strings."""
+        """The selection and the measured FLOPs, as plain numbers and strings."""
         return {
             "rho": self.rho,
             "tensors": list(self._freezer.params),
@@ -278,10 +281,10 @@ class TensorSelector:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume: the saved selection trains, and state of what is frozen is freed. It may come before or after the
+        """Resume: the saved selection trains, and the state of frozen tensors is freed. Call it before or after the
         optimizer's ``load_state_dict``.
 
-        Raises ValueError, and changes nothing, where the saved run has other tensors or another rho.
+        Raises ValueError, and changes nothing, if the saved run has other tensors or another rho.
         """
         op = "TensorSelector.load_state_dict"
         for name, mine in (("rho", self.rho), ("tensors", list(self._freezer.params))):
@@ -298,13 +301,13 @@ class TensorSelector:
         for name, found in (("flops", flops), ("selection", selection)):
             if found is not None and not self._freezer.params.keys() >= set(found.names):
                 odd = sorted(set(found.names).difference(self._freezer.params))
-                raise ValueError(f"{op}: {name} must be of the tensors, got {odd}")
+                raise ValueError(f"{op}: {name} must name the model's tensors, got {odd}")
         self.flops, self.selection = flops, selection
         self._freezer.apply(self._freezer.params if selection is None else selection.names)
         self._freezer.free()
 
 
 def _is_fsdp(module: nn.Module) -> bool:
-    """Of either kind. None exists where torch's module was never imported."""
+    """Whether FSDP, of either version, shards the module. If torch's FSDP is not imported, no such module exists."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule | fsdp.FullyShardedDataParallel)

@@ -388,7 +388,7 @@ def test_an_optimizer_that_counts_steps_by_group_is_warned_of_by_name() -> None:
     model = net()
     optimizer = peers.AdamP(model.parameters(), lr=1e-3)
     lisa = LISA(model, optimizer, active=2, period=3)
-    with pytest.warns(UserWarning, match=r"LISA: AdamP counts steps by parameter group, so what trains again") as seen:
+    with pytest.warns(UserWarning, match=r"LISA: AdamP counts steps by parameter group, so a parameter that") as seen:
         train(model, optimizer, lisa, 0, 1)
     assert seen[0].filename == __file__
     with warnings.catch_warnings():

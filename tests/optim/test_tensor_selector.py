@@ -376,7 +376,7 @@ def test_a_bad_rho_is_refused(rho: Any) -> None:
 
 def test_steps_inside_of_the_backward_pass_are_refused() -> None:
     model = net()
-    with pytest.raises(ValueError, match="TensorSelector: optimizer must not step inside of the backward pass"):
+    with pytest.raises(ValueError, match="TensorSelector: optimizer must not step inside the backward pass"):
         TensorSelector(model, OPTIMIZERS["AdamW-in-backward"][0](model.parameters()))
 
 
@@ -441,7 +441,7 @@ def test_bad_selections_are_refused_and_change_nothing() -> None:
         selector.select(closure)
     with pytest.raises(ValueError, match=r"importance must be above 0 for a tensor, got at most -1.0"):
         selector.select(importance=dict.fromkeys(names, -1.0))
-    with pytest.raises(ValueError, match=r"importance must have an entry for each tensor alone, got .*'other'"):
+    with pytest.raises(ValueError, match=r"importance must have one entry for each tensor, got .*'other'"):
         selector.select(importance={**dict.fromkeys(names, 1.0), "other": 1.0})
     with pytest.raises(ValueError, match=r"importance must be finite, got nan for "):
         selector.select(importance=dict.fromkeys(names, float("nan")))
@@ -476,7 +476,7 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing(other: str) -> No
             selector.load_state_dict({**mine, "selection": selection})
     with pytest.raises(ValueError, match=r"load_state_dict: state_dict must be one of TensorSelector, got KeyError"):
         selector.load_state_dict({k: mine[k] for k in ("rho", "tensors")})
-    with pytest.raises(ValueError, match=r"load_state_dict: selection must be of the tensors, got \['a'\]"):
+    with pytest.raises(ValueError, match=r"load_state_dict: selection must name the model's tensors, got \['a'\]"):
         selector.load_state_dict({**mine, "selection": {**mine["selection"], "names": ["a"]}})
     assert selector.state_dict() == mine
     assert_same(snapshot(different, optimizer), before)
