@@ -1,4 +1,4 @@
-"""What a measurement depends on: the machine, the software on it, and the source of the operator."""
+"""All conditions of a measurement: the machine, its software, and the source of the operator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-# instruction sets that change which kernel runs, as /proc/cpuinfo names them
+# instruction sets that select a kernel, with their names in /proc/cpuinfo
 _ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_fp16",
               "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")  # fmt: skip
 
@@ -64,14 +64,14 @@ def caches() -> dict[str, int]:
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Bytes of the cache nearest to memory; 32 MiB where the system does not say."""
+    """Bytes of the cache nearest to memory; 32 MiB if the system does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     return max(caches().values(), default=32 << 20)
 
 
 def memory_available(device: torch.device) -> int:
-    """Bytes that can still be allocated; a container's limit counts."""
+    """Bytes that can still be allocated, within a container's limit."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = [int(line.split()[1]) << 10 for line in _read("/proc/meminfo").splitlines() if line.startswith("MemAvail")]
@@ -95,7 +95,7 @@ def package_version(name: str) -> str | None:
 
 @cache
 def driver_version() -> str | None:
-    """The NVIDIA driver, as nvidia-smi names it."""
+    """The version of the NVIDIA driver, from nvidia-smi."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
@@ -148,9 +148,9 @@ def gpu(device: torch.device) -> dict[str, object]:
 
 
 def fingerprint(device: torch.device | str, sources: Mapping[str, str] | None = None) -> dict[str, object]:
-    """Everything that a time on ``device`` depends on. ``sources`` gives each operator's source hash.
+    """All that a time on ``device`` depends on. ``sources`` has each operator's source hash.
 
-    Two measurements whose fingerprints differ in any field are of different things.
+    Measurements whose fingerprints differ in any field cannot be compared.
     """
     device = torch.device(device)
     machine = {"gpu": gpu(device)} if device.type == "cuda" else {"cpu": cpu()}

@@ -1,8 +1,8 @@
-"""Timing that counts: interleaved candidates, per-round samples, and the bootstrap interval of a ratio.
+"""Reliable timing: interleaved candidates, one sample in each round, and the bootstrap interval of a ratio.
 
 Absolute times drift with the machine; the ratio of two candidates timed next to each other does not. So candidates
-take turns in rounds, each round gives every candidate one sample, and ratios are formed within rounds. The first
-candidate also takes part a second time, under another name: the ratio of the two is the noise floor of the run.
+take turns in rounds, each round gives every candidate one sample, and ratios are formed within rounds. Each round times
+the first candidate a second time. The ratio of its two times is the noise floor of the run.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class Interval:
 
 @dataclass
 class Samples:
-    """Seconds a call, one list a candidate; the k-th entries of all lists were taken in the same round."""
+    """Seconds for each call, one list for each candidate. The k-th entries of all lists are from the same round."""
 
     seconds: dict[str, list[float]]
     inner: dict[str, int]  # calls timed together in one sample
-    again: list[float] = field(default_factory=list)  # the first candidate's second turn in every round
+    again: list[float] = field(default_factory=list)  # the first candidate's second sample of every round
 
     def noise_floor(self, confidence: float = 0.95) -> Interval:
-        """The ratio of the first candidate to itself; away from 1 by what the machine adds."""
+        """The ratio of the first candidate to itself. The machine's noise moves it away from 1."""
         first = next(iter(self.seconds.values()))
         return paired_ratio(self.again, first, confidence=confidence)
 
@@ -77,9 +77,9 @@ def paired_ratio(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """How many times longer the numerator takes: the median of the ratios within rounds.
+    """The median of the ratios within rounds: how many times longer the numerator takes.
 
-    What slows a round down slows both of its samples, and cancels.
+    A disturbance of a round slows both of its samples and cancels.
     """
     a, b = _checked("paired_ratio", numerator), _checked("paired_ratio", denominator)
     if len(a) != len(b):
@@ -138,7 +138,7 @@ class Clock:
         return max(begin.elapsed_time(end), 1e-6) * 1e-3
 
     def now(self) -> float:
-        """Seconds since some moment, by which budgets are kept."""
+        """Seconds since a fixed moment, for time budgets."""
         return time.perf_counter()
 
     def settle(self) -> None:
@@ -147,7 +147,7 @@ class Clock:
 
 
 def rotating(calls: Sequence[Call]) -> Call:
-    """One call that takes the given ones in turn: the same work on copies, more of them than a cache holds."""
+    """One call that runs the given calls in turn: the same work on more copies than a cache holds."""
     if len(calls) == 1:
         return calls[0]
     turn = 0
@@ -161,8 +161,8 @@ def rotating(calls: Sequence[Call]) -> Call:
 
 
 def calibrate(clock: Clock, call: Call, *, sample_s: float = 2e-3, limit: int = 1 << 16) -> tuple[int, float]:
-    """How many calls make a sample of at least ``sample_s``, and the seconds of one call. Warms up."""
-    seconds, inner = clock(call), 1  # cold
+    """The number of calls in a sample of at least ``sample_s`` seconds, and the seconds of one call. Warms up."""
+    seconds, inner = clock(call), 1  # the first call is cold
     clock.settle()
     if seconds < 20 * sample_s:
         seconds = clock(call)
@@ -184,10 +184,10 @@ def interleave(
     clock: Clock | None = None,
     inner: Mapping[str, int] | None = None,
 ) -> Samples:
-    """Time every call in turns until the time budget is spent: at least ``rounds[0]`` rounds, at most ``rounds[1]``.
+    """Time all calls in turns until the time budget is spent: at least ``rounds[0]`` rounds, at most ``rounds[1]``.
 
     ``order`` is ``"abba"`` (each round reverses the one before, so that linear drift cancels) or ``"random"``.
-    ``inner`` gives the calls that make a sample where :func:`calibrate` has found them before.
+    ``inner`` has the number of calls in a sample, if :func:`calibrate` has found it before.
     """
     if not calls:
         raise ValueError("interleave: calls must not be empty")
@@ -196,7 +196,7 @@ def interleave(
     clock = clock or Clock(torch.device(device))
     inner = dict(inner or {name: calibrate(clock, call, sample_s=sample_s)[0] for name, call in calls.items()})
     first = next(iter(calls))
-    # the first candidate's second turn is kept away from its first: they stand at the two ends of a round
+    # the first candidate's two turns stand at the two ends of a round, as far apart as possible
     turns = [(name, name) for name in calls] + [("", first)]
     samples = Samples({name: [] for name in calls}, inner)
     shuffle = random.Random(seed).shuffle

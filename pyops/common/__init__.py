@@ -1,1 +1,1 @@
-"""What the families share: dtypes, checks, seeds and streams, Philox, rounding, exact arithmetic, launching."""
+"""Code that the families share: dtypes, checks, seeds and streams, Philox, rounding, exact arithmetic, launching."""

@@ -1,4 +1,4 @@
-"""Refusing bad input: what every operator needs, with messages that name operator, argument, value and expectation."""
+"""Checks of input for every operator. The messages name operator, argument, value seen and value wanted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IDS, INDICES = 2**32, 2**63  # how many tensors, and elements of one, an operator can tell apart
+IDS, INDICES = 2**32, 2**63  # upper limits of tensor ids and of element indices
 LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 
@@ -26,21 +26,21 @@ def one_of(op: str, name: str, value: object, options: Collection[object]) -> No
 
 
 def in_range(op: str, name: str, value: int, low: int, high: int) -> None:
-    """``low <= value < high``. Symbolic integers pass: they are checked again with their values."""
+    """Require ``low <= value < high``. Symbolic integers pass here and are checked again with their values."""
     if isinstance(value, int) and not low <= value < high:
         raise ValueError(f"{op}: {name} must be in [{low}, {high}), got {value}")
 
 
 def finite(op: str, name: str, value: Any, low: float = -math.inf, *, above: bool = False) -> float:
-    """``value`` as a float, where it is a finite number, not below ``low``, or above it. Text is a TypeError: float()
-    would take it, and what computes with the value later would not."""
+    """``value`` as a float. It must be finite and at least ``low``, or greater than ``low`` if ``above``. Text raises
+    TypeError: float() would take it, but later arithmetic would fail."""
     bound = f" {'>' if above else '>='} {low:g}" if math.isfinite(low) else ""
     wanted = f"{op}: {name} must be a finite number{bound}, got {value!r}"
     if isinstance(value, (str, bytes, bytearray)):
         raise TypeError(f"{wanted}, which is text; YAML reads 1e-6 as text and 1.0e-6 as a number")
     try:
         number = float(value)
-    except (TypeError, ValueError, RuntimeError):  # the last from a tensor of several elements
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError comes from a tensor of several elements
         number = math.nan
     if not math.isfinite(number) or number < low or (above and number == low):
         raise ValueError(wanted)
@@ -48,12 +48,12 @@ def finite(op: str, name: str, value: Any, low: float = -math.inf, *, above: boo
 
 
 def is_integer(value: object) -> bool:
-    """Whether it is an integer of Python, of numpy or of any other library, or symbolic. Booleans are excluded."""
+    """Whether it is an integer of Python, NumPy or another library, or a symbolic integer. Bools are excluded."""
     return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
 
 
 def integer(op: str, name: str, value: int, high: int) -> int:
-    """``value`` as an int, where it is an integer in [0, ``high``). The dispatcher refuses others without a name."""
+    """``value`` as an int; ValueError unless it is in [0, ``high``). The dispatcher's own error omits its name."""
     if not is_integer(value):
         raise ValueError(f"{op}: {name} must be an integer, got {value!r}")
     value = value if isinstance(value, torch.SymInt) else int(value)
@@ -72,14 +72,14 @@ def integers(op: str, name: str, values: Iterable[int], high: int) -> list[int]:
 
 
 def as_list(values: Any) -> list[Any]:
-    """One or many, of Python or numpy."""
+    """A value, an iterable or a NumPy array as a list."""
     if isinstance(values, np.ndarray):
         values = values.tolist()
     return list(values) if isinstance(values, Iterable) else [values]
 
 
 def same_layout(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    """Shape, dtype and device of ``tensor`` are those of ``like``."""
+    """Require that ``tensor`` has the shape, dtype and device of ``like``."""
     for what in ("shape", "dtype", "device"):
         seen, wanted = getattr(tensor, what), getattr(like, what)
         if seen != wanted:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights, in every family
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes of weights in every family
 
 # the C++ types of csrc/common/types.h
 CXX_NAMES = {

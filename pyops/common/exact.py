@@ -1,4 +1,4 @@
-"""fp32 arithmetic that is rounded once, whatever torch's build or device: what exact references are written in."""
+"""fp32 arithmetic that is rounded once on every build and device of torch, for the exact references."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def sqrt(x: Tensor) -> Tensor:
 
 
 def divide(a: Tensor | float, b: Tensor | float, like: Tensor) -> Tensor:
-    """round(a / b) for fp32, on the device of ``like``; torch makes a product with a reciprocal of a division that has
-    a number in it."""
+    """round(a / b) for fp32, on the device of ``like``. Both operands become tensors, because torch turns a division
+    by a number into a product with its reciprocal."""
     x, y = (torch.as_tensor(v, dtype=torch.float32, device=like.device) for v in (a, b))
     return torch.div(*torch.broadcast_tensors(x, y))

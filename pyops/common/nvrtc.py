@@ -1,9 +1,9 @@
 """CUDA C++ cores compiled at first use, by NVRTC through CuPy, for machines with a GPU and no compiler.
 
-The text is the same ``.cuh`` that the CUDA library is built from. CuPy's own compilation puts ``-ftz=true`` after all
-options, which flushes subnormals, so NVRTC is called here. Binaries are kept on disk, keyed by text, options,
-architecture and NVRTC version, and written by rename. A ``flock`` keeps eight ranks from compiling the same kernel
-eight times; the system releases it when its holder dies, by ``kill -9`` too.
+The text is the same ``.cuh`` that the CUDA library is built from. CuPy's own compilation adds ``-ftz=true`` after all
+options, which flushes subnormals, so this module calls NVRTC itself. Binaries are kept on disk, keyed by text, options,
+architecture and NVRTC version, and written by rename. With a ``flock``, eight ranks compile a kernel once and not eight
+times. The system releases the lock when its holder dies, by ``kill -9`` too.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _INCLUDE = re.compile(r'^#include "([^"]+)"$', re.MULTILINE)
 
 @dataclass(frozen=True)
 class Kernel:
-    """A device function of a core, made a kernel: ``body(parameters)`` run by ``threads`` threads a block."""
+    """A kernel around a core's device function: each block runs ``body(parameters)`` with ``threads`` threads."""
 
-    source: str  # below csrc/
+    source: str  # a path below csrc/
     namespace: str
     body: str
     parameters: tuple[str, ...]  # C++ types
     threads: int
-    resident: str = "1"  # blocks that share a multiprocessor, a C++ constant
+    resident: str = "1"  # blocks for each multiprocessor, a C++ constant
 
 
 @cache
 def flatten(path: Path) -> str:
-    """A core's text with its own includes in place, as NVRTC has no include path to look at."""
+    """A core's text with its own includes inserted, because NVRTC gets no include path."""
 
     def include(match: re.Match[str]) -> str:
         return flatten((path.parent / match[1]).resolve())
@@ -64,13 +64,13 @@ def program(kernel: Kernel, folder: Path = FOLDER / "csrc") -> str:
 def cache_folder() -> Path:
     """Where binaries and locks are: ``$XDG_CACHE_HOME/leanops/nvrtc``, by default below ``~/.cache``."""
     roots = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")
-    # relative: to be ignored, as XDG has it, or a user without a home; below /dev/null nothing can be kept
+    # XDG says to ignore relative paths; a user without a home has one too. Files below /dev/null cannot be written.
     return Path(next(filter(os.path.isabs, roots), os.devnull), "leanops", "nvrtc")
 
 
 @contextmanager
 def exclusive(name: str) -> Iterator[None]:
-    """One process at a time, per name. Goes ahead alone where the folder cannot be written or has no locks."""
+    """Lock a name: one process at a time. Without a lock if the folder cannot be written or supports no locks."""
     with ExitStack() as stack:
         with suppress(OSError):
             cache_folder().mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def exclusive(name: str) -> Iterator[None]:
 
 
 def kept(key: str, make: Callable[[], bytes]) -> bytes:
-    """What ``make`` returns, made once for all processes; on disk behind its hash, which tells a damaged file."""
+    """The result of ``make``, made once for all processes. The file starts with a hash that reveals damage."""
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     file = cache_folder() / f"{name}.bin"
     with exclusive(name):
@@ -100,7 +100,7 @@ def kept(key: str, make: Callable[[], bytes]) -> bytes:
 
 
 def target(nvrtc: Any, capability: int) -> str:
-    """The architecture to compile for: the device's, or the newest below it, as PTX, where NVRTC does not know it."""
+    """The architecture to compile for: the device's, or PTX for the newest one below it that NVRTC knows."""
     known = nvrtc.getSupportedArchs()
     return f"sm_{capability}" if capability in known else f"compute_{max(a for a in known if a < capability)}"
 
@@ -144,7 +144,7 @@ def processors(like: torch.Tensor) -> int:
 
 
 def zeros(count: int, like: torch.Tensor) -> torch.Tensor:
-    """Words of 4 zero bytes on the device of ``like``, by a memset on torch's current stream: no kernel."""
+    """int32 zeros on the device of ``like``, [count], by a memset on torch's current stream, without a kernel."""
     words = torch.empty(count, dtype=torch.int32, device=like.device)
     if not like.is_cuda or not count:
         return words.zero_()

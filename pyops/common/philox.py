@@ -1,4 +1,4 @@
-"""Philox4x32-10, the generator of all random bits, in PyTorch; also in csrc/common/philox.h and common/triton.py."""
+"""Philox4x32-10 in PyTorch, the generator of all random bits. csrc/common/philox.h and common/triton.py have it too."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> list[Tensor
     c0, c1, c2, c3 = (c if isinstance(c, Tensor) else torch.tensor(c, device="cpu") for c in counter)
     k0, k1 = key
     for _ in range(10):
-        # the int64 products wrap modulo 2^64, which leaves all 64 bits right
+        # the int64 products wrap modulo 2^64, so all 64 bits are right
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (
             ((p1 >> 32) & MASK) ^ c1 ^ k0,

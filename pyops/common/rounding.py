@@ -1,4 +1,4 @@
-"""Rounding to a weight's dtype, to nearest or stochastically, in PyTorch: the specification of every backend's."""
+"""Rounding to a weight's dtype, to nearest or stochastically, in PyTorch: the specification for every backend."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Seeds: 64-bit integers, those that are derived from a base seed, and as the operators take them.
+"""Seeds are 64-bit integers. This module checks them, derives them from a base seed, and packs them for operators.
 
     seed(base, step, direction) = x0 + 2^32 x1,   x = Philox4x32-10(key = base, counter = (step, direction, stream))
 
 ``step`` fills the two low counter words and ``direction`` the third; :mod:`leanops.common.streams` lists the streams.
-A log needs scalars alone because its seeds follow from the base seed by this rule, which every log names
+A log needs to hold only scalars, because its seeds follow from the base seed by this rule. Every log names the rule
 (:data:`RULE`).
 """
 
@@ -27,7 +27,7 @@ _MASK = 0xFFFFFFFF
 
 
 def _philox(c0: Any, c1: Any, c2: Any, c3: Any, key: int) -> tuple[Any, Any]:
-    """The first two words, for Python integers and for uint64 arrays alike (a product of two words fits 64 bits)."""
+    """The first two words, for Python integers or uint64 arrays (a product of two words fits 64 bits)."""
     k0, k1 = key & _MASK, (key >> 32) & _MASK
     for _ in range(10):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
@@ -53,15 +53,15 @@ def derive_many(
 
 
 def check(name: str, seed: int) -> int:
-    """A 64-bit seed, negative numbers in two's complement."""
+    """The seed as an unsigned 64-bit integer; negative numbers become their two's complement."""
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not -(2**63) <= int(seed) < 2**64:
         raise ValueError(f"{name}: seed must be an integer in [-2^63, 2^64), got {seed!r}")
     return int(seed) % 2**64
 
 
 def seed_tensor(seeds: int | Iterable[int] | Tensor, op: str, name: str) -> Tensor:
-    """Seeds as the operators take them: int64 [K], the bits of numbers in [-2^63, 2^64). ``op`` and ``name`` are for
-    the message."""
+    """Seeds in the operators' format: int64 [K] with the bits of numbers in [-2^63, 2^64). ``op`` and ``name`` are for
+    error messages."""
     if isinstance(seeds, Tensor):
         return as_vector(seeds)
     return torch.tensor([wrapped(op, name, s) for s in as_list(seeds)], dtype=torch.int64, device="cpu")

@@ -1,10 +1,10 @@
-"""What the families' Triton kernels share: Philox, rounding, and the search in a table of tensors.
+"""Functions that the families' Triton kernels share: Philox, rounding, and the search in a table of tensors.
 
-No product and sum that a definition rounds separately may be fused, so every kernel that uses these functions is
-launched with ``enable_fp_fusion=False``; the fused ones are written ``tl.fma``.
+A definition rounds some products and sums separately, and these must not be fused. So every kernel that uses these
+functions is launched with ``enable_fp_fusion=False``, and writes a fused operation as ``tl.fma``.
 """
 
-# Triton reads annotations of kernels as types of its own
+# Triton reads annotations of kernels as its own types
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import triton.language as tl
 
 from leanops.common import streams
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # it truncates to bf16 and flushes bf16 subnormals
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # which truncates to bf16 and flushes bf16 subnormals
 ROUNDING = tl.constexpr(streams.ROUNDING)
 
 
 @triton.jit
 def philox(seed, block, tensor_id, STREAM: tl.constexpr):
-    """Philox4x32-10 of int64 blocks: four uint32 words."""
+    """Philox4x32-10 of int64 blocks, [...]: four uint32 words, each [...]."""
     k0 = seed.to(tl.uint64).to(tl.uint32)
     k1 = (seed.to(tl.uint64) >> 32).to(tl.uint32)
     c0 = block.to(tl.uint64).to(tl.uint32)
@@ -41,14 +41,14 @@ def philox(seed, block, tensor_id, STREAM: tl.constexpr):
 
 @triton.jit
 def in_order(x0, x1, x2, x3):
-    """Four [..., n] to one [..., n, 4]."""
+    """Four tensors [..., n] as one [..., n, 4]."""
     pairs = tl.join(tl.join(x0, x2), tl.join(x1, x3))
     return tl.reshape(pairs, x0.shape + [4])  # noqa: RUF005
 
 
 @triton.jit
 def halves(w0, w1, w2, w3):
-    """The 16-bit halves of [..., n] blocks' words in their order, as [..., n, 4, 2]."""
+    """The 16-bit halves of the words [..., n] in their order, low half first, as [..., n, 4, 2]."""
     words = in_order(w0, w1, w2, w3)
     return tl.join(words & 0xFFFF, words >> 16)
 
@@ -67,7 +67,7 @@ def narrow(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def widen(x, DTYPE: tl.constexpr):
-    """A 16-bit x as fp32; wider types as they are."""
+    """x converted to DTYPE; the interpreter widens bf16 by its bits."""
     if INTERPRETED and x.dtype == tl.bfloat16:
         y = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -77,7 +77,7 @@ def widen(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def find_row(table, tensors, tile, WORDS: tl.constexpr, FIRST: tl.constexpr):
-    """Where a tile's tensor lies in a table of rows of WORDS words, of which word FIRST is the tensor's first tile."""
+    """Pointer to the table row of a tile's tensor. A row has WORDS words; word FIRST is the tensor's first tile."""
     low = 0
     high = tensors
     while high - low > 1:  # the last tensor whose first tile is not beyond this one
@@ -90,7 +90,7 @@ def find_row(table, tensors, tile, WORDS: tl.constexpr, FIRST: tl.constexpr):
 
 @triton.jit
 def rounding_bits(seed, start, tensor_id, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The 16 random bits of COLS logical elements from each start on, [ROWS, COLS]. ALIGNED: each begins a block."""
+    """16 random bits for COLS elements from each start on, [ROWS, COLS]. ALIGNED: each start begins a block."""
     if ALIGNED and COLS >= 8:
         block = (start[:, None] >> 3) + tl.arange(0, COLS // 8)[None, :]  # [ROWS, COLS/8]
         w0, w1, w2, w3 = philox(seed, block, tensor_id, ROUNDING)

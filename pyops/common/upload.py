@@ -1,4 +1,4 @@
-"""Small tables for kernels, on their way to the device."""
+"""Copies of small tables for kernels to the device."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_captured: list[Tensor] = []  # what a CUDA graph reads again at every replay
+_captured: list[Tensor] = []  # a CUDA graph reads this pinned memory again at every replay
 
 
 @contextmanager
 def _relaxed() -> Iterator[None]:
-    """Lifts what a graph's capture forbids its thread: torch pins memory by such calls, and older versions of it fail
-    there (pytorch/pytorch#167507)."""
+    """Allow calls that a graph's capture forbids to its thread. torch pins memory by such calls, and its older versions
+    fail during capture (pytorch/pytorch#167507)."""
     exchange = ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
-    mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED; the call leaves here what was before
+    mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED; the call writes the former mode here
     exchange(ctypes.byref(mode))
     try:
         yield
@@ -27,7 +27,7 @@ def _relaxed() -> Iterator[None]:
 
 
 def to_device(words: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device, without waiting for it."""
+    """Copy a CPU tensor to the device without waiting for the copy."""
     if device.type != "cuda":
         return words
     if torch.cuda.is_current_stream_capturing():
