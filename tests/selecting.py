@@ -1,4 +1,4 @@
-"""A small network of blocks, the optimizers, and what the tests of selection look at."""
+"""A small network of blocks, the optimizers, and the helpers that the tests of selection share."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Net(nn.Module):
         return self.head(self.final(x))
 
 
-# the weights' gradients of a block: two products
+# FLOPs of the weights' gradients of a block: two products
 BLOCK_DW = 2 * (2 * TOKENS * WIDTH * HIDDEN)
 
 
@@ -60,7 +60,7 @@ def loss_of(model: nn.Module, step: int = 0) -> Tensor:
     return nn.functional.cross_entropy(model(ids).flatten(0, 1), wanted.flatten())
 
 
-# name -> (optimizer of parameters, bytes of state of a parameter)
+# name -> (parameters -> optimizer, parameter -> bytes of its state)
 OPTIMIZERS: dict[str, tuple[Callable[[Iterable[Any]], Optimizer], Callable[[Tensor], int]]] = {
     "AdamW": (lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False), lambda p: 8 * p.numel() + 4),
     "AdamW-foreach": (lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True), lambda p: 8 * p.numel() + 4),
@@ -76,13 +76,13 @@ OPTIMIZERS: dict[str, tuple[Callable[[Iterable[Any]], Optimizer], Callable[[Tens
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Of all tensors that the optimizer's entries hold."""
+    """Bytes of all tensors in the optimizer's state."""
     held = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
     return sum(v.numel() * v.element_size() for v in held)
 
 
 def backward_flops(closure: Callable[[], Tensor]) -> int:
-    """Of a backward pass, as torch counts them."""
+    """FLOPs of the backward pass of ``closure()``, counted by torch."""
     loss = closure()
     with FlopCounterMode(display=False) as counter:
         loss.backward()
@@ -90,7 +90,7 @@ def backward_flops(closure: Callable[[], Tensor]) -> int:
 
 
 def snapshot(model: nn.Module, optimizer: Optimizer) -> list[Any]:
-    """Weights, what requires grad, gradients and the optimizer's state, as copies."""
+    """Copies of weights, ``requires_grad``, gradients and the optimizer's state."""
     params = list(model.named_parameters())
     entries = [copy.deepcopy(dict(optimizer.state[p])) if p in optimizer.state else None for _, p in params]
     return [
@@ -102,7 +102,7 @@ def snapshot(model: nn.Module, optimizer: Optimizer) -> list[Any]:
 
 
 def assert_same(a: Any, b: Any) -> None:
-    """Equal to the last bit, however nested."""
+    """Equal to the last bit, also inside nested dicts and lists."""
     if isinstance(a, Tensor):
         assert torch.equal(a, b)
     elif isinstance(a, dict):
@@ -118,7 +118,7 @@ def assert_same(a: Any, b: Any) -> None:
 
 
 def brute_force(importance: np.ndarray, dw: np.ndarray, dy: np.ndarray, budget: int) -> float:
-    """The best of all 2^n choices."""
+    """The importance of the best of all 2^n choices."""
     n = len(importance)
     bits = (np.arange(1, 1 << n)[:, None] >> np.arange(n)) & 1
     deepest = n - 1 - bits[:, ::-1].argmax(1)

@@ -24,7 +24,7 @@ def shared() -> Net:
 
 
 class Attention(nn.Module):
-    """q, k and v meet in products of activations; k and v of one projection."""
+    """Attention: products of activations, with one projection for k and v."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Attention(nn.Module):
 
 
 class Adapter(nn.Module):
-    """LoRA on a frozen product, with a merge of its two factors in the forward pass."""
+    """LoRA on a frozen linear layer; the forward pass merges the product of the two factors into its weight."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""fuse_into_backward: the updates of the optimizer, without ever holding all gradients."""
+"""fuse_into_backward: the updates equal the optimizer's, and memory never holds all gradients."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_states_are_interchangeable(cls: type[torch.optim.Optimizer], options: d
 
 
 def test_a_gradient_is_freed_before_the_next_one_is_made() -> None:
-    """12 layers of 4 MiB: what torch's allocator has handed out peaks at one gradient instead of 12."""
+    """12 layers of 4 MiB: the peak of torch's allocator is one gradient instead of 12."""
     layers, size = 12, 4 << 20
 
     def peak(fused: bool) -> int:
@@ -265,7 +265,7 @@ def test_no_parameter_moves_by_what_was_refused() -> None:
 
 @pytest.mark.parametrize("cls", [SM3, torch.optim.AdamW], ids=lambda cls: cls.__name__)
 def test_a_schedule_writes_into_a_rate_that_was_loaded(cls: type[torch.optim.Optimizer]) -> None:
-    """One tensor for all parameters, before a state is loaded and after."""
+    """All parameters share one tensor lr, before and after a state is loaded."""
     model, plain = model_of(), model_of()
     fused, ref = fuse_into_backward(cls, model, lr=torch.tensor(0.1)), cls(plain.parameters(), lr=torch.tensor(0.1))  # type: ignore[call-arg]
     for opt, m in ((fused, model), (ref, plain)):
@@ -277,7 +277,7 @@ def test_a_schedule_writes_into_a_rate_that_was_loaded(cls: type[torch.optim.Opt
 
 
 def test_model_and_optimizer_go_together() -> None:
-    """Neither keeps the other for good, and the optimizer lasts as long as the parameters that it moves."""
+    """Neither keeps the other alive forever, and the optimizer lives as long as the parameters that it moves."""
     model = model_of()
     opt = fuse_into_backward(SM3, model)
     train(model, opt, 2)
@@ -331,8 +331,8 @@ def test_what_cannot_work_is_refused() -> None:
     fuse_into_backward(SM3, model).remove()
 
 
-def test_an_optimizer_that_steps_beside_it_is_told_whose_gradients_they_are() -> None:
-    """The optimizer of before, which has made steps and still has its lists."""
+def test_another_optimizer_of_the_same_parameters_raises_an_error_with_the_name() -> None:
+    """The former optimizer has made steps and keeps its lists of tensors."""
     model, other = model_of(), nn.Linear(3, 3)
     old = SM3([{"params": other.parameters()}, {"params": model.parameters()}])
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Half fine-tuning: half of each category's matrices, drawn anew by a rule that a seed decides."""
+"""Half fine-tuning: half of each category's matrices train, drawn anew from a seed by a rule."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_every_matrix_trains_in_half_of_the_rounds() -> None:
 
 
 def test_rounds_are_independent() -> None:
-    """Which of the 4 attention matrices train says nothing of the next round: 6 pairs, each 1/6 of the time."""
+    """The attention matrices of a round do not predict those of the next: 6 pairs, each 1/6 of the time."""
     hft = halves(llama())
     rounds = 600
     pairs = [frozenset(n for n in hft._draw(r) if n.startswith("model.layers.0.self_attn")) for r in range(rounds)]
@@ -90,7 +90,7 @@ def test_rounds_are_independent() -> None:
     assert abs(same - rounds / 6) < 5 * math.sqrt(rounds * 5 / 36)
 
 
-def test_draws_follow_from_the_seed_and_the_round_and_stay_what_they_are() -> None:
+def test_draws_follow_from_the_seed_and_the_round_and_never_change() -> None:
     a, b, other = (make(seed=s)[2] for s in (4, 4, 5))
     assert [a._draw(r) for r in range(20)] == [b._draw(r) for r in range(20)]
     assert [a._draw(r) for r in range(20)] != [other._draw(r) for r in range(20)]
@@ -119,7 +119,7 @@ def test_categories_of_known_models() -> None:
     assert len(bert["embedding"]) == 3
 
     gpt2 = halves(transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=3, n_head=2, vocab_size=9)))
-    assert gpt2.categories["embedding"] == ["transformer.wte", "transformer.wpe"]  # the head is wte
+    assert gpt2.categories["embedding"] == ["transformer.wte", "transformer.wpe"]  # the head shares the weight of wte
     assert {c: len(m) for c, m in gpt2.categories.items()} == {"embedding": 2, "norm": 7, "attention": 6, "mlp": 6}
 
     t5 = transformers.T5ForConditionalGeneration(
@@ -137,7 +137,7 @@ def test_categories_can_be_given() -> None:
     assert set(hft.categories) == {"up", "other"}
 
 
-def test_what_always_trains_is_in_no_category() -> None:
+def test_parameters_that_always_train_are_in_no_category() -> None:
     model, _, hft = make(always="^head|final")
     assert hft.always == ["final.bias", "final.weight", "head.weight"]
     assert not {"head", "final"} & set(hft.matrices)
@@ -170,7 +170,7 @@ def test_frozen_parameters_stay_frozen() -> None:
         assert not model.embed.weight.requires_grad
 
 
-# --- what is frozen costs nothing -----------------------------------------------------------------------------------
+# --- frozen matrices cost nothing -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -183,7 +183,7 @@ def test_the_state_of_frozen_matrices_is_freed(name: str) -> None:
         trains = [p for p in model.parameters() if p.requires_grad]
         assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
         optimizer.step()
-        if step >= 1:  # an optimizer that makes its state when it is built has it freed after the first step
+        if step >= 1:  # some optimizers make state at construction; the first step frees it
             assert state_bytes(optimizer) == sum(map(size, trains))
         rounds.add(tuple(hft.trainable))
         hft.step()
@@ -193,10 +193,10 @@ def test_the_state_of_frozen_matrices_is_freed(name: str) -> None:
 
 
 def test_gradients_of_frozen_matrices_are_not_computed() -> None:
-    """A product's gradient of its weight is left out for each that is frozen."""
+    """For each frozen weight the backward pass leaves out one product, the weight's gradient."""
     full = net()
     everything = backward_flops(lambda: loss_of(full))
-    model, _, hft = make(always="embed|norm")  # the way down stays, so that only the products differ
+    model, _, hft = make(always="embed|norm")  # gradients of activations stay, so only the weights' products differ
     for _ in range(8):
         frozen = [m for m in hft.matrices if m not in training(hft)]
         saved = sum(2 * 12 * model.get_parameter(f"{m}.weight").numel() for m in frozen if m not in ("final",))

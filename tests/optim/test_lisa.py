@@ -1,4 +1,4 @@
-"""LISA: which blocks train, what the others cost (nothing), and runs that resume to the same bits."""
+"""LISA: the blocks that train, the frozen blocks that cost nothing, and runs that resume to the same bits."""
 
 from __future__ import annotations
 
@@ -61,25 +61,25 @@ def test_every_set_of_blocks_is_as_likely_as_any_other() -> None:
     rounds = 2000
     seen = Counter(tuple(lisa._drawn(r)) for r in range(rounds))
     pairs = list(combinations(lisa.blocks, 2))
-    assert set(seen) == set(pairs)  # two different blocks, never one twice
+    assert set(seen) == set(pairs)  # every pair is of two different blocks
     expected = rounds / len(pairs)
     assert sum((seen[p] - expected) ** 2 / expected for p in pairs) < 27.9
 
 
 def test_rounds_are_independent() -> None:
-    """A block that trains in a round is as likely as any to train in the next: 2/5 of 2,000, within 5 deviations."""
+    """A block that trains is as likely as any other to train in the next round: 2/5 of 2,000, within 5 deviations."""
     _, _, lisa = make(period=1)
     drawn = [set(lisa._drawn(r)) for r in range(2001)]
     again = sum(len(a & b) for a, b in pairwise(drawn))
     assert abs(again - 2000 * 2 * 2 / 5) < 5 * math.sqrt(2000 * 2 * 2 / 5)
 
 
-def test_draws_follow_from_the_seed_and_the_round_and_stay_what_they_are() -> None:
+def test_draws_follow_from_the_seed_and_the_round_and_never_change() -> None:
     a, b, other = (make(seed=s)[2] for s in (7, 7, 8))
     rounds = range(40)
     assert [a._drawn(r) for r in rounds] == [b._drawn(r) for r in rounds] != [other._drawn(r) for r in rounds]
     short = [[int(n.split(".")[1]) for n in a._drawn(r)] for r in range(6)]
-    assert short == KNOWN  # a checkpoint of today means the same tomorrow
+    assert short == KNOWN  # old checkpoints keep their meaning
 
 
 KNOWN = [[1, 4], [1, 3], [0, 4], [3, 4], [0, 4], [3, 4]]
@@ -97,7 +97,7 @@ def test_blocks_change_every_period_and_not_within() -> None:
     assert len(set(seen)) > 1
 
 
-# --- what is frozen costs nothing -----------------------------------------------------------------------------------
+# --- frozen blocks cost nothing -------------------------------------------------------------------------------------
 
 
 def test_embedding_norm_and_head_always_train() -> None:
@@ -110,7 +110,7 @@ def test_embedding_norm_and_head_always_train() -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_state_of_frozen_blocks_is_freed(name: str) -> None:
-    """The bytes of the optimizer's entries are those of what trains, and the tensors of the others are gone."""
+    """The optimizer's state has the bytes of the trainable parameters, and the frozen ones' tensors are freed."""
     model, optimizer, lisa = make(name)
     size = OPTIMIZERS[name][1]
     train(model, optimizer, lisa, 0, 3)  # the last of these steps ends round 0
@@ -139,7 +139,7 @@ def test_the_state_of_frozen_blocks_is_freed(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_frozen_blocks_do_not_move_and_the_others_all_do(name: str) -> None:
-    """Neither weight decay nor momentum moves them; they stay in their parameter groups."""
+    """Neither weight decay nor momentum moves frozen blocks; they stay in their parameter groups."""
     model, optimizer, lisa = make(name)
     for step in range(9):
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -163,7 +163,7 @@ def test_gradients_of_frozen_blocks_are_not_computed() -> None:
 
 
 def test_a_block_that_trains_again_starts_as_a_new_optimizer_does() -> None:
-    """A round is what plain AdamW does with a model frozen by hand and entries that are new for its blocks."""
+    """A round equals plain AdamW on a model frozen by hand, with new state for the round's blocks."""
     model, optimizer, lisa = make(period=4)
     plain = net()
     reference = OPTIMIZERS["AdamW"][0](plain.parameters())
@@ -187,7 +187,7 @@ def test_a_block_that_trains_again_starts_as_a_new_optimizer_does() -> None:
 @pytest.mark.parametrize("order", ["lisa first", "optimizer first", "lisa made last"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_run_resumes_to_the_same_bits_in_the_middle_of_a_round(name: str, order: str) -> None:
-    for stop in (4, 5, 6):  # within round 1, before its last step, and between rounds
+    for stop in (4, 5, 6):  # in round 1, before its last step, and between rounds
         model, optimizer, lisa = make(name, seed=3)
         train(model, optimizer, lisa, 0, stop)
         file = io.BytesIO()
@@ -282,7 +282,7 @@ def test_blocks_without_trainable_parameters_are_not_drawn() -> None:
         assert not any(n.startswith(("layers.1.", "embed", "layers.0.norm")) for n in lisa.trainable)
 
 
-def test_what_always_trains_can_be_chosen() -> None:
+def test_always_chooses_the_parameters_that_always_train() -> None:
     model, optimizer, lisa = make(always=r"^head|final")
     assert lisa.always == ["final.bias", "final.weight", "head.weight"]
     train(model, optimizer, lisa, 0, 7)
@@ -300,8 +300,8 @@ def test_what_always_trains_can_be_chosen() -> None:
 
 def test_a_weight_tied_to_a_block_trains_when_either_does() -> None:
     model = net()
-    model.layers[1].up_proj.weight = model.layers[0].up_proj.weight  # in two blocks
-    model.head.weight = model.embed.weight  # outside, once
+    model.layers[1].up_proj.weight = model.layers[0].up_proj.weight  # a weight that two blocks share
+    model.head.weight = model.embed.weight  # a shared weight outside the blocks counts once
     lisa = LISA(model, torch.optim.SGD(model.parameters()), active=1, period=1)
     for steps in range(20):
         lisa.seek(steps)
@@ -313,7 +313,7 @@ def test_a_weight_tied_to_a_block_trains_when_either_does() -> None:
 # --- counting steps -------------------------------------------------------------------------------------------------
 
 
-def test_a_hook_counts_what_calls_would() -> None:
+def test_a_hook_counts_the_same_steps_as_calls() -> None:
     model, optimizer, lisa = make()
     hooked, opt, counted = make()
     counted.attach()
@@ -337,7 +337,7 @@ def test_a_hook_that_was_removed_by_its_handle_counts_no_more() -> None:
     lisa.attach().remove()
     optimizer.step()
     assert lisa.steps == 0
-    lisa.step()  # by hand again
+    lisa.step()  # count by calls again
     assert lisa.steps == 1
     lisa.attach()
     optimizer.step()
@@ -374,7 +374,7 @@ def test_nothing_is_frozen_after_release_until_a_position_is_given() -> None:
     train(model, optimizer, lisa, 3, 9)
     assert all(p.requires_grad for p in model.parameters())
     assert lisa.steps == 3
-    model.embed.weight.requires_grad_(False)  # of no concern to who has released it
+    model.embed.weight.requires_grad_(False)  # LISA has released the model and no longer changes it
     lisa.release()
     assert not model.embed.weight.requires_grad
     for resume in (lambda: lisa.seek(3), lambda: lisa.load_state_dict(position)):
@@ -402,7 +402,7 @@ def test_compiled_blocks_train_as_they_do_uncompiled() -> None:
     for layer in compiled.layers:
         layer.compile(backend="eager")
     train(model, optimizer, lisa, 0, 9)
-    with torch._dynamo.config.patch(error_on_recompile=False, recompile_limit=4):  # frozen or not: 2 a block's code
+    with torch._dynamo.config.patch(error_on_recompile=False, recompile_limit=4):  # 2 graphs for the code of a block
         train(compiled, opt, sampler, 0, 9)
     assert_same(snapshot(compiled, opt), snapshot(model, optimizer))
 
@@ -479,7 +479,7 @@ def test_bad_models_and_optimizers_are_refused() -> None:
 
 
 class VisionLanguage(nn.Module):
-    """A vision tower that is deeper than the language model, with experts in the blocks of the latter."""
+    """The vision tower is deeper than the language model, whose blocks hold experts."""
 
     def __init__(self) -> None:
         super().__init__()

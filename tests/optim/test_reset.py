@@ -1,4 +1,4 @@
-"""reset_momentum_: the next step is that of a new optimizer, and what has no start that is known is made anew."""
+"""reset_momentum_: the next step equals a new optimizer's, and state without a known start value is made anew."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def weights(model: nn.Module) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_steps_after_it_are_those_of_a_new_optimizer(name: str) -> None:
-    """Bit by bit, for every optimizer of torch that has state by parameter; for SM3 with its covers."""
+    """To the bit, for every optimizer of torch that has state by parameter, and for SM3 with its covers."""
     model = net()
     optimizer = OPTIMIZERS[name](model.parameters())
     steps(model, optimizer, 0, 5)
@@ -100,7 +100,7 @@ def test_moments_and_the_step_count_are_zero() -> None:
 
 
 def test_without_the_step_count_the_next_update_would_be_3_16_times_too_large() -> None:
-    """(1 - .9) / sqrt(1 - .999), once t is large: why the count is reset too."""
+    """Moments of 0 with an old count t make the update (1 - .9) / sqrt(1 - .999) times as large, if t is large."""
     updates = {}
     for reset in ("moments", "both"):
         p = nn.Parameter(torch.ones(4, dtype=F64))
@@ -134,7 +134,7 @@ def test_sm3_keeps_its_covers_unless_they_are_to_go(dtype: torch.dtype | None) -
             assert torch.equal(state["cover"], torch.zeros_like(cover) if covers else cover)
             assert not state["momentum_buffer"].any()
             assert not state.get("momentum_scale", torch.zeros(1)).any()
-            assert int(state["step"]) == 4  # numbers the bits of stochastic rounding, corrects nothing
+            assert int(state["step"]) == 4  # it numbers the bits of stochastic rounding and stays
         steps(model, optimizer, 4, 5)
 
 
@@ -191,7 +191,7 @@ def test_complex_parameters_start_as_in_a_new_optimizer(name: str) -> None:
 
 
 class Quantized(Tensor):
-    """A tensor type of its own, which cannot be filled; as torchao's moments of 8 bits."""
+    """A special tensor type that cannot be filled, like torchao's moments of 8 bits."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -214,7 +214,7 @@ def test_a_parameter_with_a_tensor_type_of_its_own_starts_anew_as_a_whole() -> N
 
 
 class Strange(Optimizer):
-    """An optimizer with an entry whose start nobody else can know."""
+    """An optimizer with an entry whose start value only the optimizer knows."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, {})
@@ -250,7 +250,7 @@ def test_numbers_and_missing_entries_are_handled() -> None:
     assert optimizer.state[p]["step"] == 0
     assert isinstance(optimizer.state[p]["step"], int)
     assert optimizer.state[p]["momentum_buffer"] is None
-    assert q not in optimizer.state  # nothing is made
+    assert q not in optimizer.state  # no state is made
 
 
 def test_what_an_optimizer_keeps_by_name_stays() -> None:

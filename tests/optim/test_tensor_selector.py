@@ -1,4 +1,4 @@
-"""GreenTrainer's selection: importance, the budget kept, runs resumed."""
+"""GreenTrainer's selection: importance, the budget, and resumed runs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_importance_of_plain_descent_is_the_squared_gradient() -> None:
 
 @pytest.mark.parametrize("name", MEASURABLE)
 def test_importance_is_the_gradient_times_the_next_step(name: str) -> None:
-    """With the optimizer's state, learning rate and decay: -Σ g Δw, where Δw is what its next step then does."""
+    """I = -Σ g Δw, where Δw is the optimizer's next step with its state, learning rate and decay."""
     model = net().double()
     optimizer = OPTIMIZERS[name][0](model.parameters())
     for step in range(3):
@@ -68,7 +68,7 @@ def test_importance_follows_options_that_are_loaded_or_scheduled() -> None:
     selector = TensorSelector(model, optimizer)
     first = selector.importance(lambda: loss_of(model))
     other = torch.optim.SGD(model.parameters(), lr=0.3)
-    optimizer.load_state_dict(other.state_dict())  # which replaces the groups
+    optimizer.load_state_dict(other.state_dict())  # loading replaces the groups
     assert all(
         i == pytest.approx(3 * first[n], rel=1e-3) for n, i in selector.importance(lambda: loss_of(model)).items()
     )
@@ -85,7 +85,7 @@ def test_importance_is_how_far_the_loss_falls_by_the_tensor_alone() -> None:
         assert p.grad is not None
         with torch.no_grad():
             old = p.clone()
-            p -= 1e-6 * torch.sign(p.grad) * (p.grad.abs() > 1e-6)  # Adam's first step, but for its eps
+            p -= 1e-6 * torch.sign(p.grad) * (p.grad.abs() > 1e-6)  # Adam's first step without its eps
             fall = before - loss_of(model).item()
             p.copy_(old)
         model.zero_grad()
@@ -94,7 +94,7 @@ def test_importance_is_how_far_the_loss_falls_by_the_tensor_alone() -> None:
 
 @pytest.mark.parametrize("name", MEASURABLE)
 def test_measuring_changes_nothing(name: str) -> None:
-    """Weights, gradients, state, buffers, random generators, hooks, the scheduler: as if it had not been."""
+    """Weights, gradients, state, buffers, random generators, hooks and scheduler are unchanged after it."""
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 2))
     optimizer = OPTIMIZERS[name][0](model.parameters())
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
@@ -176,7 +176,7 @@ def test_the_budget_is_kept_and_reported(name: str, rho: float) -> None:
 
 
 def test_a_selection_that_would_cost_more_than_the_budget_is_refused() -> None:
-    """Once the embedding is frozen, the hook makes its output a leaf, and the whole way down is computed anyway."""
+    """The hook makes the frozen embedding's output a leaf, so all gradients of activations are computed."""
     model = net()
     optimizer = torch.optim.AdamW(model.parameters())
     loss_of(model).backward()
@@ -210,7 +210,7 @@ def test_what_is_recomputed_is_counted(rho: float) -> None:
 
 
 def test_flops_are_measured_anew_where_another_batch_would_miss_the_budget() -> None:
-    """Two experts share ten tokens: as many FLOPs forward, and each costs what it gets."""
+    """Two experts share ten tokens: the forward FLOPs stay the same, and an expert's cost follows its tokens."""
     experts = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)})
     x, unit = torch.randn(10, 4), 2 * 4 * 4
 
@@ -251,7 +251,7 @@ def test_the_selection_is_the_best_of_all_sets_of_tensors() -> None:
 
 
 def test_what_is_not_selected_costs_nothing() -> None:
-    """No gradient, no gradient computation (below the deepest tensor none at all), no state."""
+    """Frozen tensors have no gradient, no gradient computation (none at all below the deepest) and no state."""
     model = net()
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(3):
