@@ -20,6 +20,7 @@ from leanops.bench.results import PeerResult
 from leanops.bench.text import NO_TIME
 
 COPIES = 8  # of a small case's inputs at most, so that they do not all lie in the cache
+REFERENCE_ALONE = "only the reference serves this operator here (see `leanops info`); too slow at this size"
 LEAST_ROUNDS = 3
 PACKAGE_S = 10.0  # what the import of a peer's package may take
 
@@ -134,9 +135,7 @@ class Measurement:
         if needed > available:
             raise Unavailable(f"needs about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available")
         if by_reference(self.job, self.device) and work(self.job.spec, args) > self.job.subject.reference_limit:
-            raise Unavailable(
-                "only the reference serves this operator here (see `leanops info`); too slow at this size"
-            )
+            raise Unavailable(REFERENCE_ALONE)
 
     def _copies(self, args: Args) -> list[Args]:
         held = max(roofline.tensor_bytes(args), 1)

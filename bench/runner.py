@@ -16,7 +16,7 @@ from leanops._registry import OpSpec
 from leanops.autotune import fingerprint
 from leanops.autotune.measure import Clock
 from leanops.bench import memory, roofline
-from leanops.bench.measurement import Dispatch, Measurement
+from leanops.bench.measurement import REFERENCE_ALONE, Dispatch, Measurement
 from leanops.bench.plan import Job, Settings, plan
 from leanops.bench.progress import Progress
 from leanops.bench.results import OperatorResults, Row, header
@@ -119,8 +119,9 @@ class Session:
         while waiting:
             job = min(waiting, key=self._seconds)
             needed = self._seconds(job)
-            if self.left < needed < math.inf:
-                self._skip(waiting)
+            if needed > self.left:
+                for job in waiting:
+                    self._skip([job], REFERENCE_ALONE if self._seconds(job) == math.inf else NOT_REACHED)
                 return
             self._take(job, max(needed, self.left / 2) if self.settings.quick else None)
             waiting.remove(job)
@@ -138,10 +139,10 @@ class Session:
         gc.collect()
         return measurement.row
 
-    def _skip(self, jobs: Sequence[Job]) -> None:
+    def _skip(self, jobs: Sequence[Job], reason: str = NOT_REACHED) -> None:
         for job in jobs:
             measurement = Measurement(job, self.settings, self.device, self.dispatch, self.clock)
-            measurement.skip(job.reason or NOT_REACHED)
+            measurement.skip(job.reason or reason)
             self.measurements.append(measurement)
         self.progress.skip(len(jobs))
 
