@@ -29,6 +29,7 @@ Array<Out> convert(const Array<In>& in) {
 
 PYBIND11_MODULE(leanops_native, m) {
   m.def("isas", isas);
+  m.def("kernel_sets", kernel_sets);
   m.def("cpu_isa", leanops_cpu_isa);
   m.def("cpu_isa_error", leanops_cpu_isa_error);
   m.def("philox", philox, py::arg("counter"), py::arg("key"));

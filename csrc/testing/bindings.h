@@ -11,8 +11,8 @@
 #include <utility>
 #include <vector>
 
-#include "common/isa.h"
 #include "common/types.h"
+#include "testing/kernel_sets.h"
 
 namespace leanops {
 namespace testing {
@@ -32,21 +32,6 @@ inline std::vector<std::pair<std::string, AddBindings>>& all_bindings() {
 struct Bindings {
   Bindings(const char* family, AddBindings add) { all_bindings().emplace_back(family, add); }
 };
-
-inline std::vector<std::string> isas() {
-  std::vector<std::string> names;
-  for (Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
-    if (isa_supported(isa)) names.push_back(isa_name(isa));
-  }
-  return names;
-}
-
-inline Isa isa_of(const std::string& name) {
-  for (Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
-    if (name == isa_name(isa) && isa_supported(isa)) return isa;
-  }
-  throw std::invalid_argument("no such instruction set here: " + name);
-}
 
 inline DType dtype_of(const std::string& name) {
   const char* names[] = {"float32", "bfloat16", "float16", "float64"};

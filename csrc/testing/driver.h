@@ -3,11 +3,12 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <thread>
 #include <vector>
 
-#include "common/isa.h"
 #include "common/types.h"
+#include "testing/kernel_sets.h"
 
 namespace leanops {
 namespace testing {
@@ -16,7 +17,7 @@ struct Runs {
   int runs = 0, bad = 0;  // bad: with other bits than they should have
 };
 
-using RunCheck = Runs (*)(Isa);
+using RunCheck = Runs (*)(const std::string& set);
 
 inline std::vector<RunCheck>& all_checks() {
   static std::vector<RunCheck> checks;

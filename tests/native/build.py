@@ -24,6 +24,8 @@ from filelock import FileLock
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "tests"
 INSTALLED = Path("build", "objects", "cpu")  # below the root
+EMULATED = "avx512_emulated"  # the AVX-512 kernels over csrc/testing/avx512/immintrin.h, for any processor
+_EMULATION = f"-O1 -Wno-psabi -Icsrc/testing/avx512 -DLEANOPS_LEVEL_{EMULATED}=2 -DLEANOPS_ALWAYS_INLINE="
 
 
 @dataclass(frozen=True)
@@ -67,21 +69,36 @@ def isa_flags() -> dict[str, str]:
     return flags if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
 
 
+def kernel_sets() -> dict[str, tuple[str, ...]]:
+    """The flags of each compilation of a kernel file: one for every instruction set, one for AVX-512 emulated."""
+    sets = {**isa_flags(), EMULATED: _EMULATION}
+    return {name: (*shlex.split(flags), f"-DLEANOPS_ISA={name}") for name, flags in sets.items()}
+
+
+def base_flags(extra: Sequence[str] = ()) -> tuple[str, ...]:
+    return (*shlex.split(str(setup_constants()["CXX_FLAGS"])), "-Icsrc", *extra)
+
+
 def core_objects(extra: Sequence[str] = ()) -> list[Object]:
-    """Objects of ``csrc/common``, and of every family's core once for each instruction set."""
-    base = (*shlex.split(str(setup_constants()["CXX_FLAGS"])), "-Icsrc", *extra)
+    """Objects of ``csrc/common``, and of every family's core once for each set of kernels."""
+    base = base_flags(extra)
     objects = [Object(source, base) for source in sorted(ROOT.glob("csrc/common/*.cpp"))]
     for source in sorted(ROOT.glob("csrc/*/*_kernels.cpp")):
-        for isa, flags in isa_flags().items():
-            objects.append(Object(source, (*base, *shlex.split(flags), f"-DLEANOPS_ISA={isa}"), isa))
+        objects += [Object(source, (*base, *flags), name) for name, flags in kernel_sets().items()]
     return objects
 
 
 def part_objects(part: str, extra: Sequence[str] = ()) -> list[Object]:
     """Objects of ``csrc/testing/PART.cpp`` and of ``tests/FAMILY/PART.cpp`` in every family that has it."""
-    base = (*shlex.split(str(setup_constants()["CXX_FLAGS"])), "-Icsrc", *extra)
     sources = [ROOT / "csrc" / "testing" / f"{part}.cpp", *sorted(ROOT.glob(f"tests/*/{part}.cpp"))]
-    return [Object(source, base) for source in sources]
+    return [Object(source, base_flags(extra)) for source in sources]
+
+
+def intrinsics_objects() -> list[Object]:
+    """Each intrinsic of AVX-512 as a function: the processor's, and the emulation's."""
+    source = ROOT / "csrc" / "testing" / "intrinsics.cpp"
+    sets = {name: flags for name, flags in kernel_sets().items() if name.startswith("avx512")}
+    return [Object(source, (*base_flags(), *flags), name) for name, flags in sets.items()]
 
 
 def _quote(words: Iterable[str]) -> str:
@@ -144,7 +161,7 @@ def build_module() -> ModuleType:
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     shared, own = _split_installed(core_objects())
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    own += part_objects("bindings", includes)
+    own += [*intrinsics_objects(), *part_objects("bindings", includes)]
     target = build("leanops_native", own, ["-shared", "-pthread"], suffix, shared)
     spec = importlib.util.spec_from_file_location("leanops_native", target)
     assert spec is not None

@@ -4,6 +4,8 @@
 #include "sm3/schedule.h"
 #include "testing/bindings.h"
 
+LEANOPS_KERNELS_OF(sm3)
+
 using namespace leanops;
 using namespace leanops::testing;
 
@@ -35,7 +37,7 @@ void step(const std::string& isa, const std::vector<py::dict>& tensors, const py
                                 o["weight_decay"].cast<double>(), o["decoupled"].cast<bool>(),
                                 o["maximize"].cast<bool>(),       o["stochastic_rounding"].cast<bool>(),
                                 o["grad_scale"].cast<float>(),    o["seed"].cast<uint64_t>()};
-  sm3::Schedule schedule(sm3::numbers_of(options), sm3::kernels(isa_of(isa)));
+  sm3::Schedule schedule(sm3::numbers_of(options), sm3::kernels_of(isa));
   for (const py::dict& t : tensors) {
     const std::vector<int64_t> shape = t["shape"].cast<std::vector<int64_t>>();
     const std::string kind = t["kind"].cast<std::string>();

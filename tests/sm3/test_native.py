@@ -89,7 +89,7 @@ def run(native, isa: str, parameters: list[Parameter], options: Options, threads
 
 def check(native, parameters: list[Parameter], options: Options, threads: int = 1) -> None:
     want = [oracle.step(p, options) for p in parameters]
-    for isa in native.isas():
+    for isa in native.kernel_sets():
         for got, p, expected in zip(run(native, isa, parameters, options, threads), parameters, want, strict=True):
             assert not oracle.differences(got, expected), (isa, p.shape, p.dtype, p.kind, options)
 
@@ -130,7 +130,7 @@ def all_options(draw: st.DrawFn) -> Options:
     offset=st.one_of(st.sampled_from([0, 3, 2**35 - 9, 2**35 - 700]), st.integers(0, 2**60)),
 )
 @fuzz
-def test_a_step_is_the_definition_on_every_isa(
+def test_a_step_is_the_definition_on_every_set_of_kernels(
     native, shape, dtype, kind, options, seed, special, size, tensor_id, offset
 ):
     check(native, [parameter(shape, dtype, kind, seed, special, size, tensor_id, offset)], options)
@@ -154,7 +154,7 @@ def test_a_nan_in_an_accumulator_or_a_gradient_reaches_what_depends_on_it(native
         check(native, [p], Options(beta=beta))
     p = replace(clean, grad=clean.grad.copy())
     p.grad[0] = np.nan
-    for isa in native.isas():
+    for isa in native.kernel_sets():
         (got,) = run(native, isa, [p], Options(beta=beta))
         lost = np.isnan(got.param.reshape(shape))
         assert lost[first]
@@ -167,7 +167,7 @@ def test_a_nan_in_an_accumulator_or_a_gradient_reaches_what_depends_on_it(native
 def test_any_number_of_threads_gives_the_same_bits(native, data, threads, dtype, kind):
     drawn = data.draw(st.lists(st.sampled_from([s for s in SHAPES if s]), min_size=1, max_size=6))
     parameters = [parameter(shape, dtype, kind, j, special=1e-4) for j, shape in enumerate(drawn)]
-    for isa in native.isas():
+    for isa in native.kernel_sets():
         alone = run(native, isa, parameters, Options(beta=0.9))
         shared = run(native, isa, parameters, Options(beta=0.9), threads)
         for a, b in zip(shared, alone, strict=True):
@@ -211,7 +211,19 @@ def test_a_zero_gradient_moves_nothing_where_nothing_was_seen(native):
         p = parameter((50, 70), dtype, "none")
         p.grad[:] = 0
         p.cover[:] = 0
-        for isa in native.isas():
+        for isa in native.kernel_sets():
             (got,) = run(native, isa, [p], Options())
             assert same(got.param, p.param, dtype)
             assert not got.cover.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_avx512_emulated_is_avx512(native, dtype, kind):
+    if "avx512" not in native.isas():
+        pytest.skip("this processor has no AVX-512 to compare the emulation with")
+    options = Options(beta=0.95, weight_decay=0.1, stochastic_rounding=True, seed=3)
+    parameters = [parameter(shape, dtype, kind, 1, special=1e-3) for shape in [(301, 1025), (9000, 7), (70_001,)]]
+    want, got = (run(native, kernels, parameters, options, threads=2) for kernels in ("avx512", "avx512_emulated"))
+    for w, g in zip(want, got, strict=True):
+        assert not oracle.differences(g, w)

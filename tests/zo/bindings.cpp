@@ -3,6 +3,8 @@
 
 #include "testing/bindings.h"
 
+LEANOPS_KERNELS_OF(zo)
+
 using namespace leanops;
 using namespace leanops::testing;
 using namespace leanops::zo;
@@ -17,15 +19,15 @@ Distribution distribution_of(const std::string& name) {
 Array<uint32_t> words(const std::string& isa, int64_t count, uint64_t block, uint32_t tensor_id,
                       uint32_t stream, uint64_t seed) {
   Array<uint32_t> out(4 * count);
-  kernels(isa_of(isa)).words(out.mutable_data(), count, block, tensor_id, stream, seed);
+  kernels_of(isa).words(out.mutable_data(), count, block, tensor_id, stream, seed);
   return out;
 }
 
 void noise(const std::string& isa, py::array out, const std::string& dtype, uint64_t seed, uint32_t tensor_id,
            uint64_t index, const std::string& distribution) {
   const DType type = dtype_of(dtype, out);
-  kernels(isa_of(isa))
-      .noise(out.mutable_data(), type, out.size(), seed, tensor_id, index, distribution_of(distribution));
+  kernels_of(isa).noise(out.mutable_data(), type, out.size(), seed, tensor_id, index,
+                        distribution_of(distribution));
 }
 
 void axpy(const std::string& isa, py::array out, const py::array& in, const std::string& dtype,
@@ -52,8 +54,7 @@ void axpy(const std::string& isa, py::array out, const py::array& in, const std:
                        right_seeds.data(),
                        rank};
   const py::gil_scoped_release release;
-  kernels(isa_of(isa))
-      .axpy(out.mutable_data(), in.data(), type, out.size(), terms, tensor_id, index, columns);
+  kernels_of(isa).axpy(out.mutable_data(), in.data(), type, out.size(), terms, tensor_id, index, columns);
 }
 
 void both(const std::string& isa, py::array plus, py::array minus, const py::array& in,
@@ -63,9 +64,8 @@ void both(const std::string& isa, py::array plus, py::array minus, const py::arr
   dtype_of(dtype, minus);
   dtype_of(dtype, in);
   if (in.size() != plus.size() || in.size() != minus.size()) throw std::invalid_argument("lengths differ");
-  kernels(isa_of(isa))
-      .both(plus.mutable_data(), minus.mutable_data(), in.data(), type, in.size(), seed, coeff, tensor_id,
-            index, distribution_of(distribution));
+  kernels_of(isa).both(plus.mutable_data(), minus.mutable_data(), in.data(), type, in.size(), seed, coeff,
+                       tensor_id, index, distribution_of(distribution));
 }
 
 void spread(const std::string& isa, py::array plus, py::array minus, const py::array& b,
@@ -74,7 +74,7 @@ void spread(const std::string& isa, py::array plus, py::array minus, const py::a
   dtype_of(dtype, minus);
   dtype_of(dtype, b);
   if (b.size() != plus.size() || b.size() != minus.size()) throw std::invalid_argument("lengths differ");
-  kernels(isa_of(isa)).spread(plus.mutable_data(), minus.mutable_data(), b.data(), type, b.size(), scale);
+  kernels_of(isa).spread(plus.mutable_data(), minus.mutable_data(), b.data(), type, b.size(), scale);
 }
 
 void add(py::module_& m) {

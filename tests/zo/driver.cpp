@@ -5,6 +5,8 @@
 #include "testing/driver.h"
 #include "zo/zo.h"
 
+LEANOPS_KERNELS_OF(zo)
+
 using namespace leanops;
 using namespace leanops::testing;
 using namespace leanops::zo;
@@ -64,8 +66,8 @@ int check(const Kernels& cpu, DType dtype, int64_t n, uint64_t index, const Term
   return bad + !same(plus, plus2) + !same(minus, minus2);
 }
 
-Runs run(Isa isa) {
-  const Kernels& cpu = kernels(isa);
+Runs run(const std::string& set) {
+  const Kernels& cpu = kernels_of(set);
   const std::vector<uint64_t> seeds = {3, ~uint64_t{0}, uint64_t{1} << 33}, right_seeds = {5, 5, 6};
   const std::vector<double> coeffs = {1e-3, -2.0, 1e-7}, decays = {0.1, 0.0, 1e-3};
   Runs result;

@@ -2,6 +2,8 @@
 #include "testing/bindings.h"
 #include "twice/twice.h"
 
+LEANOPS_KERNELS_OF(twice)
+
 using namespace leanops;
 using namespace leanops::testing;
 
@@ -9,7 +11,7 @@ namespace {
 
 Array<float> run(const std::string& isa, const Array<float>& x) {
   Array<float> y(x.size());
-  twice::kernels(isa_of(isa)).run(y.mutable_data(), x.data(), x.size());
+  twice::kernels_of(isa).run(y.mutable_data(), x.data(), x.size());
   return y;
 }
 
