@@ -159,8 +159,8 @@ def _warn_at_first_use() -> None:
             package = "leanops[triton]" if torch.version.cuda else "a torch that is built with CUDA"
             remedy = f"The quickest remedy is to install {package}."
         _registry.unserved[getattr(torch._C.DispatchKey, key)] = (
-            f"leanops: the pure torch reference, sixty times slower than a kernel or worse, serves {reason}. {remedy} "
-            f"`leanops info` shows what serves each operator; LEANOPS_DISABLE={','.join(names)} silences this."
+            f"leanops: the pure torch reference, tens to hundreds of times slower than a kernel, serves {reason}. "
+            f"{remedy} `leanops info` shows what serves each operator; LEANOPS_DISABLE={','.join(names)} silences this."
         )
 
 
