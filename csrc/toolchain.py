@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 GIB = 1 << 30
@@ -142,6 +143,8 @@ def run_ninja(file: Path, library: str, files: int) -> None:
     say(f"leanops: building the {library} library: {files} files, {jobs} at a time")
     # nvcc takes its threads from the environment: in its command, which ninja compares, they would cause a rebuild
     environment = os.environ | {"LC_ALL": "C", "NINJA_STATUS": f"leanops: {library} library [%f/%t, %e s] "}
+    if shlex.quote(tempfile.gettempdir()) != tempfile.gettempdir():
+        archs = 1  # nvcc does not quote this folder in what its threads run
     environment["NVCC_APPEND_FLAGS"] = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} --threads {archs}"
     command = [find_ninja(), "-j", str(jobs), "-f", str(file)]
     lines = []

@@ -291,6 +291,16 @@ def test_nvcc_gets_its_share_of_the_jobs_and_no_machine_rebuilds_for_it(source, 
     assert outputs == ["libleanops_cpu.so", "libleanops_cuda.so"]
 
 
+def test_nvcc_runs_without_threads_where_the_temporary_folder_has_a_space(source, tmp_path):
+    """With threads it fails there: it redirects their output by a shell, unquoted."""
+    program(tmp_path / "cuda/bin/nvcc", STAND_IN + 'echo "NVCC_APPEND_FLAGS=$NVCC_APPEND_FLAGS"\n')
+    temporary = tmp_path / "temporary files"
+    temporary.mkdir()
+    environment = {"CUDA_HOME": str(tmp_path / "cuda"), "LEANOPS_CUDA_ARCHS": "80;90", "MAX_JOBS": "64"}
+    built = source.build(environment=source.environment(**environment, TMPDIR=str(temporary)))
+    assert "NVCC_APPEND_FLAGS= --threads 1\n" in built.output
+
+
 @pytest.mark.parametrize(
     ("wish", "archs"),
     [
