@@ -60,7 +60,7 @@ class Checkout:
         return {k: v for k, v in env.items() if k in changes or k not in unset}
 
     def command(self, python: str | Path = sys.executable, build_lib: str = "lib") -> list[str | Path]:
-        return [python, "setup.py", "build_ext", "--build-lib", build_lib, "--build-temp", "temp"]
+        return [python, "setup.py", "build_ext", "--build-lib", build_lib]
 
     def build(
         self,
@@ -70,7 +70,7 @@ class Checkout:
         clean: bool = True,
     ) -> Built:
         if clean:
-            shutil.rmtree(self.folder / "temp", ignore_errors=True)
+            shutil.rmtree(self.folder / "build", ignore_errors=True)
         done = subprocess.run(
             command or self.command(build_lib=build_lib),
             cwd=self.folder,
