@@ -132,6 +132,8 @@ class Session:
     def _take(self, job: Job, limit_s: float | None) -> Row:
         measurement = Measurement(job, self.settings, self.device, self.dispatch, self.clock)
         self.measurements.append(measurement)
+        if job not in self.jobs:
+            self.progress.skip(-1)  # a small case in a headline's place is not among the planned ones
         self.progress.step(measurement.row.key)
         measurement.take(limit_s)
         if measurement.least_s is not None:
