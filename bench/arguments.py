@@ -100,6 +100,9 @@ def parser(version: str) -> Parser:
     step = commands.add_parser("mezo-step", help="measure a whole MeZO step beside its forward passes")
     _add_measuring(step, "fewer rounds")
     step.add_argument("--threads", type=_counts, default=(), help="comma-separated thread counts (all)")
+    step.add_argument(
+        "--size", choices=("37K", "1.2M", "8.3M", "101M"), default="101M", help="parameters of the transformer (101M)"
+    )
     _add_formats(step, ("json", "csv", "html", "markdown"))
 
     training = commands.add_parser(

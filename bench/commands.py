@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Generic, TextIO, TypeVar
@@ -100,7 +100,7 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def step(options: argparse.Namespace) -> int:
-    settings = _settings(options)
+    settings = replace(_settings(options), size=options.size)
     mezo_step.plan(settings)
     writers: Writers[StepResults] = {
         "json": report.write_json,

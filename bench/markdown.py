@@ -55,7 +55,7 @@ def steps(results: StepResults) -> str:
             lines.append(f"{first}| {row.name} | {text.seconds(row.median_s)} | {text.step_ratio(row)} |")
     model = results.cases[0]
     noise = ", ".join(f"{100 * case.noise:.1f}%" for case in results.cases)
-    lines += ["", f"{model.parameters / 1e6:.1f}M parameters, {model.tokens} tokens; A/A noise {noise}.", ""]
+    lines += ["", f"{text.parameters(model)} parameters, {model.tokens} tokens; A/A noise {noise}.", ""]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""``leanops mezo-step``: a MeZO step beside its two forward passes, on a transformer of 100M parameters.
+"""``leanops mezo-step``: a MeZO step beside its two forward passes, on a transformer of 100M parameters or fewer.
 
 Interleaved: two forward passes; a step of :class:`leanops.optim.MeZO`, for each way to perturb, and of its HiZOO, which
 needs a third forward pass; and the published eager loops of both (re-expressed: torch.normal per parameter, then add;
@@ -27,6 +27,12 @@ DISTRIBUTION = {
     torch.bfloat16: "rademacher",
     torch.float16: "rademacher",
     torch.float64: "gaussian",
+}
+SIZES: dict[str, tuple[dict[str, int], int]] = {  # the transformer's options, and the tokens of a batch
+    "37K": ({"vocabulary": 128, "width": 24, "layers": 3, "heads": 2}, 64),
+    "1.2M": ({"vocabulary": 1000, "width": 128, "layers": 5, "heads": 4}, 128),
+    "8.3M": ({"vocabulary": 4000, "width": 288, "layers": 7, "heads": 6}, 128),
+    "101M": ({}, 2048),
 }
 PEERS = ("MeZO eager (re-expressed)", "HiZOO eager (re-expressed)")
 
@@ -149,13 +155,13 @@ def measure(
     mezo_eager, hizoo_eager = PEERS
     if wanted(mezo_eager, peers):
         calls[mezo_eager] = lambda: eager_step(parameters, closure, 1e-3, 1e-7)
-    hizoo = MeZO(parameters, lr=1e-7, variant="hizoo")
+    hizoo = MeZO(parameters, lr=1e-7, variant="hizoo", perturb="scratch")
     hizoo.step(closure)
     calls["leanops HiZOO, scratch"] = lambda: hizoo.step(closure)
     if wanted(hizoo_eager, peers):
         curvatures = [torch.ones_like(p) for p in parameters]
         calls[hizoo_eager] = lambda: eager_hizoo_step(parameters, curvatures, closure, 1e-3, 1e-7, 1e-8)
-    taken = interleave(calls, device=device, budget_s=0.0, rounds=(rounds, rounds))
+    taken = interleave(calls, device=device, budget_s=0.5, rounds=(rounds, 100))
     base = taken.seconds["two forward passes"]
     rows = []
     for name, samples in taken.seconds.items():
@@ -183,13 +189,22 @@ def run(settings: Settings, progress: Progress, command: Sequence[str] = ()) -> 
     """Every dtype and thread count."""
     pairs = plan(settings)
     before, rounds = torch.get_num_threads(), 3 if settings.quick else 7
+    options, tokens = SIZES[settings.size]
     progress.start(len(pairs))
     cases = []
     try:
         for dtype, count in pairs:
             progress.step(f"mezo-step, {dtype}, {count} threads")
             cases.append(
-                measure(getattr(torch, dtype), count, device=settings.device, rounds=rounds, peers=settings.peers)
+                measure(
+                    getattr(torch, dtype),
+                    count,
+                    device=settings.device,
+                    tokens=tokens,
+                    rounds=rounds,
+                    peers=settings.peers,
+                    model=Transformer(**options),
+                )
             )
     finally:
         torch.set_num_threads(before)

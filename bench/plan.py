@@ -25,6 +25,7 @@ class Settings:
     peers: tuple[str, ...] | None = None  # parts of names; none where empty, all where None
     case: str = ""  # a regular expression that the key must match somewhere
     quick: bool = False
+    size: str = "101M"  # of the transformer of mezo-step
 
     @property
     def budget_s(self) -> float:

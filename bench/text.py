@@ -101,9 +101,14 @@ def step_ratio(row: StepRow) -> str:
     return f"{row.ratio:.3f} [{row.ratio_low:.3f}, {row.ratio_high:.3f}]"
 
 
+def parameters(case: StepCase) -> str:
+    n = case.parameters
+    return f"{n / 1e6:.1f}M" if n >= 1_000_000 else f"{n / 1e3:.0f}K"
+
+
 def step_case(case: StepCase) -> str:
     return (
-        f"{case.parameters / 1e6:.1f}M parameters, {case.tokens} tokens, {case.dtype}, "
+        f"{parameters(case)} parameters, {case.tokens} tokens, {case.dtype}, "
         f"{case.distribution}, {case.threads} threads, A/A noise {100 * case.noise:.1f}%"
     )
 
