@@ -95,10 +95,11 @@ _WRAPPERS = frozenset({"DataParallel", "DistributedDataParallel", "FullyShardedD
 def canonical_names(model: nn.Module) -> list[str]:
     """The names of ``model.named_parameters()`` as the plain model has them: without the prefixes of torch.compile,
     DataParallel, DistributedDataParallel, FSDP and checkpoint wrappers, however they are nested."""
-    return [_canonical(model, name) for name, _ in model.named_parameters()]
+    return [canonical_name(model, name) for name, _ in model.named_parameters()]
 
 
-def _canonical(model: nn.Module, name: str) -> str:
+def canonical_name(model: nn.Module, name: str) -> str:
+    """The name of a parameter or buffer as the plain model has it."""
     module: Any = model
     kept = []
     for part in name.split("."):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 
 from leanops.optim.common.parameters import check_apart, is_sharded
 from leanops.optim.zo.directions import Seed
+from leanops.optim.zo.forward_state import ForwardState
 from leanops.optim.zo.perturb_at_use import Scratch
-from leanops.optim.zo.perturb_in_place import Copy, InPlace, Perturber, drop_unsharded, fsdp_modules
+from leanops.optim.zo.perturb_in_place import Copy, InPlace, Perturber, Repeated, drop_unsharded, fsdp_modules
 from leanops.optim.zo.processes import Reduction
 from leanops.optim.zo.slots import Slot
 from leanops.optim.zo.strategy import Strategy
 
 MODES = ("auto", "scratch", "copy", "inplace")
+SMALL = 1 << 23  # elements up to which auto is copy, which is faster there; measured by leanops mezo-step --size
 
 
 class Evaluator:
@@ -32,24 +35,33 @@ class Evaluator:
         self._model = model
         self._same_rng = same_rng
         self._perturber: Perturber | None = None
+        self._state: ForwardState | None = None
         self._for: tuple[int, ...] = ()
+        self._compared = self._told_of_half = False
+
+    @property
+    def changed_buffers(self) -> list[str]:
+        """Names of the buffers that the first evaluation changed."""
+        return [] if self._state is None else self._state.changed_buffers
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of the optimizer is for other parameters; what it evaluates is found out anew
         mode = "copy" if self._mode == "auto" and _opaque(self._model) else self._mode
-        return {**self.__dict__, "_perturber": None, "_for": (), "_model": None, "_mode": mode}
+        anew = {"_perturber": None, "_state": None, "_for": (), "_model": None, "_compared": False}
+        return {**self.__dict__, **anew, "_mode": mode}
 
-    def _ready(self, op: str, slots: Sequence[Slot]) -> Perturber:
+    def _ready(self, op: str, slots: Sequence[Slot], closure: Callable[[], Any]) -> tuple[Perturber, ForwardState]:
         key = tuple(id(t) for s in slots for t in (s.param, *s.twins, *s.state))
-        if self._perturber is None or key != self._for:
+        if self._perturber is None or self._state is None or key != self._for:
             check_apart(op, ((s.name, s.local) for s in slots))
             mode = self._choose(slots)
             if mode == "scratch":
-                self._perturber = Scratch(slots, self._strategy, op)
+                self._perturber = Scratch(slots, self._strategy, op, keeps_compiled=self._mode == "auto")
             else:
                 self._perturber = (Copy if mode == "copy" else InPlace)(slots, self._strategy, self._model)
+            self._state = ForwardState(self._model, closure, slots, self._same_rng)
             self._for = key
-        return self._perturber
+        return self._perturber, self._state
 
     def _choose(self, slots: Sequence[Slot]) -> str:
         sharded = any(is_sharded(s.param) for s in slots)
@@ -61,7 +73,8 @@ class Evaluator:
             )
         if self._mode != "auto":
             return self._mode
-        return "copy" if sharded or _opaque(self._model) else "scratch"
+        small = sum(s.local.numel() for s in slots) <= SMALL
+        return "copy" if sharded or small or _opaque(self._model) else "scratch"
 
     def estimate(
         self,
@@ -80,7 +93,10 @@ class Evaluator:
         scalars = self._strategy.scalars(reduce(measured))
         finite = all(map(math.isfinite, losses))
         mean = math.fsum(x / len(losses) for x in losses) if finite else sum(losses) / len(losses)
-        rounded = torch.tensor(scalars, dtype=torch.float64, device="cpu").float().tolist()
+        rounded: list[float] = torch.tensor(scalars, dtype=torch.float64, device="cpu").float().tolist()
+        if not all(map(math.isfinite, rounded)) and self._state is not None:
+            self._state.undo()
+        self._look_for_half(op, losses, rounded[: len(seeds)], kind)
         if kind is None:
             return rounded, mean
         dtype, device = kind
@@ -89,9 +105,9 @@ class Evaluator:
     def _losses(
         self, op: str, closure: Callable[[], Any], slots: Sequence[Slot], points: Sequence[tuple[Seed, float]]
     ) -> tuple[list[float], tuple[torch.dtype, torch.device] | None]:
-        perturber = self._ready(op, slots)
-        rng = _Generators(slots) if self._same_rng else None
-        found: list[Any] = []
+        perturber, state = self._ready(op, slots, closure)
+        found: list[Tensor | float] = []
+        repeated: Repeated = None
         kind = None
 
         def evaluation() -> Tensor | float:
@@ -103,12 +119,22 @@ class Evaluator:
                 kind = loss.dtype, loss.device
             return _scalar(op, loss)
 
+        state.save()
         try:
             with perturber.session():
                 for i, (seed, scale) in enumerate(points):
-                    if rng is not None and i:
-                        rng.restore()
-                    found.append(perturber.evaluate(evaluation, seed, scale, rng.restore if rng else _nothing))
+                    if i:
+                        state.restore()
+                    found.append(perturber.evaluate(evaluation, seed, scale, state.restore))
+                    if i == 0 and not self._compared and self._same_rng:  # in every process: closures may communicate
+                        repeated = perturber.repeated
+                        if repeated is None:
+                            state.restore()
+                            repeated = found[-1], perturber.evaluate(evaluation, seed, scale, state.restore)
+                            found[-1] = repeated[1]
+        except BaseException:
+            state.undo()
+            raise
         finally:
             torch.clear_autocast_cache()
         drop_unsharded(fsdp_modules(self._model))
@@ -116,7 +142,39 @@ class Evaluator:
         on_device = iter(
             torch.stack(tensors).tolist() if tensors else []
         )  # one wait for the device, after all evaluations
-        return [next(on_device) if isinstance(v, Tensor) else v for v in found], kind
+        losses = [next(on_device) if isinstance(v, Tensor) else v for v in found]
+        if repeated is not None:
+            self._compared = True
+            _look_for_randomness(op, float(repeated[0]), float(repeated[1]), losses)
+        return losses, kind
+
+    def _look_for_half(
+        self, op: str, losses: list[float], scalars: list[float], kind: tuple[torch.dtype, torch.device] | None
+    ) -> None:
+        """Warn once where a loss in half precision is too coarse to differ between evaluations."""
+        if self._told_of_half or kind is None or kind[0] not in (torch.bfloat16, torch.float16) or all(scalars):
+            return
+        self._told_of_half = True
+        warnings.warn(
+            f"{op}: the closure returns its loss in {str(kind[0]).removeprefix('torch.')}, and two evaluations gave "
+            f"{losses[0]:.6g} exactly, so their difference is 0 and the step moves nothing. Compute and return the "
+            "loss in float32, as in cross_entropy(logits.float(), labels)",
+            stacklevel=2,
+        )
+
+
+def _look_for_randomness(op: str, first: float, second: float, losses: list[float]) -> None:
+    """Warn where two evaluations at the same weights differ by more than rounding, and by more than a tenth of what the
+    evaluations of the step differ by."""
+    difference, signal = abs(first - second), max(losses) - min(losses)
+    if difference > 1e-6 * abs(first) and not difference < 0.1 * signal:
+        warnings.warn(
+            f"{op}: two evaluations of the closure at the same weights gave {first:.9g} and {second:.9g}, while the "
+            f"evaluations of this step differ by {signal:.3g}: the estimate is mostly noise. The closure draws another "
+            "batch at each call, or random numbers from a generator of its own. The global generators of torch, NumPy "
+            "and random are restored between evaluations, others cannot be known; seed those inside of the closure",
+            stacklevel=2,
+        )
 
 
 def _scalar(op: str, loss: Any) -> Tensor | float:
@@ -133,10 +191,6 @@ def _scalar(op: str, loss: Any) -> Tensor | float:
         raise TypeError(f"{op}: closure must return a scalar tensor or a number, got {type(loss).__name__}") from error
 
 
-def _nothing() -> None:
-    pass
-
-
 def _opaque(model: nn.Module | None) -> bool:
     """Whether a model runs code that no TorchFunctionMode sees into."""
     if model is None:
@@ -147,16 +201,3 @@ def _opaque(model: nn.Module | None) -> bool:
         or isinstance(m, torch.jit.ScriptModule)
         for m in model.modules()
     ) or bool(fsdp_modules(model))
-
-
-class _Generators:
-    """The state of torch's generators on the CPU and on the parameters' devices."""
-
-    def __init__(self, slots: Sequence[Slot]) -> None:
-        self._cpu = torch.get_rng_state()
-        self._cuda = {s.local.device: torch.cuda.get_rng_state(s.local.device) for s in slots if s.local.is_cuda}
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        for device, state in self._cuda.items():
-            torch.cuda.set_rng_state(state, device)

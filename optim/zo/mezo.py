@@ -77,12 +77,14 @@ class MeZO(Optimizer):
             ``"store"``: a tensor a parameter, fp32.
         perturb: ``"scratch"`` perturbs a weight where it is used, into scratch as large as the largest use; ``"copy"``
             perturbs all weights in place and restores them from a copy; ``"inplace"`` adds and subtracts, is **not
-            exact** and for machines without room for either; ``"auto"`` is copy for compiled, scripted and sharded
-            models and scratch for all others.
+            exact** and for machines without room for either; ``"auto"`` is copy where few elements move (2^23 at most),
+            for compiled, scripted and sharded models, and for closures that call a compiled function, and scratch for
+            all others. The exact modes have the same bits.
         on_nonfinite: what a step does when a loss is NaN or infinite: ``"raise"`` FloatingPointError, or ``"skip"`` the
-            step (it is logged as skipped). The weights do not change in either case.
-        same_rng: every evaluation of a step sees the same state of torch's generators (the same dropout masks), and the
-            state advances as if one evaluation had run.
+            step (it is logged as skipped). Neither weights nor buffers change in either case.
+        same_rng: every evaluation of a step sees the same state of the global generators of torch, NumPy and ``random``
+            (the same dropout masks), and the state advances as if one evaluation had run. A generator that the closure
+            owns cannot be known.
         log_file: append the log to this file as the run goes on; see :class:`ZoLog`.
         process_group: average g over these processes, one scalar a step (and direction), nothing else. Without it, a
             ``model`` in DistributedDataParallel gives its own group, and DTensor parameters that of their mesh.
@@ -100,7 +102,9 @@ class MeZO(Optimizer):
     ``step(closure)`` calls ``closure()`` under no_grad, two times a direction (n + 1 times in all for one_sided and
     fzoo, 2n + 1 times for hizoo), and returns the mean of the evaluations. The closure returns a scalar: a tensor of
     one element or a number. It need not be differentiable. It must not draw a new batch at each call. The first step
-    may evaluate once more, to find weights that are used out of sight (see :mod:`leanops.optim.zo.perturb_at_use`).
+    evaluates once more, to see whether the closure computes the same twice, and once or twice more where weights are
+    used out of sight (see :mod:`leanops.optim.zo.perturb_at_use`). Every evaluation of a step starts from the same
+    buffers (running statistics) of ``model`` and of modules that the closure refers to; the last one's update stays.
 
     Raises:
         ValueError: bad hyperparameters; parameters that are not dense floats, that overlap, or come twice.
@@ -309,7 +313,7 @@ class MeZO(Optimizer):
         """Steps taken, skipped ones included: the next step's seeds follow from this number."""
         return len(self._record.log)
 
-    @_disable_dynamo  # a compiled training step runs it as it is; compiled models inside stay compiled
+    @_disable_dynamo  # a compiled training step runs it as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step; see the class. Returns the mean of the evaluations, a tensor where the closure returns tensors."""
@@ -332,6 +336,7 @@ class MeZO(Optimizer):
                 f"MeZO: step {self.steps}: a loss, or the estimate from it in fp32, is not finite "
                 f"(estimates {scalars}); nothing was changed"
             )
+        record.note_buffers(self._evaluator.changed_buffers)
         if self._log_file is not None and not log.attached:
             log.attach(self._log_file, new=not len(log))
         record.note(self.param_groups, slots)

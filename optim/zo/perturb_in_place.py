@@ -1,6 +1,6 @@
 """Evaluating a function at perturbed weights: in place, with a saved copy or (inexactly) without one.
 
-A perturber opens a session for the evaluations of one step; within it, ``at(seed, scale)`` is a context in which the
+A perturber opens a session for the evaluations of one step; within it, ``evaluate`` calls the function while the
 weights read as ``round(W + scale z(seed))``. :mod:`leanops.optim.zo.perturb_at_use` has the perturber that never
 writes the weights.
 """
@@ -18,15 +18,18 @@ from leanops.optim.zo.slots import Slot, by_device
 from leanops.optim.zo.strategy import Strategy
 
 Closure = Callable[[], Tensor | float]
+Repeated = tuple[Tensor | float, Tensor | float] | None
 
 
 class Perturber(Protocol):
+    repeated: Repeated  # two evaluations at the same weights, where the last call to evaluate made them
+
     def session(self) -> AbstractContextManager[None]:
         """Around the evaluations of one step; at its end the weights are what they were, whatever happened."""
         ...
 
     def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> Tensor | float:
-        """closure() at W + scale z(seed). ``again`` prepares a repeated call (it resets random number generators)."""
+        """closure() at W + scale z(seed). ``again`` prepares a repeated call: it restores generators and buffers."""
         ...
 
 
@@ -35,6 +38,8 @@ class Copy:
 
     Everything sees the perturbed weights: compiled graphs, scripted modules, FSDP, C++ code.
     """
+
+    repeated: Repeated = None
 
     def __init__(self, slots: Sequence[Slot], strategy: Strategy, model: nn.Module | None = None) -> None:
         self._parts = by_device(slots)
@@ -63,6 +68,13 @@ class Copy:
         self._saved = []
         drop_unsharded(self._sharded)
 
+    def add(self, slots: Sequence[Slot]) -> None:
+        """Perturb these, too, from now on, within a session."""
+        for part in by_device(slots):
+            saved = [s.local.clone() for s in part]
+            self._parts.append(part)
+            self._saved.append(saved)
+
     def place(self, seed: Seed, scale: float) -> None:
         """Let the weights be W + scale z(seed), within a session."""
         for part, saved in zip(self._parts, self._saved, strict=True):
@@ -84,6 +96,8 @@ class InPlace:
     steps; in fp32 the change is about one part in 10^7 a step. A log does not replay to the same bits. Only for a
     machine that has no room for the scratch of the default mode.
     """
+
+    repeated: Repeated = None
 
     def __init__(self, slots: Sequence[Slot], strategy: Strategy, model: nn.Module | None = None) -> None:
         self._parts = by_device(slots)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -171,11 +172,17 @@ def moved_by(log: ZoLog, found: Sequence[Program]) -> dict[int, list[Update]]:
 
 
 def loaded(op: str, log: Any) -> ZoLog:
-    if isinstance(log, ZoLog):
-        return log
-    if not isinstance(log, (str, os.PathLike)):
+    if not isinstance(log, (ZoLog, str, os.PathLike)):
         raise TypeError(f"{op}: log must be a ZoLog or the name of its file, got {type(log).__name__}")
-    return ZoLog.load(log)
+    found = log if isinstance(log, ZoLog) else ZoLog.load(log)
+    if buffers := found.header.get("buffers"):
+        more = f" and {len(buffers) - 8} more" if len(buffers) > 8 else ""
+        warnings.warn(
+            f"{op}: the run's forward passes changed buffers, too, which the log does not hold and replay leaves as "
+            f"they are: {', '.join(buffers[:8])}{more}. Take them from a checkpoint of the run",
+            stacklevel=3,
+        )
+    return found
 
 
 def _match(params: Params, log: ZoLog, moved: Mapping[int, Any], names: Mapping[str, str] | None) -> dict[int, Tensor]:

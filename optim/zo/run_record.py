@@ -69,6 +69,11 @@ class Record:
         """id -> the id of the earlier parameter that has the same memory."""
         return {e["id"]: e["tied"] for e in self.entries if "tied" in e}
 
+    def note_buffers(self, changed: Sequence[str]) -> None:
+        """Put the names of buffers that the first evaluation changed into the header; their values are in no log."""
+        if changed and not self.begun:
+            self.log.header["buffers"] = list(changed)
+
     def note(self, groups: Sequence[dict[str, Any]], slots: Sequence[Sequence[Slot]]) -> None:
         """Put into the log what has changed since the last step."""
         for g, group in enumerate(groups):

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import leanops as lo
 from leanops.common import seeds as seed_rule
 from leanops.optim import MeZO, ZoLog, replay_
-from leanops.optim.zo import strategy
+from leanops.optim.zo import estimate, strategy
 
 F64 = torch.float64
 
@@ -117,7 +118,7 @@ def test_one_sided_sign_and_fzoo_follow_their_formulas() -> None:
             return f(p)
 
         opt.step(closure)
-        assert calls == (8 if variant == "sign" else 5)
+        assert calls == (8 if variant == "sign" else 5) + 1  # the first step repeats an evaluation
         torch.testing.assert_close(torch.from_numpy(opt.log.scalars()[0]).double(), wanted, rtol=1e-5, atol=1e-6)
         moved = w - 1e-3 * sum(g * z for g, z in zip(wanted, zs, strict=True)) / 4
         torch.testing.assert_close(p.detach(), moved, rtol=1e-6, atol=1e-7)
@@ -180,7 +181,7 @@ def test_the_loss_is_the_mean_of_the_evaluations_and_a_number_stays_a_number() -
 
     loss = opt.step(closure)
     assert isinstance(loss, float)
-    assert loss == pytest.approx(sum(seen) / 2)
+    assert loss == pytest.approx(sum(seen[1:]) / 2)  # the first evaluation is repeated
     assert isinstance(opt.step(lambda: p + 7), Tensor)
 
 
@@ -526,6 +527,47 @@ def test_bad_closures_and_states_are_refused_and_nothing_changes() -> None:
     p.data = p.data.half()
     with pytest.raises(RuntimeError, match="would not replay"):
         opt.step(lambda: p.sum())
+
+
+def test_auto_copies_what_is_small_and_has_the_bits_of_every_exact_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    scalars, kinds = [], []
+    for perturb, small in (("scratch", 1), ("copy", 1), ("auto", 1), ("auto", 10**6)):
+        monkeypatch.setattr(estimate, "SMALL", small)
+        torch.manual_seed(0)
+        model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        opt = MeZO(model.parameters(), lr=1e-3, perturb=perturb)
+        x = torch.randn(2, 5, 16)
+        for _ in range(3):
+            opt.step(lambda model=model, x=x: model(x)[..., 0].square().sum())
+        scalars.append(opt.log.scalars().tolist())
+        kinds.append(type(opt._evaluator._perturber).__name__)
+    assert kinds == ["Scratch", "Copy", "Scratch", "Copy"]
+    assert all(s == scalars[0] for s in scalars)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", ["spsa", "one_sided", "sign", "fzoo"])
+def test_a_loss_in_half_precision_that_hides_every_difference_is_named(variant: str, dtype: torch.dtype) -> None:
+    def losses(dtype: torch.dtype) -> MeZO:
+        p = nn.Parameter(torch.ones(40))
+        opt = MeZO([p], lr=0.0, variant=variant, directions=2)
+        for _ in range(3):
+            opt.step(lambda: (p * 0.01).sum().add(3.0).to(dtype))
+        return opt
+
+    with pytest.warns(UserWarning, match=rf"{str(dtype)[6:]}.*float32") as seen:
+        assert not losses(dtype).log.scalars().any()
+    assert len([w for w in seen if "float32" in str(w.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert losses(torch.float32).log.scalars().all()
+
+
+def test_a_loss_in_half_precision_that_shows_differences_is_no_reason_to_warn() -> None:
+    p = nn.Parameter(torch.ones(40))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MeZO([p], lr=0.0, eps=0.5).step(lambda: p.sum().bfloat16())
 
 
 def test_small_bf16_updates_vanish_with_nearest_rounding_and_arrive_with_stochastic() -> None:
