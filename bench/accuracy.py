@@ -27,7 +27,7 @@ def expected(spec: OpSpec, probes: Sequence[Probe]) -> list[list[Tensor]]:
     values = []
     for probe in probes:
         args = probe.reference_args if spec.exact else _double(probe.reference_args)
-        values.append(probe.wanted(results(spec, args, spec.reference(*args))))
+        values.append(probe.wanted(results(spec, args, spec.kernel("reference")(*args))))
     return values
 
 
@@ -72,7 +72,7 @@ def check(
                 (error(p.actual(result), w) for p, w in zip(probes, wanted, strict=True)), default=0.0
             )
     eps = torch.finfo(dtype).eps
-    bound = spec.tolerance * eps * math.sqrt(spec.depth(*args))
+    bound = spec.tolerance * eps * math.sqrt(spec.depth(spec.bind(*args)))
     if errors:
         bound = min(bound, max(PEER_FACTOR * min(errors.values()), eps))
     passed = seen <= bound

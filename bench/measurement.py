@@ -207,7 +207,7 @@ class Measurement:
     def _rates(self, args: Args, taken: Interval) -> None:
         row, spec = self.row, self.job.spec
         row.median_s, row.low_s, row.high_s = taken.value, taken.low, taken.high
-        cost = self.cost = spec.cost(*args)
+        cost = self.cost = spec.cost(spec.bind(*args))
         self.pattern = roofline.pattern(cost, roofline.tensor_bytes(args), spec.mutates)
         row.read_bytes, row.written_bytes, row.flops = cost.read, cost.written, cost.flops
         row.elements = elements(spec, args)

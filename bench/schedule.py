@@ -55,7 +55,7 @@ class Forecast:
             if args is None:
                 self._loads[key] = Load(0, 0, "", 0)
             else:
-                cost = job.spec.cost(*args)
+                cost = job.spec.cost(job.spec.bind(*args))
                 moved = max(cost.read + cost.written, roofline.tensor_bytes(args))
                 dtype = str(cost.flops_dtype).removeprefix("torch.")
                 self._loads[key] = Load(moved, cost.flops, dtype, work(job.spec, args))

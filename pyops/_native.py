@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -80,8 +81,10 @@ def _load_library(library: str) -> Backend:
         torch.ops.load_library(path)
     except OSError as error:
         return Backend(library, "absent", f"the library does not load: {error}")
-    key = library.upper()
-    _servers.update({(spec.name, key): library for spec in _registry.specs() if has_kernel(spec.name, key)})
+    for spec in _registry.specs():
+        if has_kernel(spec.name, library.upper()):
+            _servers[spec.name, library.upper()] = library
+            spec.native_on.add(library)
     if library == "cuda":
         archs = " ".join(f"sm_{arch}" for arch in build_report().get(library, {}).get("archs", ()))
         compiled = f"compiled for {archs}, " if archs else ""
@@ -134,14 +137,10 @@ def _python_backend(name: str, package: str) -> Backend:
     return Backend(name, "in use", f"serves {served}")
 
 
-def _lazy(loader: _registry.Loader) -> _registry.Kernel:
+def _lazy(loader: _registry.Loader) -> Callable[[Any], Any]:
     """The launcher's module (and Triton or CuPy with it) is imported at the first call, not with leanops."""
     launcher = cache(loader)
-
-    def kernel(*args: object) -> object:
-        return launcher()(*args)
-
-    return kernel
+    return lambda call: launcher()(call)
 
 
 def _warn_at_first_use() -> None:

@@ -70,7 +70,7 @@ def run_reference(spec: OpSpec, args: Sequence[Any], widen: bool = False) -> lis
     """The reference's results, with ``widen`` in float64 from the same input values."""
     if widen:
         args = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, args)
-    return run(spec, args, spec.reference)
+    return run(spec, args, spec.kernel("reference"))
 
 
 def backends(spec: OpSpec, device: torch.device) -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -112,7 +112,7 @@ def norm(values: Sequence[Tensor]) -> float:
 
 def policy_bound(spec: OpSpec, args: Sequence[Any], dtype: torch.dtype, magnitude: float) -> float:
     """The tolerance policy's absolute bound: c eps sqrt(K) times the size of the result."""
-    return spec.tolerance * torch.finfo(dtype).eps * math.sqrt(spec.depth(*args)) * magnitude
+    return spec.tolerance * torch.finfo(dtype).eps * math.sqrt(spec.depth(spec.bind(*args))) * magnitude
 
 
 def assert_agrees(
@@ -138,5 +138,5 @@ def assert_agrees(
     bound = policy_bound(spec, args, dtype, magnitude)
     assert seen <= bound, f"{what}: error {seen:.3e} beyond {bound:.3e}"
     if yardstick and spec.plain is not None and dtype != torch.float64:
-        plain = error(run(spec, args, spec.plain), exact)
+        plain = error(run(spec, args, spec.unpacked(spec.plain)), exact)
         assert seen <= 2 * plain + 1e-300, f"{what}: error {seen:.3e} is over twice that of plain PyTorch, {plain:.3e}"

@@ -56,8 +56,8 @@ def error_inputs(device: Any, dtype: Any) -> list[ErrorOptimizerInput]:
         ({"lr": -0.1}, "lr must be a finite number >= 0, got -0.1"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
         ({"beta": 0.0}, r"beta must be in \(0, 1\], got 0.0"),
-        ({"eps": -1.0}, "eps must be a finite number >= 0, got -1.0"),
-        ({"weight_decay": -1.0}, "weight_decay must be a finite number >= 0, got -1.0"),
+        ({"eps": -1.0}, "eps must be a finite float32 number >= 0, got -1.0"),
+        ({"weight_decay": -1.0}, "weight_decay must be a finite float32 number >= 0, got -1.0"),
         ({"momentum_dtype": torch.float16}, "momentum_dtype must be one of"),
         ({"differentiable": True}, "differentiable=True is not supported"),
     ]

@@ -141,6 +141,7 @@ def test_each_cuda_operator_gets_the_first_backend_that_has_it(tmp_path):
     out = run(
         """
         import json, torch
+        from typing import NamedTuple
         import leanops
         from leanops import _native, _registry, info
         from leanops._registry import OpSpec
@@ -150,10 +151,13 @@ def test_each_cuda_operator_gets_the_first_backend_that_has_it(tmp_path):
             _registry.implement(spec.name, "CUDA", spec.reference)  # in the library's place
             _native._servers[spec.name, "CUDA"] = "cuda"
         states = [_native._python_backend("triton", "triton")]
+        class Call(NamedTuple):
+            x: torch.Tensor
+
         _registry.register(OpSpec(
-            name="triton_only", schema="(Tensor x) -> Tensor", reference=lambda x: x, fake=torch.empty_like,
-            check=lambda x: None, inputs=None, cost=None, dtypes=(torch.float32,), exact=True,
-            backends={"triton": lambda: lambda x: x + 1},
+            name="triton_only", schema="(Tensor x) -> Tensor", call=Call, reference=lambda call: call.x,
+            fake=lambda call: torch.empty_like(call.x), check=lambda call: None, inputs=None, cost=None,
+            dtypes=(torch.float32,), exact=True, backends={"triton": lambda: lambda call: call.x + 1},
         ))
         states.append(_native._python_backend("triton", "triton"))
         _native._backends["triton"] = states[-1]

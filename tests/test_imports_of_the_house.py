@@ -18,7 +18,7 @@ FOLDERS = ("autotune", "pyops", "optim", "bench")
 FAMILIES = sorted(p.parent.name for p in (ROOT / "pyops").glob("*/specs.py"))
 FLOORS = (
     "autotune",
-    "pyops/common",  # with the skeleton: _registry.py and _native.py
+    "pyops/common",  # with the skeleton: _opspec.py, _registry.py and _native.py
     "a family in pyops",
     "pyops",  # __init__.py and info.py, which show all families
     "optim/common",
@@ -27,7 +27,7 @@ FLOORS = (
     "optim",  # __init__.py
     "bench",
 )
-SKELETON = {"_registry.py", "_native.py"}
+SKELETON = {"_opspec.py", "_registry.py", "_native.py"}
 
 
 class Import(NamedTuple):

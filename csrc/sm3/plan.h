@@ -1,4 +1,4 @@
-// How a list of tensors becomes the table of a launch of sm3.cuh. pyops/sm3/plan.py is the same in Python,
+// How a list of tensors becomes the table of a launch of sm3.cuh. pyops/sm3/plan.py and nvrtc.py are the same in Python,
 // and a test compares them.
 #ifndef LEANOPS_SM3_PLAN_H
 #define LEANOPS_SM3_PLAN_H

@@ -1,32 +1,16 @@
 // Registers the CPU kernels of the zeroth-order family with torch, through the stable ABI.
-// Arguments arrive validated; what is checked here again is only what would read or write outside a tensor.
 #include <algorithm>
-#include <optional>
+#include <utility>
 #include <vector>
 
+#include "../common/torch_cpu.h"
+#include "torch_calls.h"
 #include "zo_linear_cpu.h"
 
 namespace leanops {
 namespace zo {
 
 using torch::stable::Tensor;
-
-DType dtype_of(const Tensor& tensor, const char* op) {
-  using torch::headeronly::ScalarType;
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::Double:
-      return DType::kFloat64;
-    default:
-      STD_TORCH_CHECK(false, op, ": dtype must be float32, bfloat16, float16 or float64");
-  }
-  return DType::kFloat32;
-}
 
 Distribution distribution_of(const std::string& name, const char* op) {
   if (name == "gaussian") return Distribution::kGaussian;
@@ -45,20 +29,15 @@ const Kernels& active_kernels() {
 
 namespace {
 
-Rounding rounding_of(const std::string& name, const char* op) {
-  if (name == "nearest") return Rounding::kNearest;
-  STD_TORCH_CHECK(name == "stochastic", op, ": rounding must be 'nearest' or 'stochastic', got '", name, "'");
-  return Rounding::kStochastic;
-}
-
 struct Job {
   char* out;
   const char* in;
   DType dtype;
   uint32_t tensor_id;
   uint64_t index;
-  uint64_t columns;  // of low-rank noise
-  int64_t begin;     // of its elements in the numbering of all jobs together
+  uint64_t columns;   // of low-rank noise
+  int64_t begin;      // of its elements in the numbering of all jobs together
+  size_t tensor = 0;  // its place in the call
 };
 
 constexpr int64_t kUnit = 4096;        // elements; threads share the work in these
@@ -83,113 +62,93 @@ void for_all(const std::vector<Job>& jobs, int64_t total, int64_t terms, const R
   });
 }
 
-void zo_noise_(Tensor out, Tensor seed, int64_t tensor_id, int64_t offset, std::string distribution) {
+void zo_noise_(const NoiseCall& call) {
   const Kernels& cpu = active_kernels();
-  const Distribution kind = distribution_of(distribution, "zo_noise_");
-  const Tensor dense = out.is_contiguous() ? out : torch::stable::contiguous(out);
+  call.check(kCodes.cpu);
+  const Tensor dense = call.out.is_contiguous() ? call.out : torch::stable::contiguous(call.out);
   const int64_t n = dense.numel();
   if (n == 0) return;
-  const uint64_t key = seed_of(seed);
+  const uint64_t key = seed_of(call.seed);
+  const Distribution kind = distribution_of(call.distribution, "zo_noise_");
   const std::vector<Job> jobs = {{static_cast<char*>(dense.mutable_data_ptr()), nullptr,
-                                  dtype_of(out, "zo_noise_"), static_cast<uint32_t>(tensor_id),
-                                  static_cast<uint64_t>(offset), 0, 0}};
+                                  dtype_of_code(View(dense).dtype()), static_cast<uint32_t>(call.tensor_id),
+                                  static_cast<uint64_t>(call.offset), 0, 0}};
   for_all(jobs, n, 1, [&](const Job& job, int64_t first, int64_t count) {
     cpu.noise(job.out + first * element_size(job.dtype), job.dtype, count, key, job.tensor_id,
               job.index + static_cast<uint64_t>(first), kind);
   });
-  if (dense.get() != out.get()) torch::stable::copy_(out, dense);
+  if (Tensor target = call.out; dense.get() != target.get()) torch::stable::copy_(target, dense);
 }
 
-// out == nullptr: in place.
-void axpy(const char* op, std::vector<Tensor>* out, std::vector<Tensor>& tensors, const Tensor& seeds,
-          const Tensor& coeffs, const Tensor& decays, const std::vector<int64_t>& tensor_ids,
-          const std::vector<int64_t>& offsets, const std::string& distribution, const std::string& rounding,
-          bool sequential, const std::optional<Tensor>& right_seeds,
-          const std::optional<std::vector<int64_t>>& columns, int64_t rank) {
-  const Kernels& cpu = active_kernels();
-  const bool low_rank = distribution == "lowrank";
-  STD_TORCH_CHECK(low_rank == right_seeds.has_value() && low_rank == columns.has_value(), op,
-                  ": right_seeds and columns must be given for distribution lowrank, and for it alone");
-  const Tensor s = torch::stable::contiguous(seeds), c = torch::stable::contiguous(coeffs),
-               d = torch::stable::contiguous(decays),
-               r = low_rank ? torch::stable::contiguous(*right_seeds) : s;
-  Terms terms;
-  terms.seeds = reinterpret_cast<const uint64_t*>(s.const_data_ptr<int64_t>());
-  terms.coeffs = c.const_data_ptr<double>();
-  terms.decays = d.const_data_ptr<double>();
-  terms.count = s.numel();
-  terms.decay_count = d.numel();
-  terms.distribution = low_rank ? Distribution::kLowRank : distribution_of(distribution, op);
-  terms.right_seeds = reinterpret_cast<const uint64_t*>(r.const_data_ptr<int64_t>());
-  terms.rank = rank;
-  terms.rounding = rounding_of(rounding, op);
-  terms.sequential = sequential;
-  STD_TORCH_CHECK(c.numel() == terms.count, op, ": seeds and coeffs must have the same length, got ",
-                  terms.count, " and ", c.numel());
-  STD_TORCH_CHECK(terms.decay_count == 1 || (sequential && terms.decay_count == terms.count), op,
-                  ": decays must have length 1", sequential ? " or that of seeds" : "", ", got ",
-                  terms.decay_count);
-  STD_TORCH_CHECK(r.numel() == terms.count, op, ": seeds and right_seeds must have the same length, got ",
-                  terms.count, " and ", r.numel());
-  STD_TORCH_CHECK(rank >= 1 && rank <= kMaxRank, op, ": rank must be in [1, ", kMaxRank, "], got ", rank);
-  STD_TORCH_CHECK(!low_rank || columns->size() == tensors.size(), op,
-                  ": columns must have one entry a tensor");
-  STD_TORCH_CHECK(tensor_ids.size() == tensors.size() && offsets.size() == tensors.size(), op,
-                  ": tensor_ids and offsets must have one entry a tensor");
+// The numbers of a call, and dense copies of them where they have strides.
+struct DenseTerms {
+  explicit DenseTerms(const AxpyCall& call)
+      : seeds(torch::stable::contiguous(call.seeds)),
+        coeffs(torch::stable::contiguous(call.coeffs)),
+        decays(torch::stable::contiguous(call.decays)),
+        right_seeds(call.low_rank() ? torch::stable::contiguous(*call.right_seeds) : seeds) {
+    terms.seeds = reinterpret_cast<const uint64_t*>(seeds.const_data_ptr<int64_t>());
+    terms.coeffs = coeffs.const_data_ptr<double>();
+    terms.decays = decays.const_data_ptr<double>();
+    terms.count = seeds.numel();
+    terms.decay_count = decays.numel();
+    terms.distribution =
+        call.low_rank() ? Distribution::kLowRank : distribution_of(call.distribution, call.op());
+    terms.rounding = call.rounding == "nearest" ? Rounding::kNearest : Rounding::kStochastic;
+    terms.sequential = call.sequential;
+    terms.right_seeds = reinterpret_cast<const uint64_t*>(right_seeds.const_data_ptr<int64_t>());
+    terms.rank = call.rank;
+  }
 
+  Tensor seeds, coeffs, decays, right_seeds;
+  Terms terms;
+};
+
+void axpy(const AxpyCall& call) {
+  const Kernels& cpu = active_kernels();
   std::vector<Job> jobs;
+  std::vector<size_t> strided;  // tensors whose addresses are not known yet
+  jobs.reserve(call.out.size());
+  int64_t total = 0;
+  call.check({kCodes.cpu, -1}, kMaxRank, [&](size_t i, int32_t dtype, int64_t numel) {
+    const View target = call.out[i], source = call.source(i);
+    const bool dense = target.is_contiguous() && source.is_contiguous();
+    if (!dense) strided.push_back(jobs.size());
+    jobs.push_back({dense ? static_cast<char*>(target.mutable_data_ptr()) : nullptr,
+                    dense ? static_cast<const char*>(source.const_data_ptr()) : nullptr, dtype_of_code(dtype),
+                    static_cast<uint32_t>(call.tensor_ids[i]), static_cast<uint64_t>(call.offsets[i]),
+                    static_cast<uint64_t>(call.width(i)), total, i});
+    total += numel;
+  });
+  if (total == 0) return;
+
   std::vector<Tensor> kept;                           // dense copies, alive while the kernels run
   std::vector<std::pair<Tensor, Tensor>> copied_out;  // (target, dense result)
-  jobs.reserve(tensors.size());
-  int64_t total = 0;
-  for (size_t j = 0; j < tensors.size(); ++j) {
-    const Tensor& target = out ? (*out)[j] : tensors[j];
-    const int64_t n = tensors[j].numel();
-    if (n == 0) continue;
-    STD_TORCH_CHECK(target.numel() == n, op, ": out and tensors must have the same shapes");
-    Tensor dense = target;
-    if (!target.is_contiguous()) {
-      dense = torch::stable::contiguous(target);
-      copied_out.emplace_back(target, dense);
+  for (size_t place : strided) {
+    Job& job = jobs[place];
+    const View target = call.out[job.tensor];
+    if (target.is_contiguous()) {
+      job.out = static_cast<char*>(target.mutable_data_ptr());
+    } else {
+      const Tensor own = target.keep();
+      copied_out.emplace_back(own, torch::stable::contiguous(own));
+      job.out = static_cast<char*>(copied_out.back().second.mutable_data_ptr());
     }
-    const void* from = dense.const_data_ptr();
-    if (out) {
-      if (!tensors[j].is_contiguous()) kept.push_back(torch::stable::contiguous(tensors[j]));
-      from = tensors[j].is_contiguous() ? tensors[j].const_data_ptr() : kept.back().const_data_ptr();
+    if (call.in_place) {
+      job.in = job.out;
+    } else {
+      kept.push_back(torch::stable::contiguous(call.source(job.tensor).keep()));
+      job.in = static_cast<const char*>(kept.back().const_data_ptr());
     }
-    jobs.push_back({static_cast<char*>(dense.mutable_data_ptr()), static_cast<const char*>(from),
-                    dtype_of(target, op), static_cast<uint32_t>(tensor_ids[j]),
-                    static_cast<uint64_t>(offsets[j]), low_rank ? static_cast<uint64_t>((*columns)[j]) : 0,
-                    total});
-    total += n;
   }
-  if (total == 0) return;
+  const DenseTerms dense(call);
+  const Terms& terms = dense.terms;
   for_all(jobs, total, terms.count, [&](const Job& job, int64_t first, int64_t count) {
     const int64_t bytes = first * element_size(job.dtype);
     cpu.axpy(job.out + bytes, job.in + bytes, job.dtype, count, terms, job.tensor_id,
              job.index + static_cast<uint64_t>(first), job.columns);
   });
-  for (auto& [target, dense] : copied_out) torch::stable::copy_(target, dense);
-}
-
-void zo_axpy_(std::vector<Tensor> tensors, Tensor seeds, Tensor coeffs, Tensor decays,
-              std::vector<int64_t> tensor_ids, std::vector<int64_t> offsets, std::string distribution,
-              std::string rounding, bool sequential, std::optional<Tensor> right_seeds,
-              std::optional<std::vector<int64_t>> columns, int64_t rank) {
-  axpy("zo_axpy_", nullptr, tensors, seeds, coeffs, decays, tensor_ids, offsets, distribution, rounding,
-       sequential, right_seeds, columns, rank);
-}
-
-void zo_axpy_into_(std::vector<Tensor> out, std::vector<Tensor> tensors, Tensor seeds, Tensor coeffs,
-                   Tensor decays, std::vector<int64_t> tensor_ids, std::vector<int64_t> offsets,
-                   std::string distribution, std::string rounding, bool sequential,
-                   std::optional<Tensor> right_seeds, std::optional<std::vector<int64_t>> columns,
-                   int64_t rank) {
-  STD_TORCH_CHECK(out.size() == tensors.size(),
-                  "zo_axpy_into_: out and tensors must have the same length, got ", out.size(), " and ",
-                  tensors.size());
-  axpy("zo_axpy_into_", &out, tensors, seeds, coeffs, decays, tensor_ids, offsets, distribution, rounding,
-       sequential, right_seeds, columns, rank);
+  for (auto& [target, result] : copied_out) torch::stable::copy_(target, result);
 }
 
 }  // namespace
@@ -197,8 +156,9 @@ void zo_axpy_into_(std::vector<Tensor> out, std::vector<Tensor> tensors, Tensor 
 }  // namespace leanops
 
 STABLE_TORCH_LIBRARY_IMPL(leanops, CPU, m) {
-  m.impl("zo_noise_", TORCH_BOX(&leanops::zo::zo_noise_));
-  m.impl("zo_axpy_", TORCH_BOX(&leanops::zo::zo_axpy_));
-  m.impl("zo_axpy_into_", TORCH_BOX(&leanops::zo::zo_axpy_into_));
+  using namespace leanops;
+  m.impl("zo_noise_", &boxed<zo::NoiseCall, zo::zo_noise_>);
+  m.impl("zo_axpy_", &boxed<zo::AxpyCall, zo::axpy, true>);
+  m.impl("zo_axpy_into_", &boxed<zo::AxpyCall, zo::axpy, false>);
   m.impl("zo_linear", TORCH_BOX(&leanops::zo::zo_linear));
 }

@@ -1,13 +1,14 @@
 // Registers the zeroth-order operators for CUDA, over torch's stable ABI. Nothing here waits for the device.
-// Arguments come validated: shapes, dtypes, devices, lengths and overlap were checked before dispatch.
 
-#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "../common/torch_cuda.h"
 #include "launch_cuda.h"
+#include "torch_calls.h"
 
 namespace {
 
@@ -53,89 +54,106 @@ void set_slots(Call& call, const std::vector<Slot>& slots, i64 units, const Tens
   call.slots = address(target);
 }
 
-void noise_(Tensor out, Tensor seed, int64_t tensor_id, int64_t offset, std::string distribution) {
+void noise_(const NoiseCall& call) {
+  call.check(kCodes.cuda);
+  Tensor out = call.out;
   if (out.numel() == 0) return;
   const Device device(out);
   std::vector<Tensor> alive;
-  Call call = {};
-  call.terms = 1;
-  call.seeds = place(seed, call.inline_seeds, out, device, alive);
+  Call numbers = {};
+  numbers.terms = 1;
+  numbers.seeds = place(call.seed, numbers.inline_seeds, out, device, alive);
   const Tensor dense = out.is_contiguous() ? out : torch::stable::new_empty(out, out.sizes());
   std::vector<Slot> slots = {
-      {address(dense), address(dense), address(dense), offset, out.numel(), 0, (u64)tensor_id, 0}};
+      {address(dense), address(dense), address(dense), call.offset, out.numel(), 0, (u64)call.tensor_id, 0}};
   const i64 units = plan(slots, NOISE);
-  set_slots(call, slots, units, out, device, alive);
+  set_slots(numbers, slots, units, out, device, alive);
   for_dtype(out.scalar_type(), [&](auto type) {
-    STD_CUDA_CHECK(launch<decltype(type)>(call, distribution_of(distribution), NOISE, false,
+    STD_CUDA_CHECK(launch<decltype(type)>(numbers, distribution_of(call.distribution), NOISE, false,
                                           device.processors, device.stream));
   });
   if (!out.is_contiguous()) torch::stable::copy_(out, dense);
 }
 
-void axpy_into_(std::vector<Tensor> out, std::vector<Tensor> tensors, Tensor seeds, Tensor coeffs,
-                Tensor decays, std::vector<int64_t> tensor_ids, std::vector<int64_t> offsets,
-                std::string distribution, std::string rounding, bool sequential,
-                std::optional<Tensor> right_seeds, std::optional<std::vector<int64_t>> columns,
-                int64_t rank) {
-  if (out.empty()) return;
-  const Device device(out[0]);
+struct Job {
+  size_t tensor;  // its place in the call
+  int32_t dtype;
+  i64 numel;
+};
+
+// The tensors of a dtype, as a kernel reads them. Strided results are copied back once it has run.
+std::vector<Slot> slots_of(const AxpyCall& call, const std::vector<Job>& jobs, int32_t dtype, bool matrices,
+                           std::vector<Tensor>& alive, std::vector<std::pair<Tensor, Tensor>>& strided) {
+  std::vector<Slot> slots;
+  for (const Job& job : jobs) {
+    const i64 width = call.width(job.tensor);
+    if (job.dtype != dtype || (width != 0) != matrices) continue;
+    const View out = call.out[job.tensor], in = call.source(job.tensor);
+    u64 target = 0, source = 0;
+    if (!in.is_contiguous()) alive.push_back(torch::stable::contiguous(in.keep()));
+    source = in.is_contiguous() ? (u64)in.const_data_ptr() : address(alive.back());
+    if (out.is_contiguous()) {
+      target = (u64)out.mutable_data_ptr();
+    } else {
+      const Tensor own = out.keep();
+      const Tensor dense = in.is_contiguous() ? torch::stable::new_empty(own, own.sizes()) : alive.back();
+      target = address(dense);
+      strided.emplace_back(own, dense);
+    }
+    slots.push_back({target, source, target, call.offsets[job.tensor], job.numel, 0,
+                     (u64)call.tensor_ids[job.tensor], width});
+  }
+  return slots;
+}
+
+void axpy(const AxpyCall& call) {
+  std::vector<Job> jobs;
+  const Location device_location{kCodes.cuda, call.out.size() ? call.out[0].device_index() : 0};
+  call.check(device_location, MAX_RANK,
+             [&](size_t i, int32_t dtype, i64 numel) { jobs.push_back({i, dtype, numel}); });
+  if (jobs.empty()) return;
+  const Tensor like = call.out[0].keep();
+  const Device device(like);
   std::vector<Tensor> alive;
   Call terms = {};
-  terms.terms = (int)seeds.numel();
-  terms.decay_count = (int)decays.numel();
-  terms.sequential = sequential;
-  terms.seeds = place(seeds, terms.inline_seeds, out[0], device, alive);
-  terms.coeffs = place(coeffs, terms.inline_coeffs, out[0], device, alive);
-  terms.decays = place(decays, terms.inline_decays, out[0], device, alive);
-  if (right_seeds) terms.right_seeds = place(*right_seeds, terms.inline_right_seeds, out[0], device, alive);
-  terms.rank = rank;
+  terms.terms = (int)call.seeds.numel();
+  terms.decay_count = (int)call.decays.numel();
+  terms.sequential = call.sequential;
+  terms.seeds = place(call.seeds, terms.inline_seeds, like, device, alive);
+  terms.coeffs = place(call.coeffs, terms.inline_coeffs, like, device, alive);
+  terms.decays = place(call.decays, terms.inline_decays, like, device, alive);
+  if (call.low_rank())
+    terms.right_seeds = place(*call.right_seeds, terms.inline_right_seeds, like, device, alive);
+  terms.rank = call.rank;
   const Mode mode = terms.terms == 1 ? SINGLE : MANY;
+  const bool stochastic = call.rounding == "stochastic";
 
-  std::vector<std::pair<size_t, Tensor>> strided;  // results to copy back
-  for (const ScalarType dtype :
-       {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half}) {
-    std::vector<Slot> slots, matrices;  // of low-rank noise, whose vectors have the Gaussian
-    for (size_t i = 0; i < out.size(); ++i) {
-      if (out[i].numel() == 0 || out[i].scalar_type() != dtype) continue;
-      const Tensor source = torch::stable::contiguous(tensors[i]);
-      Tensor target = out[i];
-      if (!target.is_contiguous()) {
-        target = tensors[i].is_contiguous() ? torch::stable::new_empty(source, source.sizes()) : source;
-        strided.emplace_back(i, target);
-      }
-      alive.push_back(source);
-      const i64 width = columns ? (*columns)[i] : 0;
-      (width ? matrices : slots)
-          .push_back({address(target), address(source), address(target), offsets[i], target.numel(), 0,
-                      (u64)tensor_ids[i], width});
-    }
+  std::vector<std::pair<Tensor, Tensor>> strided;  // tensors, and results to copy back
+  const std::pair<int32_t, ScalarType> dtypes[] = {{kCodes.float32, ScalarType::Float},
+                                                   {kCodes.float64, ScalarType::Double},
+                                                   {kCodes.bfloat16, ScalarType::BFloat16},
+                                                   {kCodes.float16, ScalarType::Half}};
+  for (const auto& [code, dtype] : dtypes) {
+    std::vector<Slot> vectors = slots_of(call, jobs, code, false, alive, strided);  // with Gaussian noise
+    std::vector<Slot> matrices = slots_of(call, jobs, code, true, alive, strided);  // with low-rank noise
     for_dtype(dtype, [&](auto type) {
       using T = decltype(type);
-      const bool stochastic = rounding == "stochastic";
-      if (!slots.empty()) {
-        Call call = terms;
-        const i64 units = plan(slots, mode);
-        set_slots(call, slots, units, out[0], device, alive);
-        STD_CUDA_CHECK(launch<T>(call, distribution_of(distribution), mode, stochastic, device.processors,
-                                 device.stream));
+      if (!vectors.empty()) {
+        Call numbers = terms;
+        const i64 units = plan(vectors, mode);
+        set_slots(numbers, vectors, units, like, device, alive);
+        STD_CUDA_CHECK(launch<T>(numbers, distribution_of(call.distribution), mode, stochastic,
+                                 device.processors, device.stream));
       }
       if (!matrices.empty()) {
-        Call call = terms;
-        const i64 units = plan_low_rank(matrices, call, Element<T>::CHUNK);
-        set_slots(call, matrices, units, out[0], device, alive);
-        STD_CUDA_CHECK(launch_low_rank<T>(call, stochastic, device.processors, device.stream));
+        Call numbers = terms;
+        const i64 units = plan_low_rank(matrices, numbers, Element<T>::CHUNK);
+        set_slots(numbers, matrices, units, like, device, alive);
+        STD_CUDA_CHECK(launch_low_rank<T>(numbers, stochastic, device.processors, device.stream));
       }
     });
   }
-  for (auto& [i, result] : strided) torch::stable::copy_(out[i], result);
-}
-
-void axpy_(std::vector<Tensor> tensors, Tensor seeds, Tensor coeffs, Tensor decays,
-           std::vector<int64_t> tensor_ids, std::vector<int64_t> offsets, std::string distribution,
-           std::string rounding, bool sequential, std::optional<Tensor> right_seeds,
-           std::optional<std::vector<int64_t>> columns, int64_t rank) {
-  axpy_into_(tensors, tensors, seeds, coeffs, decays, tensor_ids, offsets, distribution, rounding, sequential,
-             right_seeds, columns, rank);
+  for (auto& [target, result] : strided) torch::stable::copy_(target, result);
 }
 
 Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
@@ -233,8 +251,8 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::optional<Tensor> x_minus, Tenso
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(leanops, CUDA, m) {
-  m.impl("zo_noise_", TORCH_BOX(&noise_));
-  m.impl("zo_axpy_", TORCH_BOX(&axpy_));
-  m.impl("zo_axpy_into_", TORCH_BOX(&axpy_into_));
+  m.impl("zo_noise_", &boxed<NoiseCall, noise_>);
+  m.impl("zo_axpy_", &boxed<AxpyCall, axpy, true>);
+  m.impl("zo_axpy_into_", &boxed<AxpyCall, axpy, false>);
   m.impl("zo_linear", TORCH_BOX(&linear));
 }

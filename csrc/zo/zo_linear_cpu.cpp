@@ -1,11 +1,11 @@
 #include "zo_linear_cpu.h"
 
-#include <torch/headeronly/util/shim_utils.h>
-
 #include <algorithm>
 #include <array>
 #include <cstring>
 #include <vector>
+
+#include "../common/torch_cpu.h"
 
 namespace leanops {
 namespace zo {
@@ -148,7 +148,7 @@ std::tuple<Tensor, Tensor> zo_linear(Tensor x, std::optional<Tensor> x_minus, Te
                                      std::optional<Tensor> bias, Tensor seed, double scale, int64_t tensor_id,
                                      int64_t offset, std::string distribution) {
   const Kernels& cpu = active_kernels();
-  const DType dtype = dtype_of(weight, "zo_linear");
+  const DType dtype = dtype_of_code(require_float("zo_linear", "weight", weight));
   const Distribution kind = distribution_of(distribution, "zo_linear");
   const int64_t n = weight.size(0), m = weight.size(1);
   std::vector<int64_t> shape;

@@ -15,7 +15,6 @@
 namespace leanops {
 namespace zo {
 
-DType dtype_of(const torch::stable::Tensor& tensor, const char* op);
 Distribution distribution_of(const std::string& name, const char* op);
 uint64_t seed_of(const torch::stable::Tensor& seed);
 const Kernels& active_kernels();

@@ -21,10 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from leanops import _registry
 from leanops.common import seeds, streams
-from leanops.common.checks import LARGEST_FLOAT32, rate_is_one_number
+from leanops.common.checks import rate_is_one_number
 from leanops.common.dtypes import FLOATS
 from leanops.optim.common import parameters
 from leanops.optim.sm3.state import MOMENTUM_DTYPES, Part, State, complete, loaded_group, number, part_of
+from leanops.sm3 import StepOptions
 
 OPERATOR = _registry.spec("sm3_step_")
 _SMALL = 1 << 14  # elements; a step takes about 10 us for them
@@ -35,38 +36,20 @@ Group = dict[str, Any]
 Grads = list[list[Tensor | None]]  # of every group's every parameter
 
 
-class Numbers(NamedTuple):
-    """The operator's last arguments."""
-
-    momentum: float
-    beta: float
-    eps: float
-    weight_decay: float
-    decoupled: bool
-    maximize: bool
-    stochastic_rounding: bool
-
-
-def numbers(group: Group, momentum: float | None = None) -> Numbers:
-    """A group's numbers, of which the momentum may be given; ValueError for one out of its range: NaN is in none, and
-    what is infinite in float32 is not finite."""
-    n = Numbers(
-        float(group["momentum"] if momentum is None else momentum),
-        float(group["beta"]),
-        float(group["eps"]),
-        float(group["weight_decay"]),
-        bool(group["decoupled"]),
-        bool(group["maximize"]),
-        bool(group["stochastic_rounding"]),
+def options_of(group: Group, momentum: float | None = None) -> StepOptions:
+    """A group's options, as the operator takes them; ``momentum`` overrides the group's. ValueError for one out of its
+    range."""
+    options = StepOptions(
+        momentum=float(group["momentum"] if momentum is None else momentum),
+        beta=float(group["beta"]),
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
+        decoupled=bool(group["decoupled"]),
+        maximize=bool(group["maximize"]),
+        stochastic_rounding=bool(group["stochastic_rounding"]),
     )
-    if not 0 <= n.momentum < 1:
-        raise ValueError(f"SM3: momentum must be in [0, 1), got {n.momentum}")
-    if not 0 < n.beta <= 1:
-        raise ValueError(f"SM3: beta must be in (0, 1], got {n.beta}")
-    for name in ("eps", "weight_decay"):
-        if not 0 <= getattr(n, name) <= LARGEST_FLOAT32:
-            raise ValueError(f"SM3: {name} must be a finite number >= 0, got {getattr(n, name)}")
-    return n
+    options.check("SM3")
+    return options
 
 
 def momentum_dtype(group: Group) -> torch.dtype | None:
@@ -268,18 +251,18 @@ class Call:
         """What the operator takes."""
         if self._sharded or not _plain(grads):
             grads = [_local_gradient(p, g) for p, g in zip(self._params, grads, strict=True)]
-        n = numbers(group)
+        options = options_of(group)
         return (
             self._given,
             grads,
             *(self._kept or self._state([states[i] for i in self._at])),
             rate(group["lr"], self.device),
-            rounding_seed(group["seed"], self._steps.amax()) if n.stochastic_rounding else self._no_seed,
+            rounding_seed(group["seed"], self._steps.amax()) if options.stochastic_rounding else self._no_seed,
             scaler(grad_scale, self.device),
             scaler(found_inf, self.device),
             self._ids,
             self._offsets,
-            *n,
+            *options,
         )
 
     def run(self, arguments: tuple[Any, ...], found_inf: Any) -> None:
@@ -335,7 +318,7 @@ class Plan:
         seen: set[int] = set()
         position = 0
         for index, (group, gs) in enumerate(zip(optimizer.param_groups, grads, strict=True)):
-            numbers(group)
+            options_of(group)
             rate_is_one_number("SM3", group["lr"])
             momentum_dtype(group)
             first = group.get("tensor_id", position)

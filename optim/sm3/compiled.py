@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leanops.common.call import flat
 from leanops.common.checks import rate_is_one_number
 from leanops.optim.common import parameters
 from leanops.optim.sm3.calls import (
@@ -17,7 +18,7 @@ from leanops.optim.sm3.calls import (
     home_of_step,
     momentum_dtype,
     name_of,
-    numbers,
+    options_of,
     rate,
     rounding_start,
     scaler,
@@ -39,7 +40,7 @@ def _group(optimizer: str, group: int) -> dict[str, Any]:
     """A group, once no group has a number that is refused: a graph may move one before it reads those of the next."""
     groups: list[dict[str, Any]] = _live[optimizer].param_groups
     for g in groups:
-        numbers(g)
+        options_of(g)
         rate_is_one_number("SM3", g["lr"])
     return groups[group]
 
@@ -50,7 +51,7 @@ def _lr(like: Tensor, optimizer: str, group: int) -> Tensor:
 
 
 def _momentum(like: Tensor, optimizer: str, group: int) -> Tensor:
-    return torch.tensor(numbers(_group(optimizer, group)).momentum, dtype=torch.float64, device="cpu")
+    return torch.tensor(options_of(_group(optimizer, group)).momentum, dtype=torch.float64, device="cpu")
 
 
 def _start(like: Tensor, optimizer: str, group: int) -> Tensor:
@@ -58,15 +59,13 @@ def _start(like: Tensor, optimizer: str, group: int) -> Tensor:
     return torch.tensor(start, dtype=torch.int64, device="cpu")
 
 
-def _step(
-    params: list[Tensor], grads: list[Tensor], covers: list[Tensor], momenta: list[Tensor], scales: list[Tensor],
-    lr: Tensor, seed: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None, tensor_ids: list[int],
-    offsets: list[int], momentum: Tensor, *rest: Any
-) -> None:  # fmt: skip
+def _step(*args: Any) -> None:
     """``sm3_step_``; where the momentum has become 0, what was traced with one leaves the momenta as they are."""
-    share = momentum.item()
-    kept = (momenta, scales) if share else ([], [])
-    OPERATOR.op(params, grads, covers, *kept, lr, seed, grad_scale, found_inf, tensor_ids, offsets, share, *rest)
+    call = OPERATOR.bind(*args)
+    momentum = call.options.momentum.item()
+    if not momentum:
+        call = call._replace(momenta=[], scales=[])
+    OPERATOR.op(*flat(call._replace(options=call.options._replace(momentum=momentum))))
 
 
 for _name, _read, _dtype in (
@@ -97,7 +96,7 @@ def _prepare(key: str, index: int) -> tuple[bool, bool]:
     there is momentum."""
     optimizer = _live[key]
     group = optimizer.param_groups[index]
-    numbers(group)
+    options_of(group)
     params = group["params"]
     if len({id(p) for p in params}) != len(params):
         raise ValueError("SM3: a parameter that comes twice in a group cannot be compiled")
@@ -158,7 +157,7 @@ def _traced_call(
     """``momentum``: None where it is 0, which is then a constant of the graph. ``start``: of the seeds of stochastic
     rounding."""
     params, grads, covers, momenta, scales, ids, steps = [], [], [], [], [], [], []
-    n = numbers(group) if momentum is None else numbers(group, 0.0)
+    options = options_of(group) if momentum is None else options_of(group, 0.0)
     for place, p, g in moved:
         state = optimizer.state[p]
         params.append(p)
@@ -187,8 +186,8 @@ def _traced_call(
         found_inf,
         ids,
         [0] * len(ids),
-        n.momentum if momentum is None else momentum,
-        *n[1:],
+        options.momentum if momentum is None else momentum,
+        *options[1:],
     )
     if found_inf is None:
         torch._foreach_add_(steps, 1)

@@ -12,14 +12,14 @@ from torch.optim import Optimizer
 
 from leanops.common import seeds
 from leanops.common.checks import rate_is_one_number
-from leanops.optim.sm3.calls import Group, Plan, check_parameter, momentum_dtype, name_of, numbers
+from leanops.optim.sm3.calls import Group, Plan, check_parameter, momentum_dtype, name_of, options_of
 from leanops.optim.sm3.compiled import enlist, traced_step
 from leanops.optim.sm3.state import Kept, loaded, loaded_group, saved, saved_group
 
 
 def _check_group(group: Group) -> None:
     """ValueError for an option that no step could use."""
-    numbers(group)
+    options_of(group)
     lr = group["lr"]
     rate_is_one_number("SM3", lr)
     if not 0 <= lr < float("inf"):

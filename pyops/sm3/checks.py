@@ -1,4 +1,4 @@
-"""What the SM3 operator refuses. The function takes the operator's arguments; see ``_registry``."""
+"""What the SM3 operator refuses. The function takes the operator's call; see ``_registry``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from leanops.common.checks import IDS, INDICES, LARGEST_FLOAT32, in_range, same_layout
+from leanops.common.checks import IDS, INDICES, in_range, same_layout
 from leanops.common.dtypes import FLOATS, dtype_names
+from leanops.sm3.calls import Step
 from leanops.sm3.reference import axes_of, scale_shape
 
 _OP = "sm3_step_"
@@ -26,14 +27,9 @@ def _dense(name: str, t: Tensor, dtypes: Sequence[torch.dtype], device: torch.de
         raise ValueError(f"{_OP}: {name} must be on {device} as {like}, got {t.device}")
 
 
-def _fit(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    covers: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    scales: Sequence[Tensor],
-) -> bool:
+def _fit(call: Step) -> bool:
     """Whether :func:`_explain` would find nothing, in an eighth of its time for a thousand parameters."""
+    params, grads, covers, momenta, scales = call[:5]
     kept = [*covers, *momenta, *scales]
     tensors = [*params, *grads, *kept]
     shapes, dtypes, stored = list(map(_SHAPE, params)), list(map(_DTYPE, params)), list(map(_DTYPE, momenta))
@@ -53,24 +49,19 @@ def _fit(
     )
 
 
-def _explain(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    covers: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    scales: Sequence[Tensor],
-) -> None:
+def _explain(call: Step) -> None:
     """Raise for the first tensor that does not fit."""
-    for i, (p, g, cover) in enumerate(zip(params, grads, covers, strict=True)):
+    params = call.params
+    for i, (p, g, cover) in enumerate(zip(params, call.grads, call.covers, strict=True)):
         _dense(f"params[{i}]", p, FLOATS, params[0].device, "params[0]")
         if g.layout != torch.strided:
             raise ValueError(f"{_OP}: grads[{i}] must be a dense tensor, got layout {g.layout}")
         same_layout(_OP, f"grads[{i}]", g, f"params[{i}]", p)
         length = sum(axes_of(p.shape))
         _state(f"covers[{i}]", cover, (torch.float32,), (length,), p, f"params[{i}] of shape {list(p.shape)}")
-    for i, (p, m) in enumerate(zip(params, momenta, strict=False)):
+    for i, (p, m) in enumerate(zip(params, call.momenta, strict=False)):
         _state(f"momenta[{i}]", m, _MOMENTA, p.shape, p, f"params[{i}]")
-    for i, (p, m, scale) in enumerate(zip(params, momenta, scales, strict=False)):
+    for i, (p, m, scale) in enumerate(zip(params, call.momenta, call.scales, strict=False)):
         shape = scale_shape(p.shape) if m.dtype == torch.int8 else (0,)
         why = f"momenta[{i}] of shape {list(m.shape)} and dtype {m.dtype}"
         _state(f"scales[{i}]", scale, (torch.float32,), shape, p, why)
@@ -93,52 +84,33 @@ def _number(name: str, t: Tensor | None, dtypes: Sequence[torch.dtype], device: 
         raise ValueError(f"{_OP}: {name} must be one number, got shape {list(t.shape)}")
 
 
-def step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    covers: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    lr: Tensor,
-    seed: Tensor,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    tensor_ids: Sequence[int],
-    offsets: Sequence[int],
-    momentum: float,
-    beta: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-    stochastic_rounding: bool,
-) -> None:
-    # comparisons that a NaN fails
-    if not 0 <= momentum < 1:
-        raise ValueError(f"{_OP}: momentum must be in [0, 1), got {momentum}")
-    if not 0 < beta <= 1:
-        raise ValueError(f"{_OP}: beta must be in (0, 1], got {beta}")
-    for name, value in (("eps", eps), ("weight_decay", weight_decay)):
-        if not 0 <= value <= LARGEST_FLOAT32:
-            raise ValueError(f"{_OP}: {name} must be at least 0 and finite in float32, got {value}")
-    n = len(params)
-    for name, values in (("grads", grads), ("covers", covers), ("tensor_ids", tensor_ids), ("offsets", offsets)):
-        if len(values) != n:
-            raise ValueError(f"{_OP}: {name} must have one entry a parameter ({n}), got {len(values)}")
+def _one_each(call: Step) -> None:
+    n, momenta, scales = len(call.params), call.momenta, call.scales
+    for name in ("grads", "covers", "tensor_ids", "offsets"):
+        length = len(getattr(call, name))
+        if length != n:
+            raise ValueError(f"{_OP}: {name} must have one entry a parameter ({n}), got {length}")
+    momentum = call.options.momentum
     if len(momenta) != (n if momentum else 0):
         entries = f"one entry a parameter ({n})" if momentum else "no entry"
         raise ValueError(f"{_OP}: momenta must have {entries} with momentum {momentum}, got {len(momenta)}")
     if len(scales) != len(momenta) and (scales or torch.int8 in map(_DTYPE, momenta)):
         least = f"one entry a momentum ({len(momenta)}), or none where no momentum is int8"
         raise ValueError(f"{_OP}: scales must have {least}, got {len(scales)}")
-    if not _fit(params, grads, covers, momenta, scales):
-        _explain(params, grads, covers, momenta, scales)
+
+
+def step(call: Step) -> None:
+    call.options.check(_OP)
+    _one_each(call)
+    if not _fit(call):
+        _explain(call)
+    params = call.params
     device = params[0].device if params else torch.device("cpu")
-    _number("lr", lr, (torch.float32, torch.float64), device)
-    _number("seed", seed, (torch.int64,), device)
-    _number("grad_scale", grad_scale, (torch.float32,), device)
-    _number("found_inf", found_inf, (torch.float32,), device)
-    if not all(0 <= i < IDS for i in tensor_ids) or any(offsets):
-        for i, (p, tensor_id, offset) in enumerate(zip(params, tensor_ids, offsets, strict=True)):
+    _number("lr", call.lr, (torch.float32, torch.float64), device)
+    _number("seed", call.seed, (torch.int64,), device)
+    _number("grad_scale", call.grad_scale, (torch.float32,), device)
+    _number("found_inf", call.found_inf, (torch.float32,), device)
+    if not all(0 <= i < IDS for i in call.tensor_ids) or any(call.offsets):
+        for i, (p, tensor_id, offset) in enumerate(zip(params, call.tensor_ids, call.offsets, strict=True)):
             in_range(_OP, f"tensor_ids[{i}]", tensor_id, 0, IDS)
             in_range(_OP, f"offsets[{i}]", offset, 0, INDICES - p.numel())

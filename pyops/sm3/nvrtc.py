@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +14,17 @@ from leanops.common import nvrtc
 from leanops.common.dtypes import CXX_NAMES
 from leanops.common.upload import to_device
 from leanops.sm3 import plan
+from leanops.sm3.calls import Step
 
 # csrc/sm3/call.cuh, byte for byte
+THREADS, LANE, STEPS = 256, 8, 8
+FLAT, ALIGNED = 1, 2
+SLOT = np.dtype(
+    [(n, "u8") for n in ("param", "grad", "cover", "momentum", "scale", "maxima")]
+    + [(n, "i8") for n in ("rows", "cols", "numel", "offset", "first", "tiles", "shape")]
+    + [("tensor_id", "u4")]
+    + [(n, "u1") for n in ("rank", "split", "threads_log2", "flags")]
+)
 _INLINE_WORDS = 480
 CALL = np.dtype(
     [(n, "u8") for n in ("table", "lr", "seed", "grad_scale", "found_inf")]
@@ -27,14 +37,66 @@ CALL = np.dtype(
 )
 
 
+@cache
+def _threads_log2(rows: int, cols: int, int8: bool) -> int:
+    """Of the threads along a row of a tile."""
+    needed = min((-(-cols // LANE) - 1).bit_length(), 8)
+    log2 = min(needed, 5)
+    while 5 <= log2 < needed and (THREADS >> (log2 + 1)) * STEPS >= rows:
+        log2 += 1
+    if log2 <= 5 and not int8:
+        return next((less for less in range(log2, 2, -1) if cols % (LANE << less) == 0), log2)
+    return log2
+
+
+def _tile_of(matrix: plan.Matrix, int8: bool) -> tuple[int, int]:
+    """``2048 / threads`` rows of ``8 threads`` columns."""
+    log2 = 5 if matrix.split == 0 else _threads_log2(matrix.rows, matrix.cols, int8)
+    return (THREADS >> log2) * STEPS, LANE << log2
+
+
+TILING = plan.Tiling(_tile_of, lambda tiles, rank: tiles > 1 or rank > 2, SLOT.itemsize // 8)
+
+
+class Table(NamedTuple):
+    """A launch's tensors as the kernel reads them. Until ``place``, ``maxima`` counts words of scratch from 1."""
+
+    slots: np.ndarray[Any, Any]
+    sizes: np.ndarray[Any, np.dtype[np.int64]]
+    tiles: int
+    scratch: int  # words of 4 bytes that have to be zero
+
+    def place(self, scratch: int) -> None:
+        """Turn counts into addresses, once that of the scratch is known."""
+        self.slots["maxima"] = plan.addresses(self.slots["maxima"], scratch)
+
+    def words(self) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        return np.concatenate([self.slots.view(np.uint64), self.sizes.view(np.uint64)])
+
+
+def table(items: Sequence[plan.Item]) -> Table:
+    """The table of non-empty tensors of equal types."""
+    param, momentum = items[0].param, items[0].momentum
+    int8 = momentum is not None and momentum.dtype == torch.int8
+    chunk = 8 if param.element_size() == 2 else 4
+    access = 16 if momentum is None else min(16, chunk * momentum.element_size())
+    planned = plan.table(items, TILING)
+    slots = []
+    for r in planned.rows:
+        flat = r.rank < 2
+        aligned = (r.param | r.grad | (r.cover if flat else 0)) % 16 == 0 and r.momentum % access == 0
+        aligned = aligned and (flat or r.cols % chunk == 0)
+        log2 = 5 if flat else _threads_log2(r.rows, r.cols, int8)
+        slots.append((*r, log2, FLAT * flat | ALIGNED * aligned))
+    return Table(np.array(slots, SLOT), np.array(planned.sizes, np.int64), planned.tiles, planned.scratch)
+
+
 def step(dtype: torch.dtype, momentum: torch.dtype | None, stochastic: bool) -> nvrtc.Kernel:
     """The kernel that serves parameters and momenta of these types."""
     random = "true" if stochastic and dtype.itemsize == 2 else "false"
     arguments = f"<{CXX_NAMES[dtype]}, {plan.KINDS[momentum]}, {random}>"
     parameters = ("const __grid_constant__ Call",)
-    return nvrtc.Kernel(
-        "sm3/sm3.cuh", "leanops::sm3", f"step{arguments}", parameters, plan.THREADS, f"RESIDENT{arguments}"
-    )
+    return nvrtc.Kernel("sm3/sm3.cuh", "leanops::sm3", f"step{arguments}", parameters, THREADS, f"RESIDENT{arguments}")
 
 
 def _place(call: np.ndarray[Any, Any], name: str, value: Tensor | None) -> None:
@@ -47,54 +109,35 @@ def _place(call: np.ndarray[Any, Any], name: str, value: Tensor | None) -> None:
         call[name] = value.data_ptr()
 
 
-@plan.checked
-def sm3_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    covers: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    lr: Tensor,
-    seed: Tensor,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    tensor_ids: Sequence[int],
-    offsets: Sequence[int],
-    momentum: float,
-    beta: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-    stochastic_rounding: bool,
-) -> None:
+def sm3_step_(call: Step) -> None:
+    o, found_inf = call.options, call.found_inf
     if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
         return
-    call = np.zeros(1, CALL)
-    call["lr_is_float"] = lr.dtype == torch.float32
-    call["grad_scale_value"] = 1.0
-    _place(call, "lr", lr)
-    _place(call, "seed", seed)
-    _place(call, "grad_scale", grad_scale)
-    call["found_inf"] = 0 if found_inf is None or found_inf.device.type == "cpu" else found_inf.data_ptr()
-    call["weight_decay"] = weight_decay if decoupled else 0.0
-    call["coupled_decay"], call["couples"] = weight_decay, not decoupled and weight_decay != 0
-    call["maximizes"], call["averages"] = maximize, beta != 1
-    call["beta"], call["one_minus_beta"], call["eps"] = beta, 1.0 - beta, eps
-    call["momentum"], call["one_minus_momentum"] = momentum, 1.0 - momentum
-    with plan.launches(params, grads, covers, momenta, scales, tensor_ids, offsets) as groups:
+    numbers = np.zeros(1, CALL)
+    numbers["lr_is_float"] = call.lr.dtype == torch.float32
+    numbers["grad_scale_value"] = 1.0
+    _place(numbers, "lr", call.lr)
+    _place(numbers, "seed", call.seed)
+    _place(numbers, "grad_scale", call.grad_scale)
+    numbers["found_inf"] = 0 if found_inf is None or found_inf.device.type == "cpu" else found_inf.data_ptr()
+    numbers["weight_decay"] = o.weight_decay if o.decoupled else 0.0
+    numbers["coupled_decay"], numbers["couples"] = o.weight_decay, not o.decoupled and o.weight_decay != 0
+    numbers["maximizes"], numbers["averages"] = o.maximize, o.beta != 1
+    numbers["beta"], numbers["one_minus_beta"], numbers["eps"] = o.beta, 1.0 - o.beta, o.eps
+    numbers["momentum"], numbers["one_minus_momentum"] = o.momentum, 1.0 - o.momentum
+    with plan.launches(call) as groups:
         for items in groups:
             like, m = items[0].param, items[0].momentum
-            table = plan.table(items)
-            scratch = nvrtc.zeros(table.scratch, like)
-            table.place(scratch.data_ptr())
-            words = table.words()
-            call["tiles"], call["tensors"] = table.tiles, len(items)
-            kernel = step(like.dtype, None if m is None else m.dtype, stochastic_rounding)
+            made = table(items)
+            scratch = nvrtc.zeros(made.scratch, like)
+            made.place(scratch.data_ptr())
+            words = made.words()
+            numbers["tiles"], numbers["tensors"] = made.tiles, len(items)
+            kernel = step(like.dtype, None if m is None else m.dtype, o.stochastic_rounding)
             if words.size <= _INLINE_WORDS:
-                call["table"] = 0
-                call["words"][0, : words.size] = words
+                numbers["table"] = 0
+                numbers["words"][0, : words.size] = words
             else:
                 there = to_device(torch.from_numpy(words.view(np.int64)), like.device)
-                call["table"] = there.data_ptr()
-            nvrtc.launch(kernel, like, min(table.tiles, nvrtc.processors(like) * 32), (call,))
+                numbers["table"] = there.data_ptr()
+            nvrtc.launch(kernel, like, min(made.tiles, nvrtc.processors(like) * 32), (numbers,))

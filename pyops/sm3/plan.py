@@ -1,13 +1,14 @@
-"""How a call becomes launches on a device: csrc/sm3/call.cuh and plan.h in Python, byte for byte.
+"""How a call becomes launches on a device, for the backends in Python: which tensors, as what matrices, in which tiles.
 
-Tensors of equal types make one launch. A table on the device tells it of each tensor as a matrix, cut into tiles.
+Tensors of equal types make one launch. A table on the device tells it of each tensor as a matrix, cut into tiles: rows
+of words, then the sizes of all tensors. csrc/sm3/plan.h is the same in C++.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, wraps
+from functools import cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -15,29 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leanops.sm3 import checks
+from leanops.sm3.calls import Step
+from leanops.sm3.reference import BLOCK
 
-THREADS, LANE, STEPS, BLOCK = 256, 8, 8, 256
-FLAT, ALIGNED = 1, 2
-SLOT = np.dtype(
-    [(n, "u8") for n in ("param", "grad", "cover", "momentum", "scale", "maxima")]
-    + [(n, "i8") for n in ("rows", "cols", "numel", "offset", "first", "tiles", "shape")]
-    + [("tensor_id", "u4")]
-    + [(n, "u1") for n in ("rank", "split", "threads_log2", "flags")]
-)
-_SLOT_WORDS = SLOT.itemsize // 8
 KINDS = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.int8: 3}  # of momenta
-
-
-def checked(launcher: Callable[..., None]) -> Callable[..., None]:
-    """A launcher that refuses by itself what the operator's check would: an optimizer's kept call passes that by."""
-
-    @wraps(launcher)
-    def kernel(*args: Any) -> None:
-        checks.step_(*args)
-        launcher(*args)
-
-    return kernel
 
 
 class Item(NamedTuple):
@@ -52,110 +34,121 @@ class Item(NamedTuple):
     tensor_id: int
 
 
-class Cut(NamedTuple):
-    """A shape as a matrix, and its tiles: ``8 * threads`` columns, ``2048 / threads`` rows."""
+class Matrix(NamedTuple):
+    """A shape seen as a matrix. One of rank 0 or 1 has rows of 256 elements, the last of which may be incomplete."""
 
     rows: int
     cols: int
     split: int  # axes before it are rows
-    threads_log2: int  # along a row of a tile
+
+
+class Tiling(NamedTuple):
+    """How a backend cuts matrices into tiles."""
+
+    tile_of: Callable[[Matrix, bool], tuple[int, int]]  # rows and columns of a tile; the flag: int8 momenta
+    gathers: Callable[[int, int], bool]  # whether a tensor of so many tiles and that rank needs scratch for its maxima
+    slot_words: int  # of a tensor's row in the table
+
+
+class Row(NamedTuple):
+    """A tensor as a kernel reads it: addresses and integers. A backend adds what its tiles ask for."""
+
+    param: int
+    grad: int
+    cover: int
+    momentum: int  # 0: none
+    scale: int  # 0: none
+    maxima: int  # a word of scratch, from 1 on (see `addresses`); 0: none
+    rows: int
+    cols: int
+    numel: int
+    offset: int
+    first: int  # tiles of the tensors before this one
     tiles: int
-    flat: bool  # no two elements share an accumulator
-
-
-def _threads_log2(rows: int, cols: int, int8: bool) -> int:
-    needed = min((-(-cols // LANE) - 1).bit_length(), 8)
-    log2 = min(needed, 5)
-    while 5 <= log2 < needed and (THREADS >> (log2 + 1)) * STEPS >= rows:
-        log2 += 1
-    if log2 <= 5 and not int8:
-        return next((less for less in range(log2, 2, -1) if cols % (LANE << less) == 0), log2)
-    return log2
-
-
-@cache
-def cut(shape: tuple[int, ...], int8: bool) -> Cut:
-    """How a shape is seen. Blocks of an int8 momentum lie in rows of axis 0, and must lie in those of the matrix."""
-    numel = prod(shape)
-    if len(shape) < 2:
-        rows, cols, split, log2 = -(-numel // BLOCK), BLOCK, 0, 5
-    else:
-        splits = [(prod(shape[:k]), prod(shape[k:]), k) for k in range(1, len(shape))]
-        fit = [s for s in splits if s[2] == 1 or not int8 or s[1] % BLOCK == 0]
-        rows, cols, split = min(fit, key=lambda s: s[0] + s[1])
-        log2 = _threads_log2(rows, cols, int8)
-    tiles = -(-cols // (LANE << log2)) * -(-rows // ((THREADS >> log2) * STEPS))
-    return Cut(rows, cols, split, log2, tiles, len(shape) < 2)
+    sizes: int  # where in the table they are, in words
+    tensor_id: int
+    rank: int
+    split: int
 
 
 class Table(NamedTuple):
-    """A launch's tensors: slots, then shapes. ``maxima`` of a slot counts words of scratch from 1, until placed."""
+    """A launch's tensors."""
 
-    slots: np.ndarray[Any, Any]
-    shapes: np.ndarray[Any, np.dtype[np.int64]]
+    rows: list[Row]
+    sizes: list[int]  # of all tensors, one after another
     tiles: int
     scratch: int  # words of 4 bytes that have to be zero
 
-    def place(self, scratch: int) -> None:
-        """Turn counts into addresses, once that of the scratch is known."""
-        gathers = self.slots["maxima"] != 0
-        self.slots["maxima"][gathers] = scratch + 4 * (self.slots["maxima"][gathers] - 1)
 
-    def words(self) -> np.ndarray[Any, np.dtype[np.uint64]]:
-        return np.concatenate([self.slots.view(np.uint64), self.shapes.view(np.uint64)])
+@cache
+def matrix_of(shape: tuple[int, ...], int8: bool) -> Matrix:
+    """Blocks of an int8 momentum lie in rows of axis 0, and must lie in those of the matrix."""
+    if len(shape) < 2:
+        return Matrix(-(-prod(shape) // BLOCK), BLOCK, 0)
+    splits = [Matrix(prod(shape[:k]), prod(shape[k:]), k) for k in range(1, len(shape))]
+    fit = [m for m in splits if m.split == 1 or not int8 or m.cols % BLOCK == 0]
+    return min(fit, key=lambda m: m.rows + m.cols)
 
 
-def table(items: Sequence[Item]) -> Table:
+def table(items: Sequence[Item], tiling: Tiling) -> Table:
     """The table of non-empty tensors of equal types."""
-    first = items[0]
-    int8 = first.momentum is not None and first.momentum.dtype == torch.int8
-    chunk = 8 if first.param.element_size() == 2 else 4
-    access = 16 if first.momentum is None else min(16, chunk * first.momentum.element_size())
-    rows: list[tuple[int, ...]] = []
-    shapes: list[int] = []
-    tiles, scratch, words = 0, 0, len(items) * _SLOT_WORDS
+    momentum = items[0].momentum
+    int8 = momentum is not None and momentum.dtype == torch.int8
+    rows: list[Row] = []
+    sizes: list[int] = []
+    first, scratch, before = 0, 0, len(items) * tiling.slot_words
     for i in items:
         shape = tuple(i.param.shape)
-        c = cut(shape, int8)
-        param, grad, cover = i.param.data_ptr(), i.grad.data_ptr(), i.cover.data_ptr()
-        momentum = 0 if i.momentum is None else i.momentum.data_ptr()
-        scale = i.scale.data_ptr() if int8 and i.scale is not None else 0
+        matrix = matrix_of(shape, int8)
+        height, width = tiling.tile_of(matrix, int8)
+        tiles = -(-matrix.cols // width) * -(-matrix.rows // height)
         maxima = 0
-        if not c.flat and (c.tiles > 1 or len(shape) > 2):
+        if len(shape) > 1 and tiling.gathers(tiles, len(shape)):
             maxima = scratch + 1
             scratch += 1 + sum(shape)
-        aligned = (param | grad | (cover if c.flat else 0)) % 16 == 0 and momentum % access == 0
-        aligned = aligned and (c.flat or c.cols % chunk == 0)
-        flags = FLAT * c.flat | ALIGNED * aligned
-        memory = (param, grad, cover, momentum, scale, maxima)
-        place = (c.rows, c.cols, i.param.numel(), i.offset, tiles, c.tiles, words + len(shapes), i.tensor_id)
-        rows.append((*memory, *place, len(shape), c.split, c.threads_log2, flags))
-        shapes += shape
-        tiles += c.tiles
-    return Table(np.array(rows, SLOT), np.array(shapes, np.int64), tiles, scratch)
+        rows.append(
+            Row(
+                param=i.param.data_ptr(),
+                grad=i.grad.data_ptr(),
+                cover=i.cover.data_ptr(),
+                momentum=0 if i.momentum is None else i.momentum.data_ptr(),
+                scale=i.scale.data_ptr() if int8 and i.scale is not None else 0,
+                maxima=maxima,
+                rows=matrix.rows,
+                cols=matrix.cols,
+                numel=i.param.numel(),
+                offset=i.offset,
+                first=first,
+                tiles=tiles,
+                sizes=before + len(sizes),
+                tensor_id=i.tensor_id,
+                rank=len(shape),
+                split=matrix.split,
+            )
+        )
+        sizes += shape
+        first += tiles
+    return Table(rows, sizes, first, scratch)
+
+
+def addresses(maxima: np.ndarray[Any, Any], scratch: int) -> np.ndarray[Any, Any]:
+    """The addresses of tensors' words of scratch, whose own is known now."""
+    return np.where(maxima != 0, scratch + 4 * (maxima - 1), maxima)
 
 
 @contextmanager
-def launches(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    covers: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    tensor_ids: Sequence[int],
-    offsets: Sequence[int],
-) -> Iterator[list[list[Item]]]:
+def launches(call: Step) -> Iterator[list[list[Item]]]:
     """The non-empty tensors, contiguous, by their types; strided parameters are copied back afterwards."""
     groups: dict[tuple[torch.dtype, torch.dtype | None], list[Item]] = {}
     strided: list[tuple[Tensor, Tensor]] = []
-    for k, (p, g) in enumerate(zip(params, grads, strict=True)):
+    for k, (p, g) in enumerate(zip(call.params, call.grads, strict=True)):
         if p.numel() == 0:
             continue
-        m, scale = momenta[k] if momenta else None, scales[k] if scales else None
+        m, scale = call.momenta[k] if call.momenta else None, call.scales[k] if call.scales else None
         dense = p.contiguous()
         if dense is not p:
             strided.append((p, dense))
-        item = Item(dense, g.contiguous(), covers[k], m, scale, offsets[k], tensor_ids[k])
+        item = Item(dense, g.contiguous(), call.covers[k], m, scale, call.offsets[k], call.tensor_ids[k])
         groups.setdefault((p.dtype, None if m is None else m.dtype), []).append(item)
     yield list(groups.values())
     for p, dense in strided:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from leanops.common.exact import divide, fma, fp32, sqrt
 from leanops.common.rounding import round_to
+from leanops.sm3.calls import Step
 
 VERSION = "sm3/1"
 
@@ -98,33 +99,14 @@ def _moved(w: Tensor, step: Tensor, lr: float, decay: float) -> Tensor:
     return fma(step, -fp32(lr), shrunk)
 
 
-def sm3_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    covers: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    lr: Tensor,
-    seed: Tensor,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    tensor_ids: Sequence[int],
-    offsets: Sequence[int],
-    momentum: float,
-    beta: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-    stochastic_rounding: bool,
-) -> None:
-    if found_inf is not None and float(found_inf) != 0:
+def sm3_step_(call: Step) -> None:
+    if call.found_inf is not None and float(call.found_inf) != 0:
         return
-    rounding, key, rate = "stochastic" if stochastic_rounding else "nearest", int(seed), float(lr)
-    coupled = 0.0 if decoupled else weight_decay
-    for i, (param, grad, cover, tensor_id, offset) in enumerate(
-        zip(params, grads, covers, tensor_ids, offsets, strict=True)
-    ):
+    o, key, rate = call.options, int(call.seed), float(call.lr)
+    rounding = "stochastic" if o.stochastic_rounding else "nearest"
+    coupled, decoupled = (0.0, o.weight_decay) if o.decoupled else (o.weight_decay, 0.0)
+    tensors = zip(call.params, call.grads, call.covers, call.tensor_ids, call.offsets, strict=True)
+    for i, (param, grad, cover, tensor_id, offset) in enumerate(tensors):
         if param.numel() == 0:
             continue
         sizes = axes_of(param.shape)
@@ -134,32 +116,32 @@ def sm3_step_(
         new = [torch.zeros_like(axis) for axis in old]
         for rows in _slabs(sizes):
             p, g = whole[rows], gradient[rows].float()
-            if grad_scale is not None:
-                g = g * divide(1.0, grad_scale.to(g.device).reshape(()), g)
-            if maximize:
+            if call.grad_scale is not None:
+                g = g * divide(1.0, call.grad_scale.to(g.device).reshape(()), g)
+            if o.maximize:
                 g = -g
             if coupled:
                 g = fma(p.float(), fp32(coupled), g)
 
             parts = [old[0][rows], *old[1:]]
             c = reduce(torch.minimum, (_along(axis, k, rank) for k, axis in enumerate(parts)))  # NaN if any is
-            nu = fma(g, g, c) if beta == 1 else fma(g * g, fp32(1.0 - beta), c * fp32(beta))
+            nu = fma(g, g, c) if o.beta == 1 else fma(g * g, fp32(1.0 - o.beta), c * fp32(o.beta))
             new[0][rows] = _maximum(nu, 0)
             for k in range(1, rank):
                 new[k] = torch.maximum(new[k], _maximum(nu, k))
 
-            step = _update(nu, g, eps)
-            if momentum:
-                stored = momenta[i].view(sizes)[rows]
+            step = _update(nu, g, o.eps)
+            if o.momentum:
+                stored = call.momenta[i].view(sizes)[rows]
                 if stored.dtype != torch.int8:
-                    step = _average(stored, None, step, momentum)
+                    step = _average(stored, None, step, o.momentum)
                 elif rank == 1:
                     blocks = slice(rows.start // BLOCK, (rows.stop + BLOCK - 1) // BLOCK)
-                    step = _average(stored.view(1, -1), scales[i][:, blocks], step, momentum)
+                    step = _average(stored.view(1, -1), call.scales[i][:, blocks], step, o.momentum)
                 else:
-                    step = _average(stored.view(-1, row), scales[i][rows], step, momentum)
+                    step = _average(stored.view(-1, row), call.scales[i][rows], step, o.momentum)
 
-            w = _moved(p if p.dtype == torch.float64 else p.float(), step, rate, weight_decay if decoupled else 0.0)
+            w = _moved(p if p.dtype == torch.float64 else p.float(), step, rate, decoupled)
             index = torch.arange(offset + rows.start * row, offset + rows.stop * row, device=p.device)
             p.copy_(round_to(w.reshape(-1), p.dtype, rounding, index, key, tensor_id).view(p.shape))
         for axis, fresh in zip(old, new, strict=True):

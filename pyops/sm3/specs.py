@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from leanops._registry import Cost, OpSpec, late, register
 from leanops.common.dtypes import FLOATS
 from leanops.sm3 import checks, reference
+from leanops.sm3.calls import Step
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _cost(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    covers: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    *_: Any,
-) -> Cost:
+def _cost(call: Step) -> Cost:
     """Weights, covers and momenta are read and written once, gradients read."""
-    kept = sum(map(_bytes, (params, covers, momenta, scales)))
-    return Cost(read=kept + _bytes(grads), written=kept)
+    kept = sum(map(_bytes, (call.params, call.covers, call.momenta, call.scales)))
+    return Cost(read=kept + _bytes(call.grads), written=kept)
 
 
 register(
@@ -36,9 +29,10 @@ register(
         "Tensor lr, Tensor seed, Tensor? grad_scale, Tensor? found_inf, int[] tensor_ids, int[] offsets, "
         "float momentum, float beta, float eps, float weight_decay, bool decoupled, bool maximize, "
         "bool stochastic_rounding) -> ()",
+        call=Step,
         reference=reference.sm3_step_,
-        fake=lambda *args: None,
-        check=checks.step_,
+        fake=lambda call: None,
+        check=checks.step,
         inputs=late("leanops.sm3.cases", "STEP"),
         cost=_cost,
         dtypes=FLOATS,

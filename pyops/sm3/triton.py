@@ -1,4 +1,4 @@
-"""Triton kernel of SM3, and its launcher with the operator's signature.
+"""Triton kernel of SM3, and its launcher, which takes the operator's call.
 
 The tensors of a call lie in a table on the device, as matrices cut into tiles: one launch serves a whole list. A
 program passes through the rows of a tile and writes weights and momenta at once. New maxima gather beside the old
@@ -24,6 +24,7 @@ from torch import Tensor
 from leanops.common.triton import find_row, round_by, rounding_bits, widen
 from leanops.common.upload import float64_bits, to_device
 from leanops.sm3 import plan
+from leanops.sm3.calls import Step
 from leanops.sm3.triton_update import average, bits_of, min_or_nan, moved, quotient
 
 # a tile is STEPS times so many rows of so many columns: 8 elements a thread at a time. Narrow ones are for matrices of
@@ -227,47 +228,44 @@ def step_kernel(
 _tables: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor, int]] = OrderedDict()
 
 
-def _slots(items: Sequence[plan.Item]) -> tuple[list[tuple[int, ...]], list[int], int, int]:
-    """Slots, shapes, tiles and words of maxima of tensors of equal types; ``MAXIMA`` and ``SHAPE`` count from 0."""
-    int8 = items[0].momentum is not None and items[0].momentum.dtype == torch.int8
-    slots: list[tuple[int, ...]] = []
-    shapes: list[int] = []
-    tiles = words = 0
-    for i in items:
-        shape = tuple(i.param.shape)
-        c = plan.cut(shape, int8)
-        is_narrow = c.cols <= TILE_SIZES["NARROW_WIDTH"]
-        width, height = (TILE_SIZES["NARROW_" * is_narrow + side] for side in ("WIDTH", "HEIGHT"))
-        count = -(-c.cols // width) * -(-c.rows // (height * TILE_SIZES["STEPS"]))
-        momentum, scale = (0 if t is None else t.data_ptr() for t in (i.momentum, i.scale))
-        pointers = (i.param.data_ptr(), i.grad.data_ptr(), i.cover.data_ptr(), momentum, scale)
-        aligned = (pointers[0] | pointers[1] | momentum) % 16 == 0 == (c.cols | i.offset) % 8
-        form = IS_FLAT if c.flat else IS_NARROW if is_narrow else IS_WIDE if aligned else IS_UNALIGNED
-        slots.append(
-            (*pointers, words, c.rows, c.cols, i.param.numel(), i.offset, tiles, count, len(shapes), i.tensor_id,
-             len(shape), c.split, form.value)
-        )  # fmt: skip
-        words += 0 if c.flat else 1 + sum(shape)
-        shapes += shape
-        tiles += count
-    return slots, shapes, tiles, words
+def _tile_of(matrix: plan.Matrix, int8: bool) -> tuple[int, int]:
+    height, width = (TILE_SIZES["NARROW_" * _is_narrow(matrix.cols) + side] for side in ("HEIGHT", "WIDTH"))
+    return height * TILE_SIZES["STEPS"], width
+
+
+def _is_narrow(cols: int) -> bool:
+    return cols <= TILE_SIZES["NARROW_WIDTH"]
+
+
+TILING = plan.Tiling(_tile_of, lambda tiles, rank: True, WORDS.value)
+
+
+def _form(row: plan.Row) -> int:
+    if row.rank < 2:
+        form = IS_FLAT
+    elif _is_narrow(row.cols):
+        form = IS_NARROW
+    else:
+        is_aligned = (row.param | row.grad | row.momentum) % 16 == 0 == (row.cols | row.offset) % 8
+        form = IS_WIDE if is_aligned else IS_UNALIGNED
+    return int(form.value)
 
 
 def _table(items: Sequence[plan.Item], device: torch.device) -> tuple[Tensor, Tensor, int]:
     """(table on the device, zeroed words for maxima, tiles). Kept for the next step, as the kernel leaves zeros."""
-    slots, shapes, tiles, words = _slots(items)
+    planned = plan.table(items, TILING)
+    slots = [(*row, _form(row)) for row in planned.rows]
     cuda = device.type == "cuda"
-    key = (tuple(slots), tuple(shapes), device, torch.cuda.current_stream(device).cuda_stream if cuda else 0)
+    key = (tuple(slots), tuple(planned.sizes), device, torch.cuda.current_stream(device).cuda_stream if cuda else 0)
     capturing = cuda and torch.cuda.is_current_stream_capturing()
     if not capturing and (known := _tables.pop(key, None)) is not None:  # one step each, for calls of several threads
         _tables[key] = known
         return known
-    maxima = torch.zeros(words, dtype=torch.int32, device=device)
+    maxima = torch.zeros(planned.scratch, dtype=torch.int32, device=device)
     table = np.array(slots, dtype=np.int64)
-    table[:, MAXIMA.value] = maxima.data_ptr() + 4 * table[:, MAXIMA.value]
-    table[:, SHAPE.value] += table.size
-    flat = torch.from_numpy(np.concatenate([table.ravel(), np.array(shapes, dtype=np.int64)]))
-    value = (to_device(flat, device), maxima, tiles)
+    table[:, MAXIMA.value] = plan.addresses(table[:, MAXIMA.value], maxima.data_ptr())
+    flat = torch.from_numpy(np.concatenate([table.ravel(), np.array(planned.sizes, dtype=np.int64)]))
+    value = (to_device(flat, device), maxima, planned.tiles)
     if not capturing:  # a graph has its own, zeroed by every replay
         _tables[key] = value
         while len(_tables) > 64:
@@ -280,39 +278,17 @@ def _there(value: Tensor | None) -> bool:
     return value is not None and value.device.type != "cpu"
 
 
-@plan.checked
-def sm3_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    covers: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    lr: Tensor,
-    seed: Tensor,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    tensor_ids: Sequence[int],
-    offsets: Sequence[int],
-    momentum: float,
-    beta: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-    stochastic_rounding: bool,
-) -> None:
-    if not params:
+def sm3_step_(call: Step) -> None:
+    if not call.params:
         return
+    lr, seed, grad_scale, found_inf, o = call.lr, call.seed, call.grad_scale, call.found_inf, call.options
     if found_inf is not None and not _there(found_inf) and found_inf.item() != 0:
         return
-    device = params[0].device
-    with (
-        torch.cuda._DeviceGuard(params[0].get_device()),
-        plan.launches(params, grads, covers, momenta, scales, tensor_ids, offsets) as groups,
-    ):
+    first = call.params[0]
+    with torch.cuda._DeviceGuard(first.get_device()), plan.launches(call) as groups:
         for items in groups:
             p, m = items[0].param, items[0].momentum
-            table, _keep, tiles = _table(items, device)
+            table, _keep, tiles = _table(items, first.device)
             step_kernel[(tiles,)](
                 table,
                 len(items),
@@ -321,25 +297,25 @@ def sm3_step_(
                 grad_scale if _there(grad_scale) else table,
                 found_inf if _there(found_inf) else table,
                 0 if _there(lr) else float64_bits(lr.item()),
-                float64_bits(weight_decay if decoupled else 0.0),
+                float64_bits(o.weight_decay if o.decoupled else 0.0),
                 0 if _there(seed) else int(seed.item()),
                 1.0 if grad_scale is None or _there(grad_scale) else grad_scale.item(),
-                -1.0 if maximize else 1.0,
-                int(beta != 1),
-                int(not decoupled and weight_decay != 0),
-                weight_decay,
-                eps,
-                beta,
-                1.0 - beta,
-                momentum,
-                1.0 - momentum,
+                -1.0 if o.maximize else 1.0,
+                int(o.beta != 1),
+                int(not o.decoupled and o.weight_decay != 0),
+                o.weight_decay,
+                o.eps,
+                o.beta,
+                1.0 - o.beta,
+                o.momentum,
+                1.0 - o.momentum,
                 LR_THERE=_there(lr),
                 SEED_THERE=_there(seed),
                 SCALE_THERE=_there(grad_scale),
                 FOUND_THERE=_there(found_inf),
                 DTYPE=_DTYPE[p.dtype],
                 MOMENTUM=plan.KINDS[None if m is None else m.dtype],
-                STOCHASTIC=stochastic_rounding and p.dtype.itemsize == 2,  # wider types ignore it
+                STOCHASTIC=o.stochastic_rounding and p.dtype.itemsize == 2,  # wider types ignore it
                 **TILE_SIZES,
                 **LAUNCH,
                 enable_fp_fusion=False,

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leanops.zo.calls import Linear
+
 _PANEL = 1 << 22  # elements of z that exist at a time
 
 
-def linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, x_minus, weight, bias, seed, ctx.scale, ctx.tensor_id, ctx.offset, ctx.distribution = inputs
-    ctx.save_for_backward(x, x_minus, weight, seed)
-    ctx.has_bias = bias is not None
+def linear_setup_context(ctx: Any, call: Linear, output: Any) -> None:
+    ctx.save_for_backward(call.x, call.x_minus, call.weight, call.seed)
+    ctx.scale, ctx.tensor_id, ctx.offset, ctx.distribution = call.scale, call.tensor_id, call.offset, call.distribution
+    ctx.has_bias = call.bias is not None
 
 
 def _times_z(ctx: Any, seed: Tensor, g: Tensor, weight: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from leanops.common import nvrtc
 from leanops.common.dtypes import CXX_NAMES
-from leanops.zo.launch import dense, dense_pairs
+from leanops.zo import plan
+from leanops.zo.calls import Axpy, AxpyInto, Linear, NoiseInPlace
+from leanops.zo.plan import Pair
 
 # csrc/zo/call.cuh, byte for byte
 _WARPS, _UNIT_LONG, _UNIT_SHORT, _INLINE_SLOTS, _INLINE_TERMS, _UPLOAD_WORDS = 4, 4096, 1024, 16, 8, 448
@@ -22,6 +24,7 @@ SLOT = np.dtype(
     + [(n, "i8") for n in ("offset", "numel", "first")]
     + [("tensor_id", "u8"), ("columns", "i8")]
 )
+_SLOT_NAMES = {"source": "in"}  # where a row of the plan has another name than in C++
 CALL = np.dtype(
     [(n, "u8") for n in ("slots", "seeds", "right_seeds", "coeffs", "decays")]
     + [(n, "i8") for n in ("units", "rank", "wide")]
@@ -93,150 +96,93 @@ def _place(call: np.ndarray[Any, Any], name: str, values: Tensor, like: Tensor) 
     return target
 
 
-def _table(slots: Sequence[tuple[int, ...]]) -> np.ndarray[Any, Any]:
-    """``slots``: (out, in, out2, offset, numel, tensor_id[, columns]), addresses and integers."""
-    table = np.zeros(len(slots), SLOT)
-    names = ("out", "in", "out2", "offset", "numel", "tensor_id", "columns")
-    for name, column in zip(names, zip(*slots, strict=True), strict=False):
-        table[name] = column
-    return table
-
-
-def _run(
-    call: np.ndarray[Any, Any],
-    slots: Sequence[tuple[int, ...]],
-    like: Tensor,
-    distribution: str,
-    mode: int,
-    stochastic: bool,
-) -> None:
-    table = _table(slots)
+def _run(call: np.ndarray[Any, Any], pairs: Sequence[Pair], distribution: str, mode: int, stochastic: bool) -> None:
+    like = pairs[0].target
     unit = _UNIT_SHORT if mode == _MANY else _UNIT_LONG
-    units = (table["offset"] + table["numel"] - 1) // unit - table["offset"] // unit + 1
-    _start(call, table, units, like, work(like.dtype, distribution, mode, stochastic))
+    _start(call, pairs, unit, work(like.dtype, distribution, mode, stochastic))
 
 
-def _run_low_rank(call: np.ndarray[Any, Any], slots: Sequence[tuple[int, ...]], like: Tensor, stochastic: bool) -> None:
-    table = _table(slots)
+def _run_low_rank(call: np.ndarray[Any, Any], pairs: Sequence[Pair], stochastic: bool) -> None:
+    like = pairs[0].target
     chunk = 8 if like.dtype.itemsize == 2 else 4
     wide = min(32 * chunk, _PANEL_FLOATS // int(call["rank"][0]) // chunk * chunk)
-    first, last = table["offset"] // table["columns"], (table["offset"] + table["numel"] - 1) // table["columns"]
-    units = (last // _UNIT_ROWS - first // _UNIT_ROWS + 1) * -(-table["columns"] // wide)
     call["wide"] = wide
-    _start(call, table, units, like, low_rank(like.dtype, stochastic))
+    _start(call, pairs, (_UNIT_ROWS, wide), low_rank(like.dtype, stochastic))
 
 
-def _start(
-    call: np.ndarray[Any, Any], table: np.ndarray[Any, Any], units: Any, like: Tensor, kernel: nvrtc.Kernel
-) -> None:
-    """Launch over the tensors of ``table``, which have so many units each."""
-    table["first"] = np.cumsum(units) - units
-    call["units"], call["tensors"] = units.sum(), table.size
+def _start(call: np.ndarray[Any, Any], pairs: Sequence[Pair], unit: plan.Tile, kernel: nvrtc.Kernel) -> None:
+    """Launch over the tensors, cut into units of work."""
+    like = pairs[0].target
+    rows, units = plan.table(pairs, unit)
+    slots = np.zeros(len(rows), SLOT)
+    for name, column in zip(plan.Row._fields, zip(*rows, strict=True), strict=True):
+        slots[_SLOT_NAMES.get(name, name)] = column
+    slots["out2"] = [(p.target if p.second is None else p.second).data_ptr() for p in pairs]
+    call["units"], call["tensors"] = units, slots.size
     keep = None
-    if table.size <= _INLINE_SLOTS:
-        call["inline_slots"][0, : table.size] = table
+    if slots.size <= _INLINE_SLOTS:
+        call["inline_slots"][0, : slots.size] = slots
     else:
-        keep = _upload(table.view(np.uint64), like)
+        keep = _upload(slots.view(np.uint64), like)
         call["slots"] = keep.data_ptr()
-    nvrtc.launch(kernel, like, _grid(int(units.sum()), _WARPS, like), (call,))
+    nvrtc.launch(kernel, like, _grid(units, _WARPS, like), (call,))
 
 
 def _grid(work_items: int, per_block: int, like: Tensor) -> int:
     return min(-(-work_items // per_block), nvrtc.processors(like) * 32)
 
 
-def zo_noise_(out: Tensor, seed: Tensor, tensor_id: int, offset: int, distribution: str) -> None:
-    if out.numel() == 0:
+def zo_noise_(call: NoiseInPlace) -> None:
+    if call.out.numel() == 0:
         return
-    with dense(out) as target:
-        call = np.zeros(1, CALL)
-        call["terms"] = 1
-        _keep = _place(call, "seeds", seed, out)
-        at = target.data_ptr()
-        _run(call, [(at, at, at, offset, out.numel(), tensor_id)], target, distribution, _NOISE, False)
+    with plan.dense(call.out) as target:
+        numbers = np.zeros(1, CALL)
+        numbers["terms"] = 1
+        _keep = _place(numbers, "seeds", call.seed, target)
+        _run(numbers, [Pair(target, target, call.tensor_id, call.offset)], call.distribution, _NOISE, False)
 
 
-def zo_axpy_into_(
-    out: Sequence[Tensor],
-    tensors: Sequence[Tensor],
-    seeds: Tensor,
-    coeffs: Tensor,
-    decays: Tensor,
-    tensor_ids: Sequence[int],
-    offsets: Sequence[int],
-    distribution: str,
-    rounding: str,
-    sequential: bool,
-    right_seeds: Tensor | None = None,
-    columns: Sequence[int] | None = None,
-    rank: int = 2,
-) -> None:
-    stochastic, mode = rounding == "stochastic", _SINGLE if seeds.numel() == 1 else _MANY
-    numbers = {"seeds": seeds, "coeffs": coeffs, "decays": decays}
-    if right_seeds is not None:
-        numbers["right_seeds"] = right_seeds
-    with dense_pairs(out, tensors, tensor_ids, offsets, columns) as groups:
-        for pairs in groups.values():
-            like = pairs[0].target
-            call = np.zeros(1, CALL)
-            call["terms"], call["decay_count"], call["sequential"] = seeds.numel(), decays.numel(), sequential
-            call["rank"] = rank
-            _keep = [_place(call, n, v, like) for n, v in numbers.items()]
-            vectors: list[tuple[int, ...]] = []
-            matrices: list[tuple[int, ...]] = []  # of low-rank noise, whose vectors have the Gaussian
-            for p in pairs:
-                at = p.target.data_ptr()
-                slot = (at, p.source.data_ptr(), at, p.offset, p.target.numel(), p.tensor_id, p.columns)
-                (matrices if p.columns else vectors).append(slot)
-            if vectors:
-                _run(call, vectors, like, distribution, mode, stochastic)
-            if matrices:
-                _run_low_rank(call, matrices, like, stochastic)
+def zo_axpy_into_(call: AxpyInto) -> None:
+    noise = call.noise
+    stochastic, mode = noise.rounding == "stochastic", _SINGLE if noise.seeds.numel() == 1 else _MANY
+    placed = {"seeds": noise.seeds, "coeffs": noise.coeffs, "decays": noise.decays}
+    if noise.right_seeds is not None:
+        placed["right_seeds"] = noise.right_seeds
+    with plan.launches(call) as launches:
+        if not launches:
+            return
+        terms = np.zeros(1, CALL)
+        terms["terms"], terms["decay_count"] = noise.seeds.numel(), noise.decays.numel()
+        terms["sequential"], terms["rank"] = noise.sequential, noise.rank
+        _keep = [_place(terms, name, values, call.out[0]) for name, values in placed.items()]
+        for pairs in launches:
+            numbers = terms.copy()
+            if pairs[0].columns:
+                _run_low_rank(numbers, pairs, stochastic)
+            else:
+                _run(numbers, pairs, noise.distribution, mode, stochastic)
 
 
-def zo_axpy_(
-    tensors: Sequence[Tensor],
-    seeds: Tensor,
-    coeffs: Tensor,
-    decays: Tensor,
-    tensor_ids: Sequence[int],
-    offsets: Sequence[int],
-    distribution: str,
-    rounding: str,
-    sequential: bool,
-    right_seeds: Tensor | None = None,
-    columns: Sequence[int] | None = None,
-    rank: int = 2,
-) -> None:
-    rest = (distribution, rounding, sequential, right_seeds, columns, rank)
-    zo_axpy_into_(tensors, tensors, seeds, coeffs, decays, tensor_ids, offsets, *rest)
+def zo_axpy_(call: Axpy) -> None:
+    zo_axpy_into_(call.into())
 
 
-def zo_linear(
-    x: Tensor,
-    x_minus: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    seed: Tensor,
-    scale: float,
-    tensor_id: int,
-    offset: int,
-    distribution: str,
-) -> tuple[Tensor, Tensor]:
+def zo_linear(call: Linear) -> tuple[Tensor, Tensor]:
     """With one x: A = x W^T, B = x z^T, y = A + bias ± c B. With two: each has its own panel of W ± c z; so with
     fp16, which B, not small as c B is, may overflow."""
-    n, m = weight.shape
-    flat, w = x.reshape(-1, m) if m else x.new_empty(x.shape[:-1].numel(), 0), weight.contiguous()
+    x, x_minus, scale = call.x, call.x_minus, call.scale
+    n, m = call.weight.shape
+    flat, w = x.reshape(-1, m) if m else x.new_empty(x.shape[:-1].numel(), 0), call.weight.contiguous()
     rows = flat.shape[0]
     pair = x_minus is not None or x.dtype == torch.float16
     flat_minus = flat if x_minus is None else x_minus.reshape(rows, m)
-    b = None if bias is None else bias.contiguous()
+    b = None if call.bias is None else call.bias.contiguous()
     bias_at = np.uint64(0 if b is None else b.data_ptr())
     step = max(1, min(n, _PANEL // max(m, 1)))
-    call = np.zeros(1, CALL)
-    call["terms"] = 1
-    call["inline_coeffs"][0, 0] = scale
-    _keep = _place(call, "seeds", seed, x)
+    numbers = np.zeros(1, CALL)
+    numbers["terms"] = 1
+    numbers["inline_coeffs"][0, 0] = scale
+    _keep = _place(numbers, "seeds", call.seed, x)
 
     y_minus = x.new_empty(rows, n)
     y_plus = x.new_empty(rows, n) if pair else flat @ w.t()
@@ -246,8 +192,8 @@ def zo_linear(
         minus = x.new_empty(width, m) if pair else plus
         source = w[first : first + width] if pair else plus
         if m and rows:
-            slot = (plus.data_ptr(), source.data_ptr(), minus.data_ptr(), offset + first * m, width * m, tensor_id)
-            _run(call, [slot], plus, distribution, _PAIR if pair else _NOISE, False)
+            panel = Pair(plus, source, call.tensor_id, call.offset + first * m, second=minus)
+            _run(numbers, [panel], call.distribution, _PAIR if pair else _NOISE, False)
         if pair:
             y_plus[:, first : first + width] = flat @ plus.t()
             y_minus[:, first : first + width] = flat_minus @ minus.t()

@@ -8,7 +8,7 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from leanops.common.exact import fma, sqrt
 from leanops.common.philox import words_at
 from leanops.common.rounding import round_to
 from leanops.common.streams import GAUSSIAN, LEFT, RADEMACHER, RIGHT
+from leanops.zo.calls import Axpy, AxpyInto, Linear, Noise, NoiseInPlace, NoiseSum
 
 VERSION = "zo/1"
 
@@ -96,21 +97,18 @@ def noise(index: Tensor, seed: int, tensor_id: int, distribution: str) -> Tensor
     return gaussian(index, seed, tensor_id, GAUSSIAN)
 
 
-def _axpy(
-    p: Tensor,
-    index: Tensor,
-    seeds: list[int],
-    right_seeds: list[int],
-    coeffs: list[float],
-    decays: list[float],
-    tensor_id: int,
-    distribution: str,
-    columns: int,
-    rank: int,
-    rounding: str,
-    sequential: bool,
-) -> Tensor:
-    dtype = p.dtype
+class _Terms(NamedTuple):
+    """The numbers of the terms of a sum of noise."""
+
+    seeds: list[int]
+    right_seeds: list[int]
+    coeffs: list[float]
+    decays: list[float]
+
+
+def _axpy(p: Tensor, index: Tensor, terms: _Terms, noise_sum: NoiseSum, tensor_id: int, columns: int) -> Tensor:
+    """The new values of a contiguous run of elements p."""
+    dtype, rounding, sequential = p.dtype, noise_sum.rounding, noise_sum.sequential
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
     def scalar(value: float) -> float:
@@ -118,107 +116,63 @@ def _axpy(
 
     acc = p.to(wide)
     if not sequential:
-        acc = acc * scalar(1.0 - decays[0])
-    for k, (seed, c) in enumerate(zip(seeds, coeffs, strict=True)):
+        acc = acc * scalar(1.0 - terms.decays[0])
+    for k, (seed, c) in enumerate(zip(terms.seeds, terms.coeffs, strict=True)):
         if sequential:
-            acc = acc.to(wide) * scalar(1.0 - decays[k % len(decays)])
+            acc = acc.to(wide) * scalar(1.0 - terms.decays[k % len(terms.decays)])
         if columns and index.numel():
-            z = low_rank(index, seed, right_seeds[k], tensor_id, columns, rank)
+            z = low_rank(index, seed, terms.right_seeds[k], tensor_id, columns, noise_sum.rank)
         else:
-            z = noise(index, seed, tensor_id, distribution)
+            z = noise(index, seed, tensor_id, noise_sum.distribution)
         acc = fma(z, scalar(c), acc) if wide == torch.float32 else acc + z.double() * c
         if sequential:
             acc = round_to(acc, dtype, rounding, index, seed, tensor_id)
-    return acc if sequential and seeds else round_to(acc, dtype, rounding, index, seeds[0] if seeds else 0, tensor_id)
+    return acc if sequential else round_to(acc, dtype, rounding, index, terms.seeds[0], tensor_id)
 
 
-def zo_noise_(out: Tensor, seed: Tensor, tensor_id: int, offset: int, distribution: str) -> None:
-    n = out.numel()
+def zo_noise_(call: NoiseInPlace) -> None:
+    out, n = call.out, call.out.numel()
     flat = torch.empty(n, dtype=out.dtype, device=out.device)
     for start in range(0, n, _CHUNK):
         stop = min(start + _CHUNK, n)
-        index = torch.arange(offset + start, offset + stop, device=out.device)
-        flat[start:stop] = noise(index, int(seed), tensor_id, distribution)
+        index = torch.arange(call.offset + start, call.offset + stop, device=out.device)
+        flat[start:stop] = noise(index, int(call.seed), call.tensor_id, call.distribution)
     out.copy_(flat.view(out.shape))
 
 
-def zo_noise(
-    shape: Sequence[int],
-    seed: int,
-    tensor_id: int = 0,
-    offset: int = 0,
-    distribution: str = "gaussian",
-    dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
-) -> Tensor:
-    out = torch.empty(shape, dtype=dtype, device=device)
-    zo_noise_(out, torch.tensor(seed, device="cpu"), tensor_id, offset, distribution)
+def zo_noise(call: Noise) -> Tensor:
+    out = torch.empty(call.shape, dtype=call.dtype, device=call.device)
+    seed = torch.tensor(call.seed, device="cpu")
+    zo_noise_(NoiseInPlace(out, seed, call.tensor_id, call.offset, call.distribution))
     return out
 
 
-def zo_axpy_into_(
-    out: Sequence[Tensor],
-    tensors: Sequence[Tensor],
-    seeds: Tensor,
-    coeffs: Tensor,
-    decays: Tensor,
-    tensor_ids: Sequence[int],
-    offsets: Sequence[int],
-    distribution: str,
-    rounding: str,
-    sequential: bool,
-    right_seeds: Tensor | None = None,
-    columns: Sequence[int] | None = None,
-    rank: int = 2,
-) -> None:
-    s, c, d = seeds.tolist(), coeffs.tolist(), decays.tolist()
-    right = [] if right_seeds is None else right_seeds.tolist()
-    widths = [0] * len(out) if columns is None else columns
-    for o, p, tensor_id, offset, width in zip(out, tensors, tensor_ids, offsets, widths, strict=True):
+def zo_axpy_into_(call: AxpyInto) -> None:
+    noise_sum = call.noise
+    right = [] if noise_sum.right_seeds is None else noise_sum.right_seeds.tolist()
+    terms = _Terms(noise_sum.seeds.tolist(), right, noise_sum.coeffs.tolist(), noise_sum.decays.tolist())
+    places = zip(noise_sum.tensor_ids, noise_sum.offsets, noise_sum.widths(), strict=True)
+    for o, p, (tensor_id, offset, columns) in zip(call.out, call.tensors, places, strict=True):
         flat = p.reshape(-1).clone()
         for start in range(0, flat.numel(), _CHUNK):
             part = flat[start : start + _CHUNK]
             index = torch.arange(offset + start, offset + start + part.numel(), device=p.device)
-            z = (tensor_id, distribution, width, rank)
-            part.copy_(_axpy(part, index, s, right, c, d, *z, rounding, sequential))
+            part.copy_(_axpy(part, index, terms, noise_sum, tensor_id, columns))
         o.copy_(flat.view(o.shape))
 
 
-def zo_axpy_(
-    tensors: Sequence[Tensor],
-    seeds: Tensor,
-    coeffs: Tensor,
-    decays: Tensor,
-    tensor_ids: Sequence[int],
-    offsets: Sequence[int],
-    distribution: str,
-    rounding: str,
-    sequential: bool,
-    right_seeds: Tensor | None = None,
-    columns: Sequence[int] | None = None,
-    rank: int = 2,
-) -> None:
-    rest = (distribution, rounding, sequential, right_seeds, columns, rank)
-    zo_axpy_into_(tensors, tensors, seeds, coeffs, decays, tensor_ids, offsets, *rest)
+def zo_axpy_(call: Axpy) -> None:
+    zo_axpy_into_(call.into())
 
 
-def zo_linear(
-    x: Tensor,
-    x_minus: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    seed: Tensor,
-    scale: float,
-    tensor_id: int,
-    offset: int,
-    distribution: str,
-) -> tuple[Tensor, Tensor]:
+def zo_linear(call: Linear) -> tuple[Tensor, Tensor]:
+    x, weight = call.x, call.weight
     z = torch.empty(weight.shape, dtype=torch.float64, device=weight.device)
-    zo_noise_(z, seed, tensor_id, offset, distribution)
+    zo_noise_(NoiseInPlace(z, call.seed, call.tensor_id, call.offset, call.distribution))
     # W ± scale z is formed in fp64; the product runs in fp32, or in fp64 for fp64
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    b = None if bias is None else bias.to(wide)
-    minus = x if x_minus is None else x_minus
-    y_plus = torch.nn.functional.linear(x.to(wide), (weight.double() + scale * z).to(wide), b)
-    y_minus = torch.nn.functional.linear(minus.to(wide), (weight.double() - scale * z).to(wide), b)
+    b = None if call.bias is None else call.bias.to(wide)
+    minus = x if call.x_minus is None else call.x_minus
+    y_plus = torch.nn.functional.linear(x.to(wide), (weight.double() + call.scale * z).to(wide), b)
+    y_minus = torch.nn.functional.linear(minus.to(wide), (weight.double() - call.scale * z).to(wide), b)
     return y_plus.to(x.dtype), y_minus.to(x.dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from leanops._registry import Autograd, Cost, Loader, OpSpec, late, register
 from leanops.common.dtypes import FLOATS
 from leanops.zo import checks, reference
 from leanops.zo.autograd import linear_backward, linear_setup_context
+from leanops.zo.calls import Axpy, AxpyInto, Linear, Noise, NoiseInPlace
 
 
 def _backends(name: str) -> dict[str, Loader]:
@@ -28,11 +28,12 @@ register(
     OpSpec(
         name="zo_noise_",
         schema="(Tensor(a!) out, Tensor seed, int tensor_id, int offset, str distribution) -> ()",
+        call=NoiseInPlace,
         reference=reference.zo_noise_,
-        fake=lambda *args: None,
-        check=checks.noise_,
+        fake=lambda call: None,
+        check=checks.noise_in_place,
         inputs=late("leanops.zo.cases", "NOISE_IN_PLACE"),
-        cost=lambda out, *_: Cost(read=0, written=_bytes([out])),
+        cost=lambda call: Cost(read=0, written=_bytes([call.out])),
         dtypes=FLOATS,
         exact=True,
         backends=_backends("zo_noise_"),
@@ -40,18 +41,10 @@ register(
 )
 
 
-def _zo_noise(
-    shape: Sequence[int],
-    seed: int,
-    tensor_id: int = 0,
-    offset: int = 0,
-    distribution: str = "gaussian",
-    dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
-) -> Tensor:
-    out = torch.empty(shape, dtype=dtype, device=device)
-    seeds = torch.tensor([seed], dtype=torch.int64, device="cpu")
-    torch.ops.leanops.zo_noise_(out, seeds, tensor_id, offset, distribution)
+def _zo_noise(call: Noise) -> Tensor:
+    out = torch.empty(call.shape, dtype=call.dtype, device=call.device)
+    seed = torch.tensor([call.seed], dtype=torch.int64, device="cpu")
+    torch.ops.leanops.zo_noise_(*NoiseInPlace(out, seed, call.tensor_id, call.offset, call.distribution))
     return out
 
 
@@ -60,35 +53,35 @@ register(
         name="zo_noise",
         schema="(SymInt[] shape, SymInt seed, SymInt tensor_id=0, SymInt offset=0, str distribution='gaussian', "
         "ScalarType? dtype=None, Device? device=None) -> Tensor",
+        call=Noise,
         reference=reference.zo_noise,
         composite=_zo_noise,
-        fake=lambda shape, *args, dtype=None, device=None: torch.empty(
-            shape, dtype=args[4] if len(args) > 4 else dtype, device=args[5] if len(args) > 5 else device
-        ),
+        fake=lambda call: torch.empty(call.shape, dtype=call.dtype, device=call.device),
         check=checks.noise,
         inputs=late("leanops.zo.cases", "NOISE"),
-        cost=lambda shape, *_: Cost(read=0, written=4 * torch.Size(shape).numel()),
+        cost=lambda call: Cost(read=0, written=4 * torch.Size(call.shape).numel()),
         dtypes=FLOATS,
         exact=True,
     )
 )
 
 
-_AXPY_REST = (
+_NOISE_SUM = (
     "Tensor seeds, Tensor coeffs, Tensor decays, int[] tensor_ids, int[] offsets, str distribution, str rounding, "
-    "bool sequential, Tensor? right_seeds=None, int[]? columns=None, int rank=2) -> ()"
+    "bool sequential, Tensor? right_seeds=None, int[]? columns=None, int rank=2"
 )
 
 
 register(
     OpSpec(
         name="zo_axpy_",
-        schema=f"(Tensor(a!)[] tensors, {_AXPY_REST}",
+        schema=f"(Tensor(a!)[] tensors, {_NOISE_SUM}) -> ()",
+        call=Axpy,
         reference=reference.zo_axpy_,
-        fake=lambda *args: None,
-        check=checks.axpy_,
+        fake=lambda call: None,
+        check=checks.axpy,
         inputs=late("leanops.zo.cases", "AXPY"),
-        cost=lambda tensors, *_: Cost(read=_bytes(tensors), written=_bytes(tensors)),
+        cost=lambda call: Cost(read=_bytes(call.tensors), written=_bytes(call.tensors)),
         dtypes=FLOATS,
         exact=True,
         backends=_backends("zo_axpy_"),
@@ -99,12 +92,13 @@ register(
 register(
     OpSpec(
         name="zo_axpy_into_",
-        schema=f"(Tensor(a!)[] out, Tensor[] tensors, {_AXPY_REST}",
+        schema=f"(Tensor(a!)[] out, Tensor[] tensors, {_NOISE_SUM}) -> ()",
+        call=AxpyInto,
         reference=reference.zo_axpy_into_,
-        fake=lambda *args: None,
-        check=checks.axpy_into_,
+        fake=lambda call: None,
+        check=checks.axpy_into,
         inputs=late("leanops.zo.cases", "AXPY_INTO"),
-        cost=lambda out, *_: Cost(read=_bytes(out), written=_bytes(out)),
+        cost=lambda call: Cost(read=_bytes(call.out), written=_bytes(call.out)),
         dtypes=FLOATS,
         exact=True,
         backends=_backends("zo_axpy_into_"),
@@ -112,30 +106,23 @@ register(
 )
 
 
-def _linear_fake(x: Tensor, x_minus: Any, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    shape = (*x.shape[:-1], weight.shape[0])
-    return x.new_empty(shape), x.new_empty(shape)
+def _linear_fake(call: Linear) -> tuple[Tensor, Tensor]:
+    shape = (*call.x.shape[:-1], call.weight.shape[0])
+    return call.x.new_empty(shape), call.x.new_empty(shape)
 
 
-def _linear_plain(
-    x: Tensor,
-    x_minus: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    seed: Tensor,
-    scale: float,
-    tensor_id: int,
-    offset: int,
-    distribution: str,
-) -> tuple[Tensor, Tensor]:
-    z = _zo_noise(weight.shape, int(seed), tensor_id, offset, distribution, weight.dtype, weight.device)
-    minus = x if x_minus is None else x_minus
-    return linear(x, weight + scale * z, bias), linear(minus, weight - scale * z, bias)
+def _linear_plain(call: Linear) -> tuple[Tensor, Tensor]:
+    weight, bias = call.weight, call.bias
+    place = (call.tensor_id, call.offset, call.distribution, weight.dtype, weight.device)
+    z = torch.ops.leanops.zo_noise(weight.shape, int(call.seed), *place)
+    minus = call.x if call.x_minus is None else call.x_minus
+    return linear(call.x, weight + call.scale * z, bias), linear(minus, weight - call.scale * z, bias)
 
 
-def _linear_cost(x: Tensor, x_minus: Tensor | None, weight: Tensor, bias: Tensor | None, *_: Any) -> Cost:
+def _linear_cost(call: Linear) -> Cost:
+    x, weight = call.x, call.weight
     tokens = x.numel() // max(x.shape[-1], 1)
-    tensors = [t for t in (x, x_minus, weight, bias) if t is not None]
+    tensors = [t for t in (x, call.x_minus, weight, call.bias) if t is not None]
     written = 2 * tokens * weight.shape[0] * x.element_size()
     return Cost(_bytes(tensors), written, flops=4 * tokens * weight.numel(), flops_dtype=x.dtype)
 
@@ -145,6 +132,7 @@ register(
         name="zo_linear",
         schema="(Tensor x, Tensor? x_minus, Tensor weight, Tensor? bias, Tensor seed, float scale, int tensor_id, "
         "int offset, str distribution) -> (Tensor, Tensor)",
+        call=Linear,
         reference=reference.zo_linear,
         fake=_linear_fake,
         check=checks.linear,
@@ -152,7 +140,7 @@ register(
         cost=_linear_cost,
         dtypes=FLOATS,
         exact=False,
-        depth=lambda x, *_: max(x.shape[-1], 1),
+        depth=lambda call: max(call.x.shape[-1], 1),
         plain=_linear_plain,
         autograd=Autograd(linear_setup_context, linear_backward),
         backends=_backends("zo_linear"),

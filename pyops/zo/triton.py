@@ -1,4 +1,4 @@
-"""Triton kernels of the zeroth-order family, and their launchers with the operators' signatures.
+"""Triton kernels of the zeroth-order family, and their launchers, which take the operators' calls.
 
 A program takes one tile of consecutive *logical* indices, aligned to its size, so that a tile never shares a Philox
 block with another, whatever a shard's offset. The tensors of a call lie in a table on the device: one launch serves a
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from leanops.common.triton import find_row, round_to, widen
 from leanops.common.upload import float64_bits, to_device
-from leanops.zo.launch import Pair, dense, dense_pairs
+from leanops.zo import plan
+from leanops.zo.calls import Axpy, AxpyInto, Linear, NoiseInPlace, NoiseSum
+from leanops.zo.plan import Pair
 from leanops.zo.triton_linear import linear
 from leanops.zo.triton_lowrank import low_rank_update
 from leanops.zo.triton_lowrank import tile_of as low_rank_tile_of
@@ -112,33 +114,18 @@ def update(
 _tables: OrderedDict[tuple[Any, ...], tuple[Tensor, int, bool]] = OrderedDict()
 
 
-def _tiles(tile: int | tuple[int, int], offset: int, numel: int, columns: int) -> int:
-    """How many tiles of so many elements, or of so many rows and columns of a matrix, a tensor has a part in."""
-    last = offset + numel - 1
-    if isinstance(tile, int):
-        return last // tile - offset // tile + 1
-    rows, across = tile
-    return (last // columns // rows - offset // columns // rows + 1) * -(-columns // across)
-
-
-def _table(pairs: Sequence[Pair], tile: int | tuple[int, int], device: torch.device) -> tuple[Tensor, int, bool]:
+def _table(pairs: Sequence[Pair], tile: plan.Tile, device: torch.device) -> tuple[Tensor, int, bool]:
     """(table on the device, tiles, whether whole tiles lie on 16-byte boundaries). Kept for the next step's call."""
-    rows = tuple(
-        (*(t.data_ptr() for t in (p.target, p.source)), p.offset, p.target.numel(), p.tensor_id, p.columns)
-        for p in pairs
-    )
+    rows, tiles = plan.table(pairs, tile)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (rows, pairs[0].target.dtype, tile, device, stream)
+    key = (tuple(rows), pairs[0].target.dtype, tile, device, stream)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if not capturing and (known := _tables.pop(key, None)) is not None:  # one step each, for calls of several threads
         _tables[key] = known
         return known
-    words, first, aligned, size = [], 0, True, pairs[0].target.element_size()
-    for target, source, offset, numel, tensor_id, columns in rows:
-        words.append((target, source, offset, numel, first, tensor_id, columns))
-        first += _tiles(tile, offset, numel, columns)
-        aligned = aligned and target % 16 == source % 16 == offset * size % 16 == 0 and offset % 16 == 0
-    value = (to_device(torch.tensor(words, dtype=torch.int64, device="cpu"), device), first, aligned)
+    size = pairs[0].target.element_size()
+    aligned = all(r.out % 16 == r.source % 16 == r.offset * size % 16 == 0 and r.offset % 16 == 0 for r in rows)
+    value = (to_device(torch.tensor(rows, dtype=torch.int64, device="cpu"), device), tiles, aligned)
     if not capturing:  # a graph reads its own again at every replay
         _tables[key] = value
         while len(_tables) > 64:
@@ -151,17 +138,15 @@ def _there(values: Tensor, device: torch.device) -> Tensor:
     return dense if dense.device == device else to_device(dense, device)
 
 
-def _launch(
-    pairs: Sequence[Pair],
-    seeds: Tensor,
-    coeffs: Tensor | None,
-    decays: Tensor | None,
-    distribution: str,
-    rounding: str,
-    sequential: bool,
-) -> None:
+def _launch(pairs: Sequence[Pair], call: NoiseInPlace | NoiseSum) -> None:
+    if isinstance(call, NoiseInPlace):
+        seeds, coeffs, decays, rounding, sequential = call.seed, None, None, "nearest", False
+    else:
+        seeds, coeffs, decays, rounding, sequential = (
+            call.seeds, call.coeffs, call.decays, call.rounding, call.sequential
+        )  # fmt: skip
     like = pairs[0].target
-    tile = tile_of(like.dtype, distribution, seeds.numel())
+    tile = tile_of(like.dtype, call.distribution, seeds.numel())
     table, tiles, aligned = _table(pairs, tile, like.device)
     terms = seeds.numel()
     inline = terms == 1 and all(v is None or v.device.type == "cpu" for v in (seeds, coeffs, decays))
@@ -188,7 +173,7 @@ def _launch(
         NOISE=coeffs is None,
         DTYPE=_DTYPE[like.dtype],
         WORK=tl.float64 if like.dtype == torch.float64 else tl.float32,
-        IS_RADEMACHER=distribution == "rademacher",
+        IS_RADEMACHER=call.distribution == "rademacher",
         STOCHASTIC=rounding == "stochastic" and like.dtype.itemsize == 2,
         TILE=tile,
         ALIGNED=aligned,
@@ -197,98 +182,54 @@ def _launch(
     )
 
 
-def _launch_low_rank(
-    pairs: Sequence[Pair], numbers: Sequence[Tensor], rank: int, rounding: str, sequential: bool
-) -> None:
-    """``numbers``: seeds, right seeds, coefficients and decays. One launch for each shape of tile."""
+def _launch_low_rank(pairs: Sequence[Pair], noise: NoiseSum, right_seeds: Tensor) -> None:
+    """One launch for each shape of tile."""
     by_tile: dict[tuple[tuple[int, int], bool], list[Pair]] = {}
     for p in pairs:
         by_tile.setdefault((low_rank_tile_of(p.columns), p.columns % 8 == 0), []).append(p)
-    like = pairs[0].target
-    pointers = [_there(v, like.device) for v in numbers]
-    terms = numbers[0].numel()
+    like, terms = pairs[0].target, noise.seeds.numel()
+    pointers = [_there(v, like.device) for v in (noise.seeds, right_seeds, noise.coeffs, noise.decays)]
     for ((rows, across), aligned), part in by_tile.items():
         table, tiles, _ = _table(part, (rows, across), like.device)
         low_rank_update[(tiles,)](
-            table, len(part), *pointers, terms, numbers[3].numel(), rank,
-            IN_ORDER=sequential and terms > 1, DTYPE=_DTYPE[like.dtype],
+            table, len(part), *pointers, terms, noise.decays.numel(), noise.rank,
+            IN_ORDER=noise.sequential and terms > 1, DTYPE=_DTYPE[like.dtype],
             WORK=tl.float64 if like.dtype == torch.float64 else tl.float32,
-            STOCHASTIC=rounding == "stochastic" and like.dtype.itemsize == 2, ALIGNED=aligned, ROWS=rows, COLS=across,
-            num_warps=4, enable_fp_fusion=False,
+            STOCHASTIC=noise.rounding == "stochastic" and like.dtype.itemsize == 2, ALIGNED=aligned,
+            ROWS=rows, COLS=across, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
 
-def zo_noise_(out: Tensor, seed: Tensor, tensor_id: int, offset: int, distribution: str) -> None:
-    if out.numel() == 0:
+def zo_noise_(call: NoiseInPlace) -> None:
+    if call.out.numel() == 0:
         return
-    with torch.cuda._DeviceGuard(out.get_device()), dense(out) as target:
-        _launch([Pair(target, target, tensor_id, offset)], seed, None, None, distribution, "nearest", False)
+    with torch.cuda._DeviceGuard(call.out.get_device()), plan.dense(call.out) as target:
+        _launch([Pair(target, target, call.tensor_id, call.offset)], call)
 
 
-def zo_axpy_into_(
-    out: Sequence[Tensor],
-    tensors: Sequence[Tensor],
-    seeds: Tensor,
-    coeffs: Tensor,
-    decays: Tensor,
-    tensor_ids: Sequence[int],
-    offsets: Sequence[int],
-    distribution: str,
-    rounding: str,
-    sequential: bool,
-    right_seeds: Tensor | None = None,
-    columns: Sequence[int] | None = None,
-    rank: int = 2,
-) -> None:
-    if not out:
+def zo_axpy_into_(call: AxpyInto) -> None:
+    if not call.out:
         return
-    places = (tensor_ids, offsets, columns)
-    with torch.cuda._DeviceGuard(out[0].get_device()), dense_pairs(out, tensors, *places) as groups:
-        for pairs in groups.values():
-            matrices = [p for p in pairs if p.columns]  # of low-rank noise, whose vectors have the Gaussian
-            vectors = [p for p in pairs if not p.columns]
-            if vectors:
-                _launch(vectors, seeds, coeffs, decays, distribution, rounding, sequential)
-            if matrices and right_seeds is not None:
-                _launch_low_rank(matrices, (seeds, right_seeds, coeffs, decays), rank, rounding, sequential)
+    with torch.cuda._DeviceGuard(call.out[0].get_device()), plan.launches(call) as launches:
+        for pairs in launches:
+            if pairs[0].columns and call.noise.right_seeds is not None:
+                _launch_low_rank(pairs, call.noise, call.noise.right_seeds)
+            else:
+                _launch(pairs, call.noise)
 
 
-def zo_axpy_(
-    tensors: Sequence[Tensor],
-    seeds: Tensor,
-    coeffs: Tensor,
-    decays: Tensor,
-    tensor_ids: Sequence[int],
-    offsets: Sequence[int],
-    distribution: str,
-    rounding: str,
-    sequential: bool,
-    right_seeds: Tensor | None = None,
-    columns: Sequence[int] | None = None,
-    rank: int = 2,
-) -> None:
-    rest = (distribution, rounding, sequential, right_seeds, columns, rank)
-    zo_axpy_into_(tensors, tensors, seeds, coeffs, decays, tensor_ids, offsets, *rest)
+def zo_axpy_(call: Axpy) -> None:
+    zo_axpy_into_(call.into())
 
 
-def zo_linear(
-    x: Tensor,
-    x_minus: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    seed: Tensor,
-    scale: float,
-    tensor_id: int,
-    offset: int,
-    distribution: str,
-) -> tuple[Tensor, Tensor]:
+def zo_linear(call: Linear) -> tuple[Tensor, Tensor]:
+    x, weight = call.x, call.weight
     with torch.cuda._DeviceGuard(x.get_device()):
         if x.dtype == torch.float64:  # for tests alone: tensor cores of this type are not worth a kernel
             z = torch.empty_like(weight, memory_format=torch.contiguous_format)
-            zo_noise_(z, seed, tensor_id, offset, distribution)
-            minus = x if x_minus is None else x_minus
-            plus_minus = ((x, weight + scale * z), (minus, weight - scale * z))
-            y_plus, y_minus = (torch.nn.functional.linear(a, w, bias) for a, w in plus_minus)
+            zo_noise_(NoiseInPlace(z, call.seed, call.tensor_id, call.offset, call.distribution))
+            minus = x if call.x_minus is None else call.x_minus
+            plus_minus = ((x, weight + call.scale * z), (minus, weight - call.scale * z))
+            y_plus, y_minus = (torch.nn.functional.linear(a, w, call.bias) for a, w in plus_minus)
             return y_plus, y_minus
-        there = _there(seed, x.device)
-        return linear(x, x_minus, weight, bias, there, scale, tensor_id, offset, distribution)
+        return linear(call._replace(seed=_there(call.seed, x.device)))

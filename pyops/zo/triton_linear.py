@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leanops.common.triton import INTERPRETED, in_order, narrow, philox, widen
+from leanops.zo.calls import Linear
 from leanops.zo.triton_noise import GAUSSIAN, RADEMACHER, box_muller, noise_at, signs
 
 
@@ -121,34 +122,27 @@ def config(tokens: int, dtype: torch.dtype, distribution: str, aligned: bool, pa
     }
 
 
-def linear(
-    x: Tensor,
-    x_minus: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    seed: Tensor,
-    scale: float,
-    tensor_id: int,
-    offset: int,
-    distribution: str,
-) -> tuple[Tensor, Tensor]:
+def linear(call: Linear) -> tuple[Tensor, Tensor]:
+    """With the seed on the device."""
+    x, weight, bias = call.x, call.weight, call.bias
     n, m = weight.shape
     shape = (*x.shape[:-1], n)
     y_plus, y_minus = x.new_empty(shape), x.new_empty(shape)
     tokens = x.shape[:-1].numel()
     if y_plus.numel() == 0:
         return y_plus, y_minus
+    pair, is_rademacher = call.x_minus is not None, call.distribution == "rademacher"
     x, weight = x.contiguous(), weight.contiguous()
-    minus = x if x_minus is None else x_minus.contiguous()
-    block = 128 if distribution == "rademacher" else 4
-    aligned = m % block == 0 and offset % block == 0
+    minus = x if call.x_minus is None else call.x_minus.contiguous()
+    block = 128 if is_rademacher else 4
+    aligned = m % block == 0 and call.offset % block == 0
     major = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
-    sizes = config(tokens, x.dtype, distribution, aligned, x_minus is not None, major)
+    sizes = config(tokens, x.dtype, call.distribution, aligned, pair, major)
     grid = (triton.cdiv(tokens, sizes["BLOCK_T"]) * triton.cdiv(n, sizes["BLOCK_N"]),)
     linear_kernel[grid](
-        x, minus, weight, weight if bias is None else bias.contiguous(), y_plus, y_minus, seed, scale, tensor_id,
-        offset, tokens, n, m,
-        PAIR=x_minus is not None, BIAS=bias is not None, IS_RADEMACHER=distribution == "rademacher", ALIGNED=aligned,
+        x, minus, weight, weight if bias is None else bias.contiguous(), y_plus, y_minus, call.seed, call.scale,
+        call.tensor_id, call.offset, tokens, n, m,
+        PAIR=pair, BIAS=bias is not None, IS_RADEMACHER=is_rademacher, ALIGNED=aligned,
         **sizes, enable_fp_fusion=False,
     )  # fmt: skip
     return y_plus, y_minus

@@ -30,10 +30,10 @@ from leanops.bench.measurement import Measurement
 from leanops.bench.plan import Job, Settings
 
 spec = _registry.spec("zo_noise_")
-def kernel(out, *rest):
-    spec.reference(out, *rest)
+def kernel(call):
+    spec.reference(call)
     if sys.argv[1] == "wrong":
-        out.view(-1)[-1] = out.view(-1)[-1].nextafter(torch.tensor(9.0))
+        call.out.view(-1)[-1] = call.out.view(-1)[-1].nextafter(torch.tensor(9.0))
 _registry.implement("zo_noise_", "CPU", kernel)
 case = next(c for c in spec.cases if c.name == "gaussian-257x3")
 job = Job(spec, subjects()["zo_noise_"], case, case.name, torch.float32, 1)

@@ -6,7 +6,9 @@ The calls are those of ``every_kernel`` in the family's ``tests/FAMILY/agreement
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -14,11 +16,15 @@ import families
 import torch
 
 from leanops import _native
+from leanops.common.call import flat
 
 
 class Dispatched:
-    def __getattr__(self, name: str) -> object:
-        return getattr(torch.ops.leanops, name)
+    """The operators as the dispatcher finds them, which is the CUDA library where it is loaded. As launchers in Python,
+    they take calls."""
+
+    def __getattr__(self, name: str) -> Callable[[Any], Any]:
+        return lambda call: getattr(torch.ops.leanops, name)(*flat(call))
 
 
 def main() -> int:

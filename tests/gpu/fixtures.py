@@ -9,18 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from gpu.driver import Dispatched
 from gpu.emulated import Emulator, build_emulator
 from native.build import compiler
 
 from leanops import _native
 from leanops.common import nvrtc
-
-
-class _Native:
-    """The operators as the dispatcher finds them, which is the CUDA library where it is loaded."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.ops.leanops, name)
 
 
 @pytest.fixture(params=["cuda", "triton", "nvrtc"])
@@ -30,7 +24,7 @@ def backend(request: pytest.FixtureRequest) -> Any:
         state = _native.backends()["cuda"]
         if not state.loaded:
             pytest.skip(f"the CUDA library is not loaded: {state.detail}")
-        return _Native()
+        return Dispatched()
     package = {"triton": "triton", "nvrtc": "cupy"}[request.param]
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")

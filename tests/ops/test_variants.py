@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,38 +21,44 @@ CPU = torch.device("cpu")
 CASE = Case("9", lambda device, dtype, generator: (torch.zeros(9, dtype=dtype), torch.randn(9).to(dtype)))
 
 
-def doubled_(out: torch.Tensor, x: torch.Tensor) -> None:
-    out.copy_(2 * x)
+class Double(NamedTuple):
+    out: torch.Tensor
+    x: torch.Tensor
 
 
-def nearly_(out: torch.Tensor, x: torch.Tensor) -> None:
-    out.copy_(2 * x)
-    out[3] += 1
+def doubled_(call: Double) -> None:
+    call.out.copy_(2 * call.x)
 
 
-def partly_(out: torch.Tensor, x: torch.Tensor) -> None:
-    y = torch.empty_like(x)
-    y[1:] = 2 * x[1:]
-    out.copy_(y)
+def nearly_(call: Double) -> None:
+    doubled_(call)
+    call.out[3] += 1
 
 
-def by_threads_(out: torch.Tensor, x: torch.Tensor) -> None:
-    out.copy_(2 * x + (torch.get_num_threads() == 3))
+def partly_(call: Double) -> None:
+    y = torch.empty_like(call.x)
+    y[1:] = 2 * call.x[1:]
+    call.out.copy_(y)
 
 
-def keeping_(out: torch.Tensor, x: torch.Tensor, kept: list[torch.Tensor]) -> None:
-    kept.append(x)
-    doubled_(out, x)
+def by_threads_(call: Double) -> None:
+    call.out.copy_(2 * call.x + (torch.get_num_threads() == 3))
 
 
-def check(out: torch.Tensor, x: torch.Tensor) -> None:
-    require(out.shape == x.shape, f"double_: out must have shape {list(x.shape)}, got {list(out.shape)}")
+def keeping_(call: Double, kept: list[torch.Tensor]) -> None:
+    kept.append(call.x)
+    doubled_(call)
+
+
+def check(call: Double) -> None:
+    out, x = list(call.out.shape), list(call.x.shape)
+    require(out == x, f"double_: out must have shape {x}, got {out}")
 
 
 def double(*names: str) -> OpSpec:
     """An operator that nobody registers, with some of the variants."""
     loaders = {
-        "add": lambda: lambda out, x: torch.add(x, x, out=out),
+        "add": lambda: lambda call: torch.add(call.x, call.x, out=call.out),
         "nearly": lambda: nearly_,
         "partly": lambda: partly_,
         "threads": lambda: by_threads_,
@@ -65,11 +72,12 @@ def double(*names: str) -> OpSpec:
     spec = OpSpec(
         name="double_",
         schema="(Tensor(a!) out, Tensor x) -> ()",
+        call=Double,
         reference=doubled_,
-        fake=lambda out, x: None,
+        fake=lambda call: None,
         check=check,
         inputs=lambda: inputs,
-        cost=lambda out, x: Cost(x.nbytes, x.nbytes),
+        cost=lambda call: Cost(call.x.nbytes, call.x.nbytes),
         dtypes=(torch.float32,),
         exact=True,
         variants={name: Variant(loaders[name]) for name in names},
@@ -133,8 +141,11 @@ def test_a_kernel_is_loaded_once_and_at_its_first_use():
     loads = []
     spec = replace(double(), variants={"add": Variant(lambda: loads.append(1) or doubled_)})
     assert loads == []
-    assert spec.kernel("add") is spec.kernel("add") is doubled_
+    out, x = torch.zeros(3), torch.ones(3)
+    for _ in range(2):
+        spec.kernel("add")(out, x)
     assert loads == [1]
+    assert out.tolist() == [2.0, 2.0, 2.0]
 
 
 def test_variants_are_offered_on_their_devices():

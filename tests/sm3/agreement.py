@@ -1,9 +1,9 @@
-"""What every CUDA backend of SM3 must do, as checks of any module with the operator's function on any device."""
+"""What every CUDA backend of SM3 must do, as checks of any object with its launcher on any device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from opsuite import assert_same_bits, clone
@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from leanops import _registry
 from leanops.sm3 import reference
+from leanops.sm3.calls import Step
 from leanops.sm3.cases import Options, step_case
 
 SPEC = _registry.spec("sm3_step_")
@@ -40,48 +41,25 @@ NAMED_OPTIONS: dict[str, Options] = {
 }
 
 
-class Args(NamedTuple):
-    """The operator's arguments."""
-
-    params: list[torch.Tensor]
-    grads: list[torch.Tensor]
-    covers: list[torch.Tensor]
-    momenta: list[torch.Tensor]
-    scales: list[torch.Tensor]
-    lr: torch.Tensor
-    seed: torch.Tensor
-    grad_scale: torch.Tensor | None
-    found_inf: torch.Tensor | None
-    tensor_ids: list[int]
-    offsets: list[int]
-    momentum: float
-    beta: float
-    eps: float
-    weight_decay: float
-    decoupled: bool
-    maximize: bool
-    stochastic_rounding: bool
-
-
-def make(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, options: Options, device: str, seed: int = 0) -> Args:
+def make(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, options: Options, device: str, seed: int = 0) -> Step:
     case = step_case("", shapes, options)
-    args = Args(*case.make(torch.device(device), dtype, torch.Generator().manual_seed(seed)))
+    args = SPEC.bind(*case.make(torch.device(device), dtype, torch.Generator().manual_seed(seed)))
     places = [(0, 8, 5, 2**33 + 1, 2**62)[i % 5] for i in range(len(shapes))]
     return args._replace(offsets=places, tensor_ids=[(i * 2654435761) % 2**32 for i in range(len(shapes))])
 
 
-def numbers_to(args: Args, device: str) -> Args:
+def numbers_to(args: Step, device: str) -> Step:
     """The one-element tensors on a device."""
     moved = {n: getattr(args, n) for n in ("lr", "seed", "grad_scale", "found_inf")}
     return args._replace(**{n: None if t is None else t.to(device) for n, t in moved.items()})
 
 
-def check(backend: Any, args: Args, what: str = "") -> None:
+def check(backend: Any, args: Step, what: str = "") -> None:
     """One step in place has the reference's bits, and writes no gradient."""
-    expected = Args(*tree_map_only(torch.Tensor, lambda t: t.cpu(), clone(tuple(args))))
+    expected = Step(*tree_map_only(torch.Tensor, lambda t: t.cpu(), clone(tuple(args))))
     before = [g.clone() for g in args.grads]
-    backend.sm3_step_(*args)
-    reference.sm3_step_(*expected)
+    backend.sm3_step_(args)
+    reference.sm3_step_(expected)
     assert_same_bits(SPEC.mutated(args), SPEC.mutated(expected), what)
     assert_same_bits(args.grads, before, f"{what} gradients")
 
@@ -166,7 +144,7 @@ def skips(backend: Any, device: str) -> None:
         for found in (1.0, torch.nan):
             args = make([(70, 300), (50,)], torch.float32, Options(torch.float32, found_inf=found), device)
             before = clone(tuple(args))
-            backend.sm3_step_(*numbers_to(args, numbers))
+            backend.sm3_step_(numbers_to(args, numbers))
             assert_same_bits(SPEC.mutated(args), SPEC.mutated(before))
         check(backend, numbers_to(make([(70, 300)], torch.float32, Options(found_inf=0.0), device), numbers))
 
@@ -191,7 +169,7 @@ def mixed(backend: Any, device: str) -> None:
     parts = [make([(70, 300), (50,)], d, Options(m), device) for d, m in zip(DTYPES, MOMENTA[1:] * 2, strict=False)]
     lists = [[t for p in parts for t in p[i]] for i in range(5)]
     rest = parts[0]._replace(tensor_ids=list(range(8)), offsets=[0] * 8)[5:]
-    check(backend, Args(*lists, *rest), "mixed")
+    check(backend, Step(*lists, *rest), "mixed")
 
 
 def empty(backend: Any, device: str) -> None:

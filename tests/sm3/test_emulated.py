@@ -4,7 +4,6 @@ reference. What this cannot see is the device's own compiler and memory system; 
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from sm3 import agreement
 from sm3.agreement import ALL_SHAPES, DTYPES, MOMENTA, NAMED_OPTIONS, SPEC
 
 from leanops.sm3 import nvrtc, plan
+from leanops.sm3.calls import Step
 from leanops.sm3.cases import Options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,12 +26,12 @@ class EveryOrder:
     def __init__(self, emulator: Emulator) -> None:
         self.emulator = emulator
 
-    def sm3_step_(self, *args: Any) -> None:
+    def sm3_step_(self, args: Step) -> None:
         copies = [clone(args) for _ in range(3)]
-        nvrtc.sm3_step_(*args)
+        nvrtc.sm3_step_(args)
         for order, copy in zip((1, 2, 3), copies, strict=True):
             self.emulator.order = order
-            nvrtc.sm3_step_(*copy)
+            nvrtc.sm3_step_(copy)
             assert_same_bits(SPEC.mutated(copy), SPEC.mutated(args), f"order {order}")
         self.emulator.order = 0
 
@@ -92,7 +92,7 @@ ITEM = np.dtype(
 @pytest.mark.parametrize("momentum", MOMENTA, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_both_launchers_make_the_same_table(emulator_library, dtype, momentum):
-    """plan.py and plan.h."""
+    """In Python and in csrc/sm3/plan.h."""
     large = [(4096, 11008), (32000, 4096), (128, 3, 224, 224), (8, 1024, 2816), (1 << 20, 3), (96, 192), (5, 8192)]
     shapes = [s for s in (*ALL_SHAPES, *large) if 0 not in s]
     items, table = [], np.zeros(len(shapes), ITEM)
@@ -118,7 +118,7 @@ def test_both_launchers_make_the_same_table(emulator_library, dtype, momentum):
             5 * i,
             0,
         )
-    expected = plan.table([item for item, _ in items])
+    expected = nvrtc.table([item for item, _ in items])
     expected.place(1 << 40)
     words, counts = np.zeros(expected.words().size + 9, np.uint64), np.zeros(3, np.int64)
     function = emulator_library.leanops_sm3_table
@@ -135,10 +135,10 @@ def test_both_launchers_make_the_same_table(emulator_library, dtype, momentum):
 
 def test_a_table_on_the_device_is_read_as_one_beside_the_parameters(emulator, monkeypatch):
     args = agreement.make([(70, 300), (3, 4, 5)], torch.float32, Options(), "cpu")
-    copy = clone(tuple(args))
-    nvrtc.sm3_step_(*args)
+    copy = clone(args)
+    nvrtc.sm3_step_(args)
     monkeypatch.setattr(nvrtc, "_INLINE_WORDS", 0)
-    nvrtc.sm3_step_(*copy)
+    nvrtc.sm3_step_(copy)
     assert_same_bits(SPEC.mutated(copy), SPEC.mutated(args))
 
 
@@ -155,5 +155,5 @@ def test_triton_compiles_one_step_for_types_that_ignore_stochastic_rounding(monk
 
     monkeypatch.setattr(triton, "step_kernel", Kernel())
     for stochastic in (False, True):
-        triton.sm3_step_(*agreement.make([(9, 7)], dtype, Options(stochastic_rounding=stochastic), "cpu"))
+        triton.sm3_step_(agreement.make([(9, 7)], dtype, Options(stochastic_rounding=stochastic), "cpu"))
     assert asked == [False, dtype.itemsize == 2]

@@ -1,13 +1,26 @@
-"""What every CUDA backend must do, as checks of any module with the operators' functions on any device."""
+"""What every CUDA backend must do, as checks of any object with the operators as functions of their arguments, on any
+device."""
 
 from __future__ import annotations
 
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from leanops.zo import reference
+from leanops import _registry
+from leanops.zo import reference as _reference
+
+OPERATORS = ("zo_noise_", "zo_axpy_", "zo_axpy_into_", "zo_linear")
+
+
+def unpacked(backend: Any) -> SimpleNamespace:
+    """The operators of a backend, whose launchers take calls, as functions of their arguments."""
+    return SimpleNamespace(**{name: _registry.spec(name).unpacked(getattr(backend, name)) for name in OPERATORS})
+
+
+reference = unpacked(_reference)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DISTRIBUTIONS = ("gaussian", "rademacher")
@@ -190,7 +203,8 @@ UNUSED_KERNELS = r"combine_kernel.*fp16"
 
 
 def every_kernel(backend: Any, device: str) -> None:
-    """Small calls that launch every CUDA kernel of the family."""
+    """Small calls that launch every CUDA kernel of the family, whose launchers take calls."""
+    backend = unpacked(backend)
     for dtype in DTYPES:
         for distribution in AXPY_DISTRIBUTIONS:
             for rounding in ("nearest", "stochastic"):

@@ -16,6 +16,11 @@ pytestmark = [
 ]
 
 
+@pytest.fixture
+def backend(backend):
+    return agreement.unpacked(backend)
+
+
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offset", OFFSETS)

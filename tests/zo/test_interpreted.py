@@ -12,10 +12,11 @@ from aot.kernels import NO_TRITON
 from zo import agreement
 from zo.agreement import AXPY_DISTRIBUTIONS, DISTRIBUTIONS, DTYPES, OFFSETS
 
-from leanops.zo.launch import Pair
+from leanops.zo.plan import Pair
 
 pytest.importorskip("triton", reason=NO_TRITON)
 triton = importlib.import_module("leanops.zo.triton")
+OPERATORS = agreement.unpacked(triton)
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarn
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offset", OFFSETS[::2])
 def test_noise_has_the_bits_of_the_reference(dtype, distribution, offset):
-    agreement.noise(triton, "cpu", dtype, distribution, offset)
+    agreement.noise(OPERATORS, "cpu", dtype, distribution, offset)
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -31,7 +32,7 @@ def test_noise_has_the_bits_of_the_reference(dtype, distribution, offset):
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("call", [(1, False, 3), (1, True, 20), (3, False, 5), (3, True, 3)], ids=str)
 def test_axpy_has_the_bits_of_the_reference(dtype, distribution, rounding, call):
-    agreement.axpy(triton, "cpu", dtype, distribution, rounding, call)
+    agreement.axpy(OPERATORS, "cpu", dtype, distribution, rounding, call)
 
 
 # ten times as slow as the others under the interpreter
@@ -39,28 +40,28 @@ def test_axpy_has_the_bits_of_the_reference(dtype, distribution, rounding, call)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_low_rank_noise_has_the_bits_of_the_reference(dtype, call):
     rounding = "stochastic" if dtype.itemsize == 2 else "nearest"
-    agreement.axpy(triton, "cpu", dtype, "lowrank", rounding, call)
+    agreement.axpy(OPERATORS, "cpu", dtype, "lowrank", rounding, call)
 
 
 @pytest.mark.parametrize("rank", [1, 5])
 def test_low_rank_noise_of_any_rank(rank):
-    agreement.axpy(triton, "cpu", torch.bfloat16, "lowrank", "stochastic", (2, True, 3), rank=rank)
+    agreement.axpy(OPERATORS, "cpu", torch.bfloat16, "lowrank", "stochastic", (2, True, 3), rank=rank)
 
 
 @pytest.mark.parametrize("distribution", AXPY_DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_axpy_writes_nothing_beyond_its_tensor(dtype, distribution):
-    agreement.writes_nothing_else(triton, "cpu", dtype, distribution)
+    agreement.writes_nothing_else(OPERATORS, "cpu", dtype, distribution)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_axpy_into_leaves_its_source_alone_and_serves_strided_results(dtype):
-    agreement.axpy_into(triton, "cpu", dtype)
+    agreement.axpy_into(OPERATORS, "cpu", dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rounding_of_special_values(dtype):
-    agreement.special_values(triton, "cpu", dtype)
+    agreement.special_values(OPERATORS, "cpu", dtype)
 
 
 # m and offset of whole Philox blocks, and not: two ways to make z
@@ -69,11 +70,11 @@ def test_rounding_of_special_values(dtype):
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize(("pair", "with_bias"), [(False, True), (True, False), (True, True)], ids=str)
 def test_linear_is_as_close_as_plain_torch(dtype, distribution, pair, with_bias, sizes, offset):
-    agreement.linear(triton, "cpu", dtype, distribution, pair, with_bias, sizes, offset)
+    agreement.linear(OPERATORS, "cpu", dtype, distribution, pair, with_bias, sizes, offset)
 
 
 def test_empty_input():
-    agreement.empty(triton, "cpu")
+    agreement.empty(OPERATORS, "cpu")
 
 
 def test_a_graph_gets_a_table_of_its_own(monkeypatch):

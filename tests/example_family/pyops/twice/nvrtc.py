@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from leanops.common import nvrtc
+from leanops.twice.calls import Twice
 
 KERNEL = nvrtc.Kernel(
     "twice/twice.cuh", "leanops", "twice::run", ("leanops::u64", "leanops::u64", "leanops::i64"), threads=64
 )
 
 
-def twice(x: Tensor) -> Tensor:
-    x = x.contiguous()
+def twice(call: Twice) -> Tensor:
+    x = call.x.contiguous()
     y = torch.empty_like(x)
     if x.numel():
         arguments = (np.uint64(y.data_ptr()), np.uint64(x.data_ptr()), np.int64(x.numel()))

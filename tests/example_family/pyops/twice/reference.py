@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from leanops.twice.calls import Twice
 
-def twice(x: Tensor) -> Tensor:
+
+def twice(call: Twice) -> Tensor:
     """y = 2 x."""
-    return x * 2
+    return call.x * 2

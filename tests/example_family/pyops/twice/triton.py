@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leanops.twice.calls import Twice
+
 BLOCK = 256
 
 
@@ -18,8 +20,8 @@ def kernel(y, x, n, BLOCK: tl.constexpr):
     tl.store(y + at, 2 * tl.load(x + at, mask=at < n), mask=at < n)
 
 
-def twice(x: Tensor) -> Tensor:
-    x = x.contiguous()
+def twice(call: Twice) -> Tensor:
+    x = call.x.contiguous()
     y = torch.empty_like(x)
     if x.numel():
         kernel[(triton.cdiv(x.numel(), BLOCK),)](y, x, x.numel(), BLOCK)

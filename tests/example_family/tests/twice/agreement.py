@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from opsuite import assert_same_bits
 
+from leanops.twice.calls import Twice
+
 
 def twice(backend: Any, device: str, n: int) -> None:
     x = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(device)
-    assert_same_bits([backend.twice(x)], [x.cpu() * 2])
+    assert_same_bits([backend.twice(Twice(x))], [x.cpu() * 2])
 
 
 def every_kernel(backend: Any, device: str) -> None:

@@ -1,0 +1,20 @@
+// What the files that register CPU kernels share.
+#ifndef LEANOPS_COMMON_TORCH_CPU_H
+#define LEANOPS_COMMON_TORCH_CPU_H
+
+#include "torch_arguments.h"
+#include "types.h"
+
+namespace leanops {
+
+// The dtype of a tensor of floats, by torch's number for it.
+inline DType dtype_of_code(int32_t code) {
+  return code == kCodes.float32    ? DType::kFloat32
+         : code == kCodes.bfloat16 ? DType::kBFloat16
+         : code == kCodes.float16  ? DType::kFloat16
+                                   : DType::kFloat64;
+}
+
+}  // namespace leanops
+
+#endif  // LEANOPS_COMMON_TORCH_CPU_H
