@@ -10,138 +10,36 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from leanops import _registry
-from leanops.common import seeds, streams
 from leanops.common.checks import rate_is_one_number
-from leanops.common.dtypes import FLOATS
 from leanops.optim.common import parameters
-from leanops.optim.sm3.state import MOMENTUM_DTYPES, Part, State, complete, loaded_group, number, part_of
-from leanops.sm3 import StepOptions
+from leanops.optim.sm3.options import (
+    Group,
+    home_of_step,
+    momentum_dtype,
+    name_of,
+    options_of,
+    rate,
+    rounding_seed,
+    scaler,
+)
+from leanops.optim.sm3.refusals import check_step, is_plain
+from leanops.optim.sm3.sharding import combine_column_covers, local_gradient
+from leanops.optim.sm3.state import Part, State, complete, number, part_of
 
 OPERATOR = _registry.spec("sm3_step_")
 _SMALL = 1 << 14  # elements; a step takes about 10 us for them
 
 _dtype, _shape, _layout = map(operator.attrgetter, ("dtype", "shape", "layout"))
 
-Group = dict[str, Any]
 Grads = list[list[Tensor | None]]  # of every group's every parameter
-
-
-def options_of(group: Group, momentum: float | None = None) -> StepOptions:
-    """A group's options, as the operator takes them; ``momentum`` overrides the group's. ValueError for one out of its
-    range."""
-    options = StepOptions(
-        momentum=float(group["momentum"] if momentum is None else momentum),
-        beta=float(group["beta"]),
-        eps=float(group["eps"]),
-        weight_decay=float(group["weight_decay"]),
-        decoupled=bool(group["decoupled"]),
-        maximize=bool(group["maximize"]),
-        stochastic_rounding=bool(group["stochastic_rounding"]),
-    )
-    options.check("SM3")
-    return options
-
-
-def momentum_dtype(group: Group) -> torch.dtype | None:
-    """That of the group's new momenta; a saved group has its name."""
-    dtype: torch.dtype | None = loaded_group(group)["momentum_dtype"]
-    if dtype is not None and dtype not in MOMENTUM_DTYPES:
-        names = ", ".join(map(str, (None, *MOMENTUM_DTYPES)))
-        raise ValueError(f"SM3: momentum_dtype must be one of {names}, got {dtype}")
-    return dtype
-
-
-def rate(lr: Any, device: torch.device) -> Tensor:
-    """lr as the operator takes it: one element of float32 or float64, on the CPU or on the parameters' device."""
-    rate_is_one_number("SM3", lr)
-    if not isinstance(lr, Tensor):
-        return torch.tensor(lr, dtype=torch.float64, device="cpu")
-    wide = lr if lr.dtype in (torch.float32, torch.float64) else lr.double()
-    return beside(wide, device)
-
-
-def beside(t: Tensor, device: torch.device) -> Tensor:
-    """A number on the CPU or on the device, for the operator reads no other."""
-    return t if t.device == device or t.device.type == "cpu" else t.to(device)
-
-
-def scaler(value: Any, device: torch.device) -> Tensor | None:
-    """What GradScaler leaves at the optimizer, as the operator takes it."""
-    return None if value is None else beside(number(value), device)
-
-
-def rounding_seed(seed: int, taken: Tensor) -> Tensor:
-    """The seed of a call, whose parameters have taken up to so many steps: another one for every step in a row."""
-    return taken.to(torch.int64) + rounding_start(seed)
-
-
-@cache
-def rounding_start(seed: int) -> int:
-    """An int64 that follows from an optimizer's seed."""
-    start = seeds.derive(seeds.check("SM3", seed), 0, stream=streams.SM3_SEEDS)
-    return start - 2**64 if start >= 2**63 else start
-
-
-def home_of_step(group: Group, device: torch.device) -> torch.device:
-    """Where ``step`` lies: as in torch, on the parameters' device for these flags."""
-    return device if group["capturable"] or group["fused"] else torch.device("cpu")
-
-
-def name_of(group: Group, place: int, position: int) -> str:
-    return str(group["param_names"][place] if "param_names" in group else position)
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
-
-
-def check_parameter(name: str, p: Tensor) -> None:
-    """Refuse what no step can move, when it is given."""
-    if p.is_complex():
-        raise ValueError(f"SM3: parameter {name} must be real, got {p.dtype}; use torch.view_as_real")
-    if p.layout != torch.strided:
-        raise ValueError(f"SM3: parameter {name} must be dense, got layout {p.layout}")
-
-
-def _plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether none is a wrapper, a subclass with a dispatch of its own, whose values lie elsewhere."""
-    types: set[type[Tensor]] = set(map(type, tensors))
-    return all(t.__torch_dispatch__ is Tensor.__torch_dispatch__ for t in types)
-
-
-def check_step(name: str, p: Tensor, g: Tensor) -> None:
-    """Refuse what this step cannot move."""
-    check_parameter(name, p)
-    if p.dtype not in FLOATS:
-        raise ValueError(f"SM3: parameter {name} must be float32, bfloat16, float16 or float64, got {p.dtype}")
-    if not _plain((p,)) and not parameters.is_sharded(p) and not isinstance(p, FakeTensor):
-        raise ValueError(f"SM3: parameter {name} must be a plain tensor or a DTensor, got {type(p).__name__}")
-    if p.is_neg():
-        raise ValueError(f"SM3: parameter {name} must not be a negated view; use its resolve_neg()")
-    if p.device.type == "meta":
-        raise ValueError(f"SM3: parameter {name} must have data, but it is on the meta device")
-    if g.layout != torch.strided:
-        kind = "sparse gradients" if g.layout == torch.sparse_coo else f"gradients of layout {g.layout}"
-        raise RuntimeError(f"SM3 does not support {kind}; parameter {name} has one (nn.Embedding: pass sparse=False)")
-    if parameters.is_sharded(g) != parameters.is_sharded(p):
-        raise ValueError(f"SM3: parameter {name} is {type(p).__name__}, but its gradient {type(g).__name__}")
-    if g.dtype != p.dtype or g.shape != p.shape or g.device != p.device:
-        raise ValueError(
-            f"SM3: the gradient of parameter {name} must be {p.dtype} {list(p.shape)} on {p.device} as the parameter, "
-            f"got {g.dtype} {list(g.shape)} on {g.device}"
-        )
-
-
-# --- calls ------------------------------------------------------------------------------------------------------------
 
 
 class Item(NamedTuple):
@@ -180,7 +78,7 @@ class Call:
             state["step"] = view
         if any(map(Tensor.is_inference, kept)) and not torch.is_inference_mode_enabled():
             raise RuntimeError("SM3: state that torch.inference_mode() made cannot be written outside of it; clone it")
-        self.plain = _plain(self._locals) and _plain(kept)
+        self.plain = is_plain(self._locals) and is_plain(kept)
         self._kept = None if any(map(_is_large, kept)) else lists
         entries = list(chain.from_iterable(map(dict.values, states)))
         self._large_entries = [(i, weakref.ref(e)) for i, e in enumerate(entries) if _is_large(e)]
@@ -249,8 +147,8 @@ class Call:
         self, group: Group, grads: Sequence[Any], states: Sequence[State], grad_scale: Any, found_inf: Any
     ) -> tuple[Any, ...]:
         """What the operator takes."""
-        if self._sharded or not _plain(grads):
-            grads = [_local_gradient(p, g) for p, g in zip(self._params, grads, strict=True)]
+        if self._sharded or not is_plain(grads):
+            grads = [local_gradient(p, g) for p, g in zip(self._params, grads, strict=True)]
         options = options_of(group)
         return (
             self._given,
@@ -289,20 +187,6 @@ def _is_large(entry: Any) -> bool:
 
 def _geometry(t: Tensor) -> tuple[Any, ...]:
     return t.data_ptr(), t.shape, t.stride()
-
-
-def _local_gradient(p: Any, g: Any) -> Tensor:
-    """This process's part of a gradient. A wrapper gives its values up, or raises, before anything is written."""
-    if parameters.is_sharded(p):
-        if g.placements != p.placements:
-            g = g.redistribute(p.device_mesh, p.placements)
-        g = g.to_local()
-    if _plain((g,)) or isinstance(g, FakeTensor):
-        return g
-    values: Tensor = g.wait() if hasattr(g, "wait") else g.clone()
-    if not _plain((values,)):
-        raise ValueError(f"SM3: a gradient must be a plain tensor or a DTensor, got {type(g).__name__}")
-    return values
 
 
 class Plan:
@@ -381,22 +265,8 @@ class Plan:
         for call, arguments in ready:
             call.run(arguments, found_inf)
         for group, tails, blanks in self._columns.values():
-            _combine(group, tails, blanks)
+            combine_column_covers(group, tails, blanks)
 
 
 def _present(grads: Sequence[Tensor | None]) -> list[bool]:
     return [g is not None for g in grads]
-
-
-def _combine(group: Any, tails: list[Tensor], blanks: list[Tensor]) -> None:
-    """The maximum over the processes that share rows, of all parameters' column covers at once.
-
-    Bits of non-negative numbers are ordered as the numbers, and NaN lies above infinity: as integers they survive
-    libraries whose maximum drops a NaN. Who has no rows of a parameter has an old cover, which must not count.
-    """
-    for tail in blanks:
-        tail.zero_()
-    flat = torch.cat(tails).bitwise_and_(0x7FFFFFFF)
-    torch.distributed.all_reduce(flat, torch.distributed.ReduceOp.MAX, group=group)
-    for tail, new in zip(tails, flat.split([t.numel() for t in tails]), strict=True):
-        tail.copy_(new)

@@ -12,9 +12,8 @@ from torch import Tensor
 from leanops.common.call import flat
 from leanops.common.checks import rate_is_one_number
 from leanops.optim.common import parameters
-from leanops.optim.sm3.calls import (
-    OPERATOR,
-    check_step,
+from leanops.optim.sm3.calls import OPERATOR
+from leanops.optim.sm3.options import (
     home_of_step,
     momentum_dtype,
     name_of,
@@ -23,6 +22,7 @@ from leanops.optim.sm3.calls import (
     rounding_start,
     scaler,
 )
+from leanops.optim.sm3.refusals import check_step
 from leanops.optim.sm3.state import complete, number
 
 _live: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()

@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 
 from leanops.common import seeds
 from leanops.common.checks import rate_is_one_number
-from leanops.optim.sm3.calls import Group, Plan, check_parameter, momentum_dtype, name_of, options_of
+from leanops.optim.sm3.calls import Plan
 from leanops.optim.sm3.compiled import enlist, traced_step
+from leanops.optim.sm3.options import Group, momentum_dtype, name_of, options_of
+from leanops.optim.sm3.refusals import check_parameter
 from leanops.optim.sm3.state import Kept, loaded, loaded_group, saved, saved_group
 
 

@@ -393,3 +393,17 @@ def test_equal_tensors_are_rounded_by_different_bits() -> None:
         opt.step()
     assert not torch.equal(params[0], params[1])
     assert not torch.equal(params[0], params[2])
+
+
+@pytest.mark.parametrize("name", ["lr", "momentum", "beta", "eps", "weight_decay"])
+def test_a_number_that_is_text_is_refused(name: str) -> None:
+    """YAML reads 1e-30 as text."""
+    w = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(TypeError, match=rf"SM3: {name} must be a number.*, got '0.5'"):
+        SM3([w], **{name: "0.5"})
+    optimizer = SM3([w])
+    optimizer.param_groups[0][name] = "0.5"
+    w.grad = torch.ones(3)
+    with pytest.raises(TypeError, match=rf"SM3: {name} must be a number.*, got '0.5'"):
+        optimizer.step()
+    assert torch.equal(w.detach(), torch.ones(3))

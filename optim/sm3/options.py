@@ -1,0 +1,86 @@
+"""A parameter group's options, as the operator takes them, and what is derived from them."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanops.common import seeds, streams
+from leanops.common.checks import rate_is_one_number
+from leanops.optim.sm3.state import MOMENTUM_DTYPES, loaded_group, number
+from leanops.sm3 import StepOptions
+
+Group = dict[str, Any]
+
+
+def options_of(group: Group, momentum: float | None = None) -> StepOptions:
+    """A group's options, as the operator takes them; ``momentum`` overrides the group's.
+
+    Raises TypeError for text, which YAML gives for 1e-30, and ValueError for a number out of its range.
+    """
+    for name in ("momentum", "beta", "eps", "weight_decay"):
+        if isinstance(group[name], str | bytes):
+            raise TypeError(f"SM3: {name} must be a number, got {group[name]!r}")
+    options = StepOptions(
+        momentum=float(group["momentum"] if momentum is None else momentum),
+        beta=float(group["beta"]),
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
+        decoupled=bool(group["decoupled"]),
+        maximize=bool(group["maximize"]),
+        stochastic_rounding=bool(group["stochastic_rounding"]),
+    )
+    options.check("SM3")
+    return options
+
+
+def momentum_dtype(group: Group) -> torch.dtype | None:
+    """The dtype of the group's new momenta. A saved group holds the dtype's name."""
+    dtype: torch.dtype | None = loaded_group(group)["momentum_dtype"]
+    if dtype is not None and dtype not in MOMENTUM_DTYPES:
+        names = ", ".join(map(str, (None, *MOMENTUM_DTYPES)))
+        raise ValueError(f"SM3: momentum_dtype must be one of {names}, got {dtype}")
+    return dtype
+
+
+def rate(lr: Any, device: torch.device) -> Tensor:
+    """lr as the operator takes it: one element of float32 or float64, on the CPU or on the parameters' device."""
+    rate_is_one_number("SM3", lr)
+    if not isinstance(lr, Tensor):
+        return torch.tensor(lr, dtype=torch.float64, device="cpu")
+    wide = lr if lr.dtype in (torch.float32, torch.float64) else lr.double()
+    return readable_from(wide, device)
+
+
+def readable_from(t: Tensor, device: torch.device) -> Tensor:
+    """The number, moved to the device unless it is there or on the CPU: the operator reads no other."""
+    return t if t.device == device or t.device.type == "cpu" else t.to(device)
+
+
+def scaler(value: Any, device: torch.device) -> Tensor | None:
+    """``grad_scale`` or ``found_inf``, which GradScaler sets on the optimizer, as the operator takes it."""
+    return None if value is None else readable_from(number(value), device)
+
+
+def rounding_seed(seed: int, taken: Tensor) -> Tensor:
+    """The seed of a call, another one at every step. ``taken`` is the largest step count of the call's parameters."""
+    return taken.to(torch.int64) + rounding_start(seed)
+
+
+@cache
+def rounding_start(seed: int) -> int:
+    """The seed of an optimizer's first step, as int64."""
+    start = seeds.derive(seeds.check("SM3", seed), 0, stream=streams.SM3_SEEDS)
+    return start - 2**64 if start >= 2**63 else start
+
+
+def home_of_step(group: Group, device: torch.device) -> torch.device:
+    """The device of ``step``: as in torch, the parameters' with ``capturable`` or ``fused``, else the CPU."""
+    return device if group["capturable"] or group["fused"] else torch.device("cpu")
+
+
+def name_of(group: Group, place: int, position: int) -> str:
+    return str(group["param_names"][place] if "param_names" in group else position)
