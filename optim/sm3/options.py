@@ -21,20 +21,23 @@ def options_of(group: Group, momentum: float | None = None) -> StepOptions:
 
     Raises TypeError for text, which YAML gives for 1e-30, and ValueError for a number out of its range.
     """
-    for name in ("momentum", "beta", "eps", "weight_decay"):
-        if isinstance(group[name], str | bytes):
-            raise TypeError(f"SM3: {name} must be a number, got {group[name]!r}")
     options = StepOptions(
-        momentum=float(group["momentum"] if momentum is None else momentum),
-        beta=float(group["beta"]),
-        eps=float(group["eps"]),
-        weight_decay=float(group["weight_decay"]),
+        momentum=_number("momentum", group["momentum"] if momentum is None else momentum),
+        beta=_number("beta", group["beta"]),
+        eps=_number("eps", group["eps"]),
+        weight_decay=_number("weight_decay", group["weight_decay"]),
         decoupled=bool(group["decoupled"]),
         maximize=bool(group["maximize"]),
         stochastic_rounding=bool(group["stochastic_rounding"]),
     )
     options.check("SM3")
     return options
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, str | bytes):
+        raise TypeError(f"SM3: {name} must be a number, got {value!r}")
+    return float(value)
 
 
 def momentum_dtype(group: Group) -> torch.dtype | None:

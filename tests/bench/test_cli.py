@@ -212,7 +212,10 @@ def test_a_mezo_step_is_measured_beside_its_forward_passes(tmp_path):
     names = [row.name for row in case.rows]
     assert names[0] == "two forward passes"
     assert case.rows[0].ratio == 1.0
-    assert all(row.median_s > 0 and len(row.samples_s) == 3 for row in case.rows)
+    assert all(row.median_s > 0 for row in case.rows)
+    rounds = {len(row.samples_s) for row in case.rows}
+    assert len(rounds) == 1  # the rows take turns
+    assert min(rounds) >= 3
     mark = {"cpu": {"name": "a processor"}, "software": {"torch": torch.__version__}}
     results = StepResults(command=["x", "mezo-step"], created="2026-01-01", fingerprint=mark, cases=[case])
     markdown.write_steps(results, str(tmp_path / "step.md"))
