@@ -5,6 +5,8 @@
 #include "sm3/schedule.h"
 #include "testing/driver.h"
 
+LEANOPS_KERNELS_OF(sm3)
+
 using namespace leanops;
 using namespace leanops::testing;
 
