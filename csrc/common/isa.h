@@ -27,6 +27,20 @@ const IsaChoice& isa_choice();
 
 }  // namespace leanops
 
+// In a family's namespace, after its struct Kernels: declares the table of each instruction set, and
+// kernels(isa), which gives one.
+#if defined(__x86_64__)
+#define LEANOPS_KERNEL_TABLES()                                                                           \
+  extern const Kernels kKernels_baseline, kKernels_avx2, kKernels_avx512;                                 \
+  static inline const Kernels& kernels(Isa isa) {                                                         \
+    return isa == Isa::kAvx512 ? kKernels_avx512 : isa == Isa::kAvx2 ? kKernels_avx2 : kKernels_baseline; \
+  }
+#else
+#define LEANOPS_KERNEL_TABLES()           \
+  extern const Kernels kKernels_baseline; \
+  static inline const Kernels& kernels(Isa) { return kKernels_baseline; }
+#endif
+
 extern "C" {
 LEANOPS_EXPORT const char* leanops_cpu_isa();  // "baseline", "avx2", "avx512"; "" where the choice failed
 LEANOPS_EXPORT const char* leanops_cpu_isa_error();  // "" or the reason

@@ -100,20 +100,7 @@ struct Kernels {
   void (*tile)(const Numbers& numbers, const Tile& tile);
 };
 
-extern const Kernels kKernels_baseline;
-#if defined(__x86_64__)
-extern const Kernels kKernels_avx2;
-extern const Kernels kKernels_avx512;
-#endif
-
-static inline const Kernels& kernels(Isa isa) {
-#if defined(__x86_64__)
-  if (isa == Isa::kAvx512) return kKernels_avx512;
-  if (isa == Isa::kAvx2) return kKernels_avx2;
-#endif
-  static_cast<void>(isa);
-  return kKernels_baseline;
-}
+LEANOPS_KERNEL_TABLES()
 
 }  // namespace sm3
 }  // namespace leanops

@@ -12,20 +12,7 @@ struct Kernels {
   void (*run)(float* y, const float* x, int64_t n);  // y = 2 x
 };
 
-extern const Kernels kKernels_baseline;
-#if defined(__x86_64__)
-extern const Kernels kKernels_avx2;
-extern const Kernels kKernels_avx512;
-#endif
-
-static inline const Kernels& kernels(Isa isa) {
-#if defined(__x86_64__)
-  if (isa == Isa::kAvx512) return kKernels_avx512;
-  if (isa == Isa::kAvx2) return kKernels_avx2;
-#endif
-  static_cast<void>(isa);
-  return kKernels_baseline;
-}
+LEANOPS_KERNEL_TABLES()
 
 }  // namespace twice
 }  // namespace leanops
