@@ -116,16 +116,6 @@ class HalfFineTuning(Rounds):
         names = self.matrices
         return {c: [names[i] for b in blocks.values() for i in b] for c, blocks in self._strata.items()}
 
-    @property
-    def blocks(self) -> list[str]:
-        """Names of the blocks."""
-        return list(self._blocks)
-
-    @property
-    def always(self) -> list[str]:
-        """Names of the parameters that train in every round."""
-        return sorted(self._always)
-
     def next_round(self) -> None:
         """Draw anew, and free the state of the frozen parameters. Raises RuntimeError if ``period`` is set."""
         if self.period is not None:

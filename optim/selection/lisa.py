@@ -82,7 +82,7 @@ class LISA(Rounds):
         super().__init__(model, optimizer, at_least("LISA", "period", period, 1), seed)
         params, module = self._freezer.params, self._freezer.model
         names = {id(p): n for n, p in params.items()}
-        self._blocks = {}
+        self._blocks: dict[str, set[str]] = {}
         for block, m in find_blocks("LISA", module, blocks).items():
             inside = {names[id(p)] for p in m.parameters() if id(p) in names}
             if inside:
@@ -100,16 +100,6 @@ class LISA(Rounds):
             else find_params("LISA", "always", module, params.keys(), always)
         )
         self._apply()
-
-    @property
-    def blocks(self) -> list[str]:
-        """Names of the blocks to draw from."""
-        return list(self._blocks)
-
-    @property
-    def always(self) -> list[str]:
-        """Names of the parameters that train in every round."""
-        return sorted(self._always)
 
     @property
     def active_blocks(self) -> list[str]:

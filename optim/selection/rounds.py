@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from leanops.common import seeds, streams
@@ -30,6 +30,8 @@ class Rounds:
     continues as if it had never stopped.
     """
 
+    _blocks: Collection[str]  # names of the blocks
+    _always: set[str]  # names of the parameters that train in every round
     _SETTINGS: tuple[str, ...] = ()  # settings that must equal the saved run's to resume
 
     def __init__(self, model: Any, optimizer: Any, period: int | None, seed: int) -> None:
@@ -45,6 +47,16 @@ class Rounds:
     def _draw(self, round_: int) -> set[str]:
         """Names of the parameters that train in a round."""
         raise NotImplementedError
+
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the blocks."""
+        return list(self._blocks)
+
+    @property
+    def always(self) -> list[str]:
+        """Names of the parameters that train in every round."""
+        return sorted(self._always)
 
     @property
     def steps(self) -> int:
