@@ -20,6 +20,7 @@ from leanops.bench.peers import check_wanted, wanted
 from leanops.bench.plan import Settings, device_of
 from leanops.bench.progress import Progress
 from leanops.bench.results import StepCase, StepResults, StepRow, header
+from leanops.common.dtypes import dtype_name
 from leanops.optim import MeZO
 
 DISTRIBUTION = {
@@ -168,7 +169,7 @@ def measure(
         ratio = paired_ratio(samples, base)
         rows.append(StepRow(name, median(samples).value, samples, ratio.value, ratio.low, ratio.high))
     return StepCase(
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         distribution=DISTRIBUTION[dtype],
         threads=threads,
         parameters=sum(p.numel() for p in parameters),

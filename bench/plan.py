@@ -12,6 +12,7 @@ from leanops._registry import Case, OpSpec
 from leanops.autotune import fingerprint
 from leanops.bench.peers import Subject, check_wanted, subjects
 from leanops.bench.results import Row
+from leanops.common.dtypes import dtype_name
 
 Group = tuple[str, torch.dtype]  # an operator's name and a dtype
 
@@ -58,7 +59,7 @@ class Job:
         return self.spec.name, self.dtype
 
     def row(self, device: torch.device) -> Row:
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = dtype_name(self.dtype)
         key = f"{self.spec.name}/{self.name}/{dtype}/{device}"
         if device.type == "cpu":
             key += f"/{self.threads}t"
@@ -112,7 +113,7 @@ def plan(settings: Settings) -> list[Job]:
         for name in dict.fromkeys((*cases, *absent)):
             if settings.quick and not subject.in_quick(name):
                 continue
-            for dtype in (getattr(torch, dtype_name) for dtype_name in settings.dtypes):
+            for dtype in (getattr(torch, name_of_dtype) for name_of_dtype in settings.dtypes):
                 if dtype not in spec.dtypes:
                     continue
                 for threads in thread_counts(settings):

@@ -14,6 +14,7 @@ from torch import Tensor
 from leanops._registry import Cost
 from leanops.autotune import fingerprint
 from leanops.autotune.measure import Clock, calibrate
+from leanops.common.dtypes import dtype_name
 
 # how the bytes of an operator move, and so which measured bandwidth bounds them
 FILL, IN_PLACE, COPY, READ, TRIAD = "fill", "in-place add", "copy", "read", "triad"
@@ -160,16 +161,12 @@ def measure(
     clock = clock or Clock(device)
     one = torch.ones(1, device=device)
     wanted = list(dtypes)
-    if any(_name(dtype) in _SHORT for dtype in dtypes):
+    if any(dtype_name(dtype) in _SHORT for dtype in dtypes):
         wanted.append(torch.float32)  # the other way to a 16-bit product
     return Roofline(
         str(device),
         threads,
         _bandwidth(clock, device, effort),
-        {_name(dtype): _product(clock, device, dtype, effort) for dtype in dict.fromkeys(wanted)},
+        {dtype_name(dtype): _product(clock, device, dtype, effort) for dtype in dict.fromkeys(wanted)},
         _best(clock, lambda: one.add_(1.0), effort),
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from leanops.common.dtypes import dtype_name
 from leanops.optim.common import parameters
 from leanops.sm3 import scale_shape, sm3_cover, sm3_cover_axes, sm3_momentum
 
@@ -30,11 +31,11 @@ Group = dict[str, Any]
 def saved_group(group: Group) -> Group:
     """A group's options in a state_dict: torch's checkpoints take names, not dtypes."""
     dtype = group["momentum_dtype"]
-    return {**group, "momentum_dtype": None if dtype is None else str(dtype).removeprefix("torch.")}
+    return {**group, "momentum_dtype": None if dtype is None else dtype_name(dtype)}
 
 
 def loaded_group(group: Group) -> Group:
-    names = {str(d).removeprefix("torch."): d for d in MOMENTUM_DTYPES}
+    names = {dtype_name(d): d for d in MOMENTUM_DTYPES}
     dtype = group.get("momentum_dtype")
     return {**group, "momentum_dtype": names[dtype]} if dtype in names else group
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanops.common.dtypes import dtype_name
 from leanops.optim.common.parameters import check_apart, is_sharded
 from leanops.optim.zo.directions import Seed
 from leanops.optim.zo.forward_state import ForwardState
@@ -156,7 +157,7 @@ class Evaluator:
             return
         self._told_of_half = True
         warnings.warn(
-            f"{op}: the closure returns its loss in {str(kind[0]).removeprefix('torch.')}, and two evaluations gave "
+            f"{op}: the closure returns its loss in {dtype_name(kind[0])}, and two evaluations gave "
             f"{losses[0]:.6g} exactly, so their difference is 0 and the step moves nothing. Compute and return the "
             "loss in float32, as in cross_entropy(logits.float(), labels)",
             stacklevel=2,

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from leanops.common.written_memory import byte_range
 from leanops.optim.common.parameters import canonical_name
 from leanops.optim.zo.slots import Slot
 
@@ -161,19 +162,14 @@ class _Ranges:
     """The memory of some tensors."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._found = [(t.device, *_range(t)) for t in tensors if t.numel()]
+        self._found = [(t.device, *byte_range(t)) for t in tensors if t.numel()]
         self._known: dict[tuple[torch.device, int, int], bool] = {}
 
     def meet(self, t: Tensor) -> bool:
-        device, start, end = key = t.device, *_range(t)
+        device, start, end = key = t.device, *byte_range(t)
         if key not in self._known:
             self._known[key] = any(d == device and start < e and s < end for d, s, e in self._found)
         return self._known[key]
-
-
-def _range(t: Tensor) -> tuple[int, int]:
-    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else -1
-    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
 
 class ForwardState:

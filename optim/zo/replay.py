@@ -14,6 +14,7 @@ from torch import Tensor
 
 from leanops.common import seeds as seed_rule
 from leanops.common.checks import is_integer
+from leanops.common.dtypes import dtype_name
 from leanops.optim.common import parameters
 from leanops.optim.common.parameters import Params
 from leanops.optim.zo.directions import Seed, left
@@ -207,7 +208,7 @@ def _match(params: Params, log: ZoLog, moved: Mapping[int, Any], names: Mapping[
         if entry["id"] in tensors:
             t = tensors[entry["id"]]
             parameters.check("replay_", entry["name"], t)
-            check_fits("replay_", entry, list(t.shape), str(t.dtype).removeprefix("torch."))
+            check_fits("replay_", entry, list(t.shape), dtype_name(t.dtype))
     return tensors
 
 

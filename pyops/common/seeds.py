@@ -10,7 +10,6 @@ A log needs to hold only scalars, because its seeds follow from the base seed by
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -52,11 +51,9 @@ def derive_many(
     return (low | (high << 32)).view(np.int64)
 
 
-def check(name: str, seed: int) -> int:
-    """The seed as an unsigned 64-bit integer; negative numbers become their two's complement."""
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or not -(2**63) <= int(seed) < 2**64:
-        raise ValueError(f"{name}: seed must be an integer in [-2^63, 2^64), got {seed!r}")
-    return int(seed) % 2**64
+def check(op: str, seed: int) -> int:
+    """A seed as a number in [0, 2^64); negative numbers stand for their two's complement."""
+    return int(wrapped(op, "seed", seed)) % 2**64
 
 
 def seed_tensor(seeds: int | Iterable[int] | Tensor, op: str, name: str) -> Tensor:

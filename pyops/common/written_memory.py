@@ -13,7 +13,7 @@ from torch import Tensor
 _MANY = 16  # with this many tensors or more, the vectorized test is faster
 
 
-def _span(t: Tensor) -> tuple[int, int]:
+def byte_range(t: Tensor) -> tuple[int, int]:
     """The tensor's first byte, and one past its last byte."""
     start = t.data_ptr()
     if t.is_contiguous():
@@ -42,7 +42,7 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors with intersecting spans share a byte. Exact: interleaved views share a span but no byte."""
     if a.is_contiguous() and b.is_contiguous():
         return True
-    low, high = min(_span(a)[0], _span(b)[0]), max(_span(a)[1], _span(b)[1])
+    low, high = min(byte_range(a)[0], byte_range(b)[0]), max(byte_range(a)[1], byte_range(b)[1])
     touched = torch.zeros(high - low, dtype=torch.uint8, device="cpu")
     for t in (a, b):
         size = t.element_size()
@@ -99,7 +99,7 @@ class WrittenMemory:
                     text = f"{self._name(values, place, i)} must not overlap itself, got shape {list(t.shape)}"
                     raise ValueError(f"{self.op}: {text} with strides {list(t.stride())}")
                 else:
-                    end = _span(t)[1]
+                    end = byte_range(t)[1]
                 if writes and grad and t.requires_grad:
                     text = f"{self._name(values, place, i)} requires grad and would be written in place"
                     raise RuntimeError(f"{self.op}: {text}; use torch.no_grad()")

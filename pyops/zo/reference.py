@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from leanops.common.dtypes import wide_dtype
 from leanops.common.exact import fma, sqrt
 from leanops.common.philox import words_at
 from leanops.common.rounding import round_to
@@ -109,7 +110,7 @@ class _Terms(NamedTuple):
 def _axpy(p: Tensor, index: Tensor, terms: _Terms, noise_sum: NoiseSum, tensor_id: int, columns: int) -> Tensor:
     """The new values of a contiguous run of elements p."""
     dtype, rounding, sequential = p.dtype, noise_sum.rounding, noise_sum.sequential
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = wide_dtype(p)
 
     def scalar(value: float) -> float:
         return float(torch.tensor(value, dtype=wide, device="cpu"))
@@ -170,7 +171,7 @@ def zo_linear(call: Linear) -> tuple[Tensor, Tensor]:
     z = torch.empty(weight.shape, dtype=torch.float64, device=weight.device)
     zo_noise_(NoiseInPlace(z, call.seed, call.tensor_id, call.offset, call.distribution))
     # W ± scale z is formed in fp64; the product runs in fp32, or in fp64 for fp64
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x)
     b = None if call.bias is None else call.bias.to(wide)
     minus = x if call.x_minus is None else call.x_minus
     y_plus = torch.nn.functional.linear(x.to(wide), (weight.double() + call.scale * z).to(wide), b)
