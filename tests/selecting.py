@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from leanops.optim import SM3, fuse_into_backward
+from leanops.optim import LISA, SM3, fuse_into_backward
 
 WIDTH, HIDDEN, VOCAB, LAYERS = 8, 12, 11, 5
 TOKENS = 3 * 4
@@ -125,3 +125,9 @@ def brute_force(importance: np.ndarray, dw: np.ndarray, dy: np.ndarray, budget: 
     cost = bits @ dw + np.cumsum(dy)[deepest]
     values = bits @ importance
     return float(max(0.0, values[cost <= budget].max(initial=0.0)))
+
+
+def net_with_lisa(name: str = "AdamW", **options: Any) -> tuple[Net, torch.optim.Optimizer, LISA]:
+    model = net()
+    optimizer = OPTIMIZERS[name][0](model.parameters())
+    return model, optimizer, LISA(model, optimizer, **{"active": 2, "period": 3, **options})

@@ -58,3 +58,15 @@ def run(dtype: torch.dtype, steps: int = 11, **options: Any) -> tuple[nn.Module,
 
 def same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def mlp(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, 1)).to(dtype)
+
+
+def loss_of(model: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
+    g = torch.Generator().manual_seed(4)
+    x = torch.randn(32, 5, generator=g).to(dtype)
+    y = x.sum(1, keepdim=True).tanh()
+    return lambda: nn.functional.mse_loss(model(x), y)

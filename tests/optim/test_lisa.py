@@ -13,7 +13,6 @@ from collections import Counter
 from itertools import combinations, pairwise
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from gloo import distributed, spawn
@@ -26,18 +25,13 @@ from selecting import (
     backward_flops,
     loss_of,
     net,
+    net_with_lisa,
     snapshot,
     state_bytes,
 )
 from torch import Tensor, nn
 
-from leanops.optim import LISA, HalfFineTuning, MeZO, TensorSelector
-
-
-def make(name: str = "AdamW", **options: Any) -> tuple[Net, torch.optim.Optimizer, LISA]:
-    model = net()
-    optimizer = OPTIMIZERS[name][0](model.parameters())
-    return model, optimizer, LISA(model, optimizer, **{"active": 2, "period": 3, **options})
+from leanops.optim import LISA
 
 
 def train(model: Net, optimizer: torch.optim.Optimizer, lisa: LISA, first: int, last: int) -> None:
@@ -57,7 +51,7 @@ def blocks_of(names: list[str]) -> set[str]:
 
 def test_every_set_of_blocks_is_as_likely_as_any_other() -> None:
     """Chi-square over the 10 pairs of 5 blocks in 2,000 rounds: 9 degrees of freedom, 27.9 at p = .001."""
-    _, _, lisa = make(period=1)
+    _, _, lisa = net_with_lisa(period=1)
     rounds = 2000
     seen = Counter(tuple(lisa._drawn(r)) for r in range(rounds))
     pairs = list(combinations(lisa.blocks, 2))
@@ -68,14 +62,14 @@ def test_every_set_of_blocks_is_as_likely_as_any_other() -> None:
 
 def test_rounds_are_independent() -> None:
     """A block that trains is as likely as any other to train in the next round: 2/5 of 2,000, within 5 deviations."""
-    _, _, lisa = make(period=1)
+    _, _, lisa = net_with_lisa(period=1)
     drawn = [set(lisa._drawn(r)) for r in range(2001)]
     again = sum(len(a & b) for a, b in pairwise(drawn))
     assert abs(again - 2000 * 2 * 2 / 5) < 5 * math.sqrt(2000 * 2 * 2 / 5)
 
 
 def test_draws_follow_from_the_seed_and_the_round_and_never_change() -> None:
-    a, b, other = (make(seed=s)[2] for s in (7, 7, 8))
+    a, b, other = (net_with_lisa(seed=s)[2] for s in (7, 7, 8))
     rounds = range(40)
     assert [a._drawn(r) for r in rounds] == [b._drawn(r) for r in rounds] != [other._drawn(r) for r in rounds]
     short = [[int(n.split(".")[1]) for n in a._drawn(r)] for r in range(6)]
@@ -86,7 +80,7 @@ KNOWN = [[1, 4], [1, 3], [0, 4], [3, 4], [0, 4], [3, 4]]
 
 
 def test_blocks_change_every_period_and_not_within() -> None:
-    model, optimizer, lisa = make(period=3)
+    model, optimizer, lisa = net_with_lisa(period=3)
     seen = []
     for step in range(12):
         assert blocks_of(lisa.trainable) == set(lisa.active_blocks)
@@ -101,17 +95,33 @@ def test_blocks_change_every_period_and_not_within() -> None:
 
 
 def test_embedding_norm_and_head_always_train() -> None:
-    model, optimizer, lisa = make()
+    model, optimizer, lisa = net_with_lisa()
     assert set(lisa.always) == {"embed.weight", "final.weight", "final.bias", "head.weight"}
     for step in range(7):
         train(model, optimizer, lisa, step, step + 1)
         assert set(lisa.always) <= set(lisa.trainable)
 
 
+def test_always_chooses_the_parameters_that_always_train() -> None:
+    model, optimizer, lisa = net_with_lisa(always=r"^head|final")
+    assert lisa.always == ["final.bias", "final.weight", "head.weight"]
+    train(model, optimizer, lisa, 0, 7)
+    assert not model.embed.weight.requires_grad
+    model = net()
+    lisa = LISA(model, torch.optim.SGD(model.parameters()), always=[model.head, model.final.bias, "layers.0.norm"])
+    assert lisa.always == ["final.bias", "head.weight", "layers.0.norm.bias", "layers.0.norm.weight"]
+    lisa.release()
+    for one in (model.head, model.head.weight):
+        assert LISA(model, torch.optim.SGD(model.parameters()), always=one).always == ["head.weight"]
+        for p in model.parameters():
+            p.requires_grad_(True)
+    assert LISA(model, torch.optim.SGD(model.parameters()), always=()).always == []
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_state_of_frozen_blocks_is_freed(name: str) -> None:
     """The optimizer's state has the bytes of the trainable parameters, and the frozen ones' tensors are freed."""
-    model, optimizer, lisa = make(name)
+    model, optimizer, lisa = net_with_lisa(name)
     size = OPTIMIZERS[name][1]
     train(model, optimizer, lisa, 0, 3)  # the last of these steps ends round 0
     ends = {n: model.get_parameter(n) for n in lisa.always}
@@ -140,7 +150,7 @@ def test_the_state_of_frozen_blocks_is_freed(name: str) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_frozen_blocks_do_not_move_and_the_others_all_do(name: str) -> None:
     """Neither weight decay nor momentum moves frozen blocks; they stay in their parameter groups."""
-    model, optimizer, lisa = make(name)
+    model, optimizer, lisa = net_with_lisa(name)
     for step in range(9):
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         training = set(lisa.trainable)
@@ -158,13 +168,13 @@ def test_frozen_blocks_do_not_move_and_the_others_all_do(name: str) -> None:
 def test_gradients_of_frozen_blocks_are_not_computed() -> None:
     full = backward_flops(lambda: loss_of(net()))
     for active in range(1, LAYERS + 1):
-        model, _, _ = make(active=active)
+        model, _, _ = net_with_lisa(active=active)
         assert backward_flops(lambda m=model: loss_of(m)) == full - (LAYERS - active) * BLOCK_DW
 
 
 def test_a_block_that_trains_again_starts_as_a_new_optimizer_does() -> None:
     """A round equals plain AdamW on a model frozen by hand, with new state for the round's blocks."""
-    model, optimizer, lisa = make(period=4)
+    model, optimizer, lisa = net_with_lisa(period=4)
     plain = net()
     reference = OPTIMIZERS["AdamW"][0](plain.parameters())
     for round_ in range(4):
@@ -188,7 +198,7 @@ def test_a_block_that_trains_again_starts_as_a_new_optimizer_does() -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_run_resumes_to_the_same_bits_in_the_middle_of_a_round(name: str, order: str) -> None:
     for stop in (4, 5, 6):  # in round 1, before its last step, and between rounds
-        model, optimizer, lisa = make(name, seed=3)
+        model, optimizer, lisa = net_with_lisa(name, seed=3)
         train(model, optimizer, lisa, 0, stop)
         file = io.BytesIO()
         torch.save([model.state_dict(), optimizer.state_dict(), lisa.state_dict()], file)
@@ -213,8 +223,8 @@ def test_a_run_resumes_to_the_same_bits_in_the_middle_of_a_round(name: str, orde
 
 
 def test_seek_goes_where_the_steps_lead() -> None:
-    _, _, a = make()
-    model, optimizer, b = make()
+    _, _, a = net_with_lisa()
+    model, optimizer, b = net_with_lisa()
     for steps in (7, 3, 2, 100):
         a.seek(steps)
         b._steps, b._round = steps, steps // 3
@@ -225,8 +235,8 @@ def test_seek_goes_where_the_steps_lead() -> None:
 
 @pytest.mark.parametrize("other", [{"active": 1}, {"period": 4}, {"seed": 1}, {"always": "head"}])
 def test_a_state_of_another_run_is_refused_and_changes_nothing(other: dict[str, Any]) -> None:
-    _, _, lisa = make()
-    model, optimizer, different = make(**other)
+    _, _, lisa = net_with_lisa()
+    model, optimizer, different = net_with_lisa(**other)
     train(model, optimizer, different, 0, 4)
     before, position = snapshot(model, optimizer), different.state_dict()
     with pytest.raises(ValueError, match=rf"LISA.load_state_dict: {next(iter(other))} must be the saved run's, "):
@@ -239,83 +249,12 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing(other: dict[str, 
     assert different.state_dict() == position
 
 
-# --- blocks ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "blocks",
-    [
-        None,
-        "layers",
-        r"layers\.\d",
-        lambda m: m.layers,
-        lambda m: list(m.layers),
-        lambda m: [f"layers.{i}" for i in range(LAYERS)],
-    ],
-)
-def test_blocks_by_name_by_pattern_and_given(blocks: Any) -> None:
-    model = net()
-    optimizer = torch.optim.SGD(model.parameters())
-    lisa = LISA(model, optimizer, blocks=blocks(model) if callable(blocks) else blocks)
-    assert lisa.blocks == [f"layers.{i}" for i in range(LAYERS)]
-
-
-def test_experts_within_blocks_are_no_blocks() -> None:
-    model = nn.ModuleDict(
-        {
-            "h": nn.ModuleList(
-                nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(2, 2) for _ in range(8))}) for _ in range(3)
-            )
-        }
-    )
-    assert LISA(model, torch.optim.SGD(model.parameters())).blocks == ["h.0", "h.1", "h.2"]
-
-
-def test_blocks_without_trainable_parameters_are_not_drawn() -> None:
-    model = net()
-    for p in [*model.layers[1].parameters(), *model.embed.parameters(), *model.layers[0].norm.parameters()]:
-        p.requires_grad_(False)
-    lisa = LISA(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad]), period=1)
-    assert lisa.blocks == ["layers.0", "layers.2", "layers.3", "layers.4"]
-    for steps in range(20):
-        lisa.seek(steps)
-        assert not any(n.startswith(("layers.1.", "embed", "layers.0.norm")) for n in lisa.trainable)
-
-
-def test_always_chooses_the_parameters_that_always_train() -> None:
-    model, optimizer, lisa = make(always=r"^head|final")
-    assert lisa.always == ["final.bias", "final.weight", "head.weight"]
-    train(model, optimizer, lisa, 0, 7)
-    assert not model.embed.weight.requires_grad
-    model = net()
-    lisa = LISA(model, torch.optim.SGD(model.parameters()), always=[model.head, model.final.bias, "layers.0.norm"])
-    assert lisa.always == ["final.bias", "head.weight", "layers.0.norm.bias", "layers.0.norm.weight"]
-    lisa.release()
-    for one in (model.head, model.head.weight):
-        assert LISA(model, torch.optim.SGD(model.parameters()), always=one).always == ["head.weight"]
-        for p in model.parameters():
-            p.requires_grad_(True)
-    assert LISA(model, torch.optim.SGD(model.parameters()), always=()).always == []
-
-
-def test_a_weight_tied_to_a_block_trains_when_either_does() -> None:
-    model = net()
-    model.layers[1].up_proj.weight = model.layers[0].up_proj.weight  # a weight that two blocks share
-    model.head.weight = model.embed.weight  # a shared weight outside the blocks counts once
-    lisa = LISA(model, torch.optim.SGD(model.parameters()), active=1, period=1)
-    for steps in range(20):
-        lisa.seek(steps)
-        shared = {"layers.0", "layers.1"} & set(lisa.active_blocks)
-        assert model.layers[0].up_proj.weight.requires_grad == bool(shared)
-        assert model.embed.weight.requires_grad
-
-
 # --- counting steps -------------------------------------------------------------------------------------------------
 
 
 def test_a_hook_counts_the_same_steps_as_calls() -> None:
-    model, optimizer, lisa = make()
-    hooked, opt, counted = make()
+    model, optimizer, lisa = net_with_lisa()
+    hooked, opt, counted = net_with_lisa()
     counted.attach()
     for step in range(8):
         train(model, optimizer, lisa, step, step + 1)
@@ -332,7 +271,7 @@ def test_a_hook_counts_the_same_steps_as_calls() -> None:
 
 
 def test_a_hook_that_was_removed_by_its_handle_counts_no_more() -> None:
-    model, optimizer, lisa = make()
+    model, optimizer, lisa = net_with_lisa()
     loss_of(model).backward()
     lisa.attach().remove()
     optimizer.step()
@@ -355,7 +294,7 @@ def test_copies_count_their_own_optimizers_steps(attached: bool) -> None:
             optimizer.zero_grad()
         return [lisa.state_dict(), snapshot(model, optimizer)]
 
-    model, optimizer, lisa = make()
+    model, optimizer, lisa = net_with_lisa()
     train(model, optimizer, lisa, 0, 4)
     if attached:
         lisa.attach()
@@ -367,7 +306,7 @@ def test_copies_count_their_own_optimizers_steps(attached: bool) -> None:
 
 
 def test_nothing_is_frozen_after_release_until_a_position_is_given() -> None:
-    model, optimizer, lisa = make(period=2)
+    model, optimizer, lisa = net_with_lisa(period=2)
     train(model, optimizer, lisa, 0, 3)
     position, trains = lisa.state_dict(), lisa.trainable
     lisa.release()
@@ -393,12 +332,12 @@ def test_an_optimizer_that_counts_steps_by_group_is_warned_of_by_name() -> None:
     assert seen[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(*make(), 0, 4)
+        train(*net_with_lisa(), 0, 4)
 
 
 def test_compiled_blocks_train_as_they_do_uncompiled() -> None:
-    model, optimizer, lisa = make()
-    compiled, opt, sampler = make()
+    model, optimizer, lisa = net_with_lisa()
+    compiled, opt, sampler = net_with_lisa()
     for layer in compiled.layers:
         layer.compile(backend="eager")
     train(model, optimizer, lisa, 0, 9)
@@ -407,119 +346,11 @@ def test_compiled_blocks_train_as_they_do_uncompiled() -> None:
     assert_same(snapshot(compiled, opt), snapshot(model, optimizer))
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"active": 6}, "LISA: active must be at most the number of blocks with trainable parameters, 5, got 6"),
-        ({"active": 0}, "LISA: active must be an integer >= 1, got 0"),
-        ({"active": 1.0}, "LISA: active must be an integer >= 1, got 1.0"),
-        ({"period": 0}, "LISA: period must be an integer >= 1, got 0"),
-        ({"period": True}, "LISA: period must be an integer >= 1, got True"),
-        ({"seed": 2**64}, r"LISA: seed must be an integer in \[-2\^63, 2\^64\), got"),
-        ({"blocks": "decoder"}, "LISA: blocks must name modules of the model, got 'decoder', which matches none"),
-        ({"blocks": "("}, r"LISA: blocks must be a name or a regular expression, got '\('"),
-        ({"blocks": [nn.Linear(1, 1)]}, "LISA: blocks must be modules of the model or their names, got a Linear that"),
-        ({"blocks": 5}, "LISA: blocks must be a regular expression, a module or a list, got 5"),
-        ({"always": 5}, "LISA: always must be a regular expression, a module or a list, got 5"),
-        ({"blocks": ["layers.9"]}, "LISA: blocks must be modules of the model or their names, got 'layers.9'"),
-        ({"blocks": r"layers\.0.*"}, "LISA: blocks must not lie within one another, got layers.0 and layers.0.norm"),
-        ({"always": "decoder"}, "LISA: always must match a trainable parameter's name, got 'decoder'"),
-        ({"always": [nn.Linear(1, 1)]}, "LISA: always must hold modules or trainable parameters of the model, got a L"),
-    ],
-)
-def test_bad_options_are_refused_and_nothing_is_frozen(options: dict[str, Any], message: str) -> None:
-    model = net()
-    with pytest.raises(ValueError, match=message):
-        LISA(model, torch.optim.SGD(model.parameters()), **options)
-    assert all(p.requires_grad for p in model.parameters())
-
-
-def test_a_model_that_another_has_frozen_is_refused() -> None:
-    model, optimizer, lisa = make()
-    before = snapshot(model, optimizer)
-    for kind in (LISA, HalfFineTuning, TensorSelector):
-        with pytest.raises(
-            ValueError, match=rf"{kind.__name__}: model must be released first, got .* as LISA froze it"
-        ):
-            kind(model, optimizer)
-    assert_same(snapshot(model, optimizer), before)
-    lisa.release()
-    assert LISA(model, optimizer).blocks == lisa.blocks
-
-
-def test_bad_models_and_optimizers_are_refused() -> None:
-    model = net()
-    optimizer = torch.optim.SGD(model.parameters())
-    with pytest.raises(TypeError, match=r"LISA: model must be a torch.nn.Module, got list"):
-        LISA([model], optimizer)
-    with pytest.raises(TypeError, match=r"LISA: optimizer must be a torch.optim.Optimizer, got float"):
-        LISA(model, 0.1)
-    with pytest.raises(ValueError, match="LISA: optimizer must keep its state by parameter, got LBFGS"):
-        LISA(model, torch.optim.LBFGS(model.parameters()))
-    with pytest.raises(ValueError, match="LISA: optimizer must not be MeZO with momentum_mode='store'"):
-        LISA(model, MeZO(model.parameters(), momentum=0.9, momentum_mode="store"))
-    with pytest.raises(ValueError, match="variant='hizoo': its log would not replay"):
-        LISA(model, MeZO(model.parameters(), variant="hizoo"))
-    some = [p for n, p in model.named_parameters() if not n.startswith("layers.3.")]
-    with pytest.raises(ValueError, match=r"got one without layers.3.norm.weight \(6 of 34 are absent\)"):
-        LISA(model, torch.optim.SGD(some))
-    two = nn.ModuleDict({"a": nn.ModuleList([nn.Linear(1, 1)]), "b": nn.ModuleList([nn.Linear(1, 1)])})
-    with pytest.raises(ValueError, match=r"several stacks, got None; .*: 'a' \(1\), 'b' \(1\)"):
-        LISA(two, torch.optim.SGD(two.parameters()), active=1)
-    plain = nn.Sequential(nn.Linear(1, 1))
-    with pytest.raises(ValueError, match=r"blocks must be given for a model without a torch.nn.ModuleList, got None"):
-        LISA(plain, torch.optim.SGD(plain.parameters()))
-    for p in model.parameters():
-        p.requires_grad_(False)
-    with pytest.raises(ValueError, match="LISA: model must have parameters that require grad, got none"):
-        LISA(model, optimizer)
-
-
-class VisionLanguage(nn.Module):
-    """The vision tower is deeper than the language model, whose blocks hold experts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tower = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(2, 2) for _ in range(6))})
-        experts = [nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(2, 2) for _ in range(9))}) for _ in range(4)]
-        self.language = nn.ModuleDict({"layers": nn.ModuleList(experts)})
-        self.heads = nn.ModuleList([nn.Linear(2, 2)])
-
-
-@pytest.mark.parametrize("selection", [LISA, HalfFineTuning])
-def test_a_model_with_several_stacks_is_refused_with_their_names(selection: Any) -> None:
-    model = VisionLanguage()
-    sgd = torch.optim.SGD(model.parameters())
-    with pytest.raises(
-        ValueError, match=r"several stacks, got None; .*: 'tower.layers' \(6\), 'language.layers' \(4\)"
-    ):
-        selection(model, sgd)
-    assert all(p.requires_grad for p in model.parameters())
-    assert len(selection(model, sgd, blocks="language.layers").blocks) == 4
-
-
-@pytest.mark.parametrize("selection", [LISA, HalfFineTuning])
-def test_a_frozen_stack_is_not_meant(selection: Any) -> None:
-    model = VisionLanguage()
-    model.tower.requires_grad_(False)
-    assert selection(model, torch.optim.SGD(model.parameters())).blocks == [f"language.layers.{i}" for i in range(4)]
-
-
-def test_numbers_of_numpy_are_integers() -> None:
-    model = net()
-    optimizer = torch.optim.SGD(model.parameters())
-    lisa = LISA(model, optimizer, active=np.int64(2), period=np.int32(3))
-    assert (type(lisa.active), type(lisa.period), len(lisa.active_blocks)) == (int, int, 2)
-
-
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
 def reference_of_two() -> list[Tensor]:
-    model, optimizer, lisa = make("SGD")
+    model, optimizer, lisa = net_with_lisa("SGD")
     for step in range(7):
         ((loss_of(model, 2 * step) + loss_of(model, 2 * step + 1)) / 2).backward()
         optimizer.step()
