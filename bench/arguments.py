@@ -121,6 +121,13 @@ def parser(version: str) -> Parser:
     training.add_argument("--folder", help="where what is done lies (results/convergence)")
     _add_formats(training, ("json", "html", "svg", "markdown"))
 
+    agreement = commands.add_parser(
+        "agreement",
+        help="compare the optimizers with the published updates, on the same noise and data",
+        description="Largest differences of weights to the published updates; exit status 1 where one is not rounding.",
+    )
+    _add_formats(agreement, ("json", "markdown"))
+
     compare = commands.add_parser("compare", help="exit status 1 when a case became slower")
     compare.add_argument("base", metavar="BASE.json")
     compare.add_argument("new", metavar="NEW.json")

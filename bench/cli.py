@@ -38,6 +38,12 @@ def _convergence(options: argparse.Namespace) -> int:
     return commands.convergence(options)
 
 
+def _agreement(options: argparse.Namespace) -> int:
+    from leanops.bench import commands
+
+    return commands.agreement(options)
+
+
 def _compare(options: argparse.Namespace) -> int:
     from leanops.bench import compare
 
@@ -81,6 +87,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "bench": _bench,
     "mezo-step": _step,
     "convergence": _convergence,
+    "agreement": _agreement,
     "compare": _compare,
     "info": _info,
     "replay": _replay,

@@ -147,3 +147,20 @@ def convergence(options: argparse.Namespace) -> int:
     )
     task.perform(options)
     return 0
+
+
+def agreement(options: argparse.Namespace) -> int:
+    """Exit status 1 where an optimizer and the published update differ by more than rounding."""
+    from leanops.bench import agreement as compared
+
+    task = Task(
+        name="agreement",
+        run=lambda shown: compared.run(shown, sys.argv),
+        show=compared.print_table,
+        writers={"json": report.write_json, "markdown": compared.write_markdown},
+        usual=(),
+    )
+    wrong = [f"{row.name}, {row.compared}" for row in task.perform(options).rows if not row.agrees]
+    if wrong:
+        print(f"leanops agreement: differs by more than rounding: {'; '.join(wrong)}", file=sys.stderr)
+    return 1 if wrong else 0

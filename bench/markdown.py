@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from leanops.bench import report, text
 from leanops.bench.results import OperatorResults, Results, Row, StepResults
 
+_TITLES = ("case", "dtype", "threads", "time", "ns/element", "rate", "of roofline", "accuracy", "peers")
 
-def _head(results: Results, lines: Iterable[str]) -> list[str]:
+
+def head(results: Results, lines: Iterable[str]) -> list[str]:
+    """Command, date, then a list of facts that ends with the versions."""
     software = ", ".join(f"{name} {version}" for name, version in results.software.items())
     return [
         f"`{text.command_line(results)}`, {results.created[:10]}",
@@ -17,6 +20,11 @@ def _head(results: Results, lines: Iterable[str]) -> list[str]:
         f"- {software}",
         "",
     ]
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
 def _cells(row: Row) -> list[str]:
@@ -30,14 +38,12 @@ def _cells(row: Row) -> list[str]:
 
 def operators(results: OperatorResults) -> str:
     """The rows of ``leanops bench``. Ratios are the peer's time over the operator's, with a 95% interval."""
-    lines = _head(results, [text.machine(results), *text.rooflines(results)])
+    lines = head(results, [text.machine(results), *text.rooflines(results)])
     for op, rows in report.by_operator(results.rows).items():
         lines += [
             f"`{op}`, {rows[0].backend}",
             "",
-            "| case | dtype | threads | time | ns/element | rate | of roofline | accuracy | peers |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-            *(f"| {' | '.join(_cells(row))} |" for row in rows),
+            *table(_TITLES, map(_cells, rows)),
             "",
         ]
     if skipped := text.skipped(results.rows):
@@ -47,7 +53,7 @@ def operators(results: OperatorResults) -> str:
 
 def steps(results: StepResults) -> str:
     """The cases of ``leanops mezo-step``. Ratios are to the two forward passes, with a 95% interval."""
-    lines = _head(results, [results.processor])
+    lines = head(results, [results.processor])
     lines += ["| dtype, noise | threads | | time | of two forward passes |", "| --- | --- | --- | --- | --- |"]
     for case in results.cases:
         first = f"| {case.dtype}, {case.distribution} | {case.threads} "

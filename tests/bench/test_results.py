@@ -8,19 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from leanops.bench import html, markdown, report
+from leanops.bench import agreement, html, markdown, report
+from leanops.bench.agreement import AgreementResults
 from leanops.bench.convergence import plot, summary
 from leanops.bench.convergence.results import TrainingResults
 from leanops.bench.results import OperatorResults, StepResults, load
 from leanops.bench.typed_json import from_json, to_json
 
 PUBLISHED = Path(__file__).parents[2] / "docs" / "results"
-KINDS = {kind.SCHEMA: kind for kind in (OperatorResults, StepResults, TrainingResults)}
-# what a page of it and a section of Markdown are made by, and how it is shown in a terminal
+KINDS = {kind.SCHEMA: kind for kind in (OperatorResults, StepResults, TrainingResults, AgreementResults)}
+# what makes a page (if there is one), a section of Markdown and the lines for a terminal
 SHOWN = {
     OperatorResults: (html.operators, markdown.operators, report.operator_lines),
     StepResults: (html.steps, markdown.steps, report.step_lines),
     TrainingResults: (plot.render, summary.markdown, summary.lines),
+    AgreementResults: (None, agreement.markdown, agreement.lines),
 }
 OTHERS = {"kernels.json", "finetune_minilm.json"}  # of `make aot` and of an example
 FILES = [path for path in sorted(PUBLISHED.rglob("*.json")) if path.name not in OTHERS]
@@ -40,7 +42,8 @@ def test_a_published_file_loads_whole_and_is_shown(path):
     page, section, lines = SHOWN[type(results)]
     rows = found.get("rows") or [row for case in found["cases"] for row in case["rows"]]
     shown = [row for row in rows if row.get("status", "ok") != "skipped"]
-    for text in (page(results), section(results), "\n".join(line.text for line in lines(results, None))):
+    texts = [section(results), "\n".join(line.text for line in lines(results, None))]
+    for text in texts if page is None else [page(results), *texts]:
         for row in shown:
             assert (row.get("case") or row.get("label") or row["name"]) in text
 
