@@ -55,6 +55,7 @@ def run(copy: Path, *command: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.ci
 def test_every_suite_takes_the_family(copy):
     suites = [f"tests/{name}" for name in ("twice", "ops", "aot", "interpreter")]
     results = copy / "results.xml"

@@ -246,7 +246,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["command", "worker"])
+@pytest.mark.parametrize("victim", [pytest.param("command", marks=pytest.mark.ci), "worker"])
 def test_a_killed_run_goes_on_to_the_same_bits(victim, whole, text, tmp_path):
     experiment.claim(tmp_path, experiment.identity(LONG, text))
     command = [sys.executable, "-c", DRIVER, str(tmp_path)]

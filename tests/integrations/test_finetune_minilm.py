@@ -17,6 +17,7 @@ needs_model = pytest.mark.skipif(
 )
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 @needs_model
 def test_the_example_prints_its_table_and_replays_its_log(tmp_path: Path) -> None:
