@@ -29,7 +29,9 @@ from leanops.optim.zo.strategy import Spsa
 from leanops.optim.zo.update import apply_
 from leanops.zo import VERSION
 
-_MAGIC = b"ZOPOOL\x01\n"
+# by history_starts_with_zero: a reader that does not know the option refuses a pool that has it
+_MAGIC = {False: b"ZOPOOL\x01\n", True: b"ZOPOOL\x02\n"}
+_MAGIC_SIZE = 8
 _HEAD = struct.Struct("<QIBBBxdI")  # seed, size, distribution, rounding, kind of the body, clip, number of pairs
 _DISTRIBUTIONS = ("gaussian", "rademacher")
 _ROUNDINGS = ("nearest", "stochastic")
@@ -62,14 +64,19 @@ class SeedPool:
         p = \text{softmax}\Big(\frac{A - \min A}{\max A + 10^{-10} - \min A}\Big), \qquad
         A_k = \text{mean}_j\, |\text{clip}(g_{kj}, \pm 1000)|
 
-    uniformly as long as there is no history (a candidate without history has :math:`A_k = 0`). All sums are kept in
-    fp32, the numbers that travel, so that every site computes the same weights.
+    uniformly as long as there is no history (a candidate without history has :math:`A_k = 0`). This is the formula of
+    the paper: A_k is the sum of n amplitudes divided by n. The published code divides by n + 1, because its histories
+    start with a 0; see ``history_starts_with_zero``. All sums are kept in fp32, the numbers that travel, so that every
+    site computes the same weights.
 
     Args:
         size: K, published: 1,024 to 4,096.
         seed: of the pool; candidate k's seed follows from it (:mod:`leanops.common.seeds`, stream 4).
         distribution, rounding: of :func:`leanops.zo_axpy_`.
         clip: bound of an amplitude.
+        history_starts_with_zero: count one 0 in every candidate's history, so that n amplitudes are divided by n + 1. A
+            candidate that was measured once then has half its amplitude. It changes :meth:`probabilities` only, and is
+            saved with the pool. Pools that differ in it can be merged.
 
     Published settings: ε 5e-4, η 3e-7, 200 local steps; under 18 KB a round.
     Source: FedKSeed (2312.06353).
@@ -83,6 +90,7 @@ class SeedPool:
         distribution: str = "gaussian",
         rounding: str = "nearest",
         clip: float = 1000.0,
+        history_starts_with_zero: bool = False,
     ) -> None:
         if not is_integer(size) or not 1 <= size < 2**32:
             raise ValueError(f"SeedPool: size must be an integer in [1, 2^32), got {size!r}")
@@ -94,6 +102,11 @@ class SeedPool:
             raise TypeError(f"SeedPool: clip must be a number > 0, got {clip!r}, which is text")
         if not isinstance(clip, (int, float, np.integer, np.floating)) or not clip > 0:
             raise ValueError(f"SeedPool: clip must be a number > 0, got {clip!r}")
+        if not isinstance(history_starts_with_zero, bool):
+            raise TypeError(
+                f"SeedPool: history_starts_with_zero must be True or False, got {history_starts_with_zero!r}"
+            )
+        self.history_starts_with_zero = history_starts_with_zero
         self.size, self.seed = int(size), seed_rule.check("SeedPool", seed)
         self.distribution, self.rounding, self.clip = distribution, rounding, float(clip)
         self.seeds: NDArray[np.int64] = seed_rule.derive_many(
@@ -117,7 +130,8 @@ class SeedPool:
 
     def probabilities(self) -> NDArray[np.float64]:
         """[K]: how likely each candidate is sampled."""
-        a = np.divide(self.amplitudes, self.counts, out=np.zeros(self.size), where=self.counts > 0)
+        counts = self.counts.astype(np.int64) + self.history_starts_with_zero
+        a = np.divide(self.amplitudes, counts, out=np.zeros(self.size), where=self.counts > 0)
         weights = np.exp((a - a.min()) / (a.max() + 1e-10 - a.min()))
         p: NDArray[np.float64] = weights / weights.sum()
         return p
@@ -259,7 +273,7 @@ class SeedPool:
             self.clip,
             len(pairs) if kind == _PAIRS and pairs is not None else 0,
         )
-        return _MAGIC + struct.pack("<I", zlib.crc32(head + body)) + head + body
+        return _MAGIC[self.history_starts_with_zero] + struct.pack("<I", zlib.crc32(head + body)) + head + body
 
     @classmethod
     def from_bytes(cls, data: bytes) -> SeedPool:
@@ -268,13 +282,20 @@ class SeedPool:
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise TypeError(f"{op}: data must be bytes, got {type(data).__name__}")
         data = bytes(data)
-        start = len(_MAGIC) + 4 + _HEAD.size
-        if data[: len(_MAGIC)] != _MAGIC or len(data) < start:
+        start = _MAGIC_SIZE + 4 + _HEAD.size
+        if data[:_MAGIC_SIZE] not in _MAGIC.values() or len(data) < start:
             raise ValueError(f"{op}: not a pool of this version ({VERSION}): it starts with {data[:8]!r}")
-        if struct.unpack_from("<I", data, len(_MAGIC))[0] != zlib.crc32(data[len(_MAGIC) + 4 :]):
+        if struct.unpack_from("<I", data, _MAGIC_SIZE)[0] != zlib.crc32(data[_MAGIC_SIZE + 4 :]):
             raise ValueError(f"{op}: damaged: the checksum does not fit")
-        seed, size, distribution, rounding, kind, clip, count = _HEAD.unpack_from(data, len(_MAGIC) + 4)
-        pool = cls(size, seed, distribution=_DISTRIBUTIONS[distribution], rounding=_ROUNDINGS[rounding], clip=clip)
+        seed, size, distribution, rounding, kind, clip, count = _HEAD.unpack_from(data, _MAGIC_SIZE + 4)
+        pool = cls(
+            size,
+            seed,
+            distribution=_DISTRIBUTIONS[distribution],
+            rounding=_ROUNDINGS[rounding],
+            clip=clip,
+            history_starts_with_zero=data[:_MAGIC_SIZE] == _MAGIC[True],
+        )
         body = data[start:]
         if kind == _PAIRS:
             index = np.dtype("<u2") if size <= 65536 else np.dtype("<u4")

@@ -35,6 +35,49 @@ def test_merging_adds_weighted_sums_and_the_unweighted_history() -> None:
     np.testing.assert_allclose(server.probabilities(), weights / weights.sum(), rtol=1e-12)
 
 
+def published_probabilities(histories: list[list[float]]) -> np.ndarray:
+    """As the published code has it, with a list of scalars a candidate that begins with ``grad_initial = 0``."""
+    mean = np.array([np.mean(np.abs(np.clip([0.0, *scalars], -1000.0, 1000.0))) for scalars in histories])
+    scaled = (mean - mean.min()) / (mean.max() + 1e-10 - mean.min())
+    weights: np.ndarray = np.exp(scaled) / np.exp(scaled).sum()
+    return weights
+
+
+@pytest.mark.parametrize("history_starts_with_zero", [False, True])
+def test_a_history_may_start_with_a_zero_as_in_the_published_code(history_starts_with_zero: bool) -> None:
+    histories = [[], [3.0], [-3.0, 3.0], [1.0, 2.0, -5000.0]]
+    pool = SeedPool(4, history_starts_with_zero=history_starts_with_zero)
+    for k, scalars in enumerate(histories):
+        for g in scalars:
+            pool.add(k, g)
+    as_published = published_probabilities(histories)
+    p = pool.probabilities()
+    assert np.allclose(p, as_published, rtol=1e-12) == history_starts_with_zero
+    assert (p[1] == p[2]) != history_starts_with_zero  # the mean of 3 and 3 is 3; that of 0, 3 and 3 is 2
+    # what the option does not change: the sums, and so the weights
+    assert pool.sums.tolist() == [0.0, 3.0, 0.0, -4997.0]
+
+
+def test_a_pool_is_saved_with_the_start_of_its_history_and_earlier_bytes_stay() -> None:
+    for merged in (False, True):
+        plain, zero = (SeedPool(64, seed=9, history_starts_with_zero=on) for on in (False, True))
+        for pool in (plain, zero):
+            if merged:
+                pool.merge(learned())
+            else:
+                pool.add(3, 2.0)
+                pool.add(5, 1.0)
+        copy = SeedPool.from_bytes(zero.to_bytes())
+        assert copy.history_starts_with_zero
+        assert np.array_equal(copy.probabilities(), zero.probabilities())
+        assert not SeedPool.from_bytes(plain.to_bytes()).history_starts_with_zero
+        assert zero.to_bytes()[8:] == plain.to_bytes()[8:]
+        # a reader that does not know the option checks these bytes, and would sample with other probabilities
+        assert (plain.to_bytes()[:8], zero.to_bytes()[:8]) == (b"ZOPOOL\x01\n", b"ZOPOOL\x02\n")
+        with pytest.raises(ValueError, match="not a pool"):
+            SeedPool.from_bytes(b"ZOPOOL\x03\n" + plain.to_bytes()[8:])
+
+
 def test_sampling_is_uniform_without_history_and_follows_the_probabilities_with_it() -> None:
     pool = SeedPool(8)
     assert pool.probabilities().tolist() == [1 / 8] * 8
@@ -145,6 +188,7 @@ def test_bad_input_is_refused() -> None:
         (lambda: SeedPool(4, distribution="normal"), "distribution"),
         (lambda: SeedPool(4, rounding="up"), "rounding"),
         (lambda: SeedPool(4, clip=0.0), "clip"),
+        (lambda: SeedPool(4, history_starts_with_zero=1), r"history_starts_with_zero must be True or False, got 1"),
         (lambda: pool.add(8, 1.0), r"\[0, 8\), got 8"),
         (lambda: pool.add(1, float("nan")), "finite"),
         (lambda: pool.add(1, 1e300), "finite"),
