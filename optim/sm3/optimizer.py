@@ -102,8 +102,8 @@ class SM3(Optimizer):
             of inference mode outside of it. TypeError: an lr that is no number. No weight and no value of the state is
             changed then.
 
-    Sources: Anil et al., "Memory-Efficient Adaptive Optimization" (1901.11150), SM3-II; averages as in the code of
-    google-research/sm3.
+    Sources: Anil et al., "Memory-Efficient Adaptive Optimization" (1901.11150), SM3-II; averages (β < 1) as in the
+    README of google-research/sm3, whose code only sums.
     """
 
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf for a step

@@ -91,8 +91,8 @@ class MeZO(Optimizer):
         parallel: ``"data"``: every process evaluates the same perturbation on its own data; ``"direction"``: process j
             evaluates directions j, j + W, ... of n >= W; ``"none"``: every process is a run of its own. Where
             torch.distributed has several processes and no group is known, all but ``"none"`` are refused.
-        rank: r of ``"lowrank"``, U [n, r] and V [m, r]. E Z Zᵀ is r times that of Gaussian z: a learning rate of LOZO's
-            paper, whose estimate has a factor 1/r, is to be divided by r here.
+        rank: r of ``"lowrank"``, U [n, r] and V [m, r]. E Z Zᵀ is r times that of Gaussian z. Learning rates of LOZO's
+            published code carry over. The formula of its paper has a factor 1/r: divide a rate for that formula by r.
         period: of ``"lowrank"``, the steps that V lives.
         exclude: what stays as it is, in the updates and in the evaluations: names of parameters, regular expressions
             that are searched for in the names, or parameters; or a mapping from these to rows, such as
