@@ -150,8 +150,8 @@ def fedkseed(
 
 
 def sm3(weights: Weights, gradients: Sequence[Weights], lr: float, momentum: float, beta: float) -> None:
-    """SM3-II as in Google's code, for matrices and vectors: accumulators are broadcast, and their minimum grows by
-    g^2 (beta 1) or moves towards it; the momentum averages what the division gives."""
+    """SM3-II as in Google's code (beta 1) or its README (beta < 1), for matrices and vectors: the minimum of the
+    accumulators grows by g^2 or moves towards it; the momentum averages the quotients."""
     accumulators = [[torch.zeros(n, dtype=w.dtype) for n in w.shape] for w in weights]
     averages = [torch.zeros_like(w) for w in weights]
     for step in gradients:
