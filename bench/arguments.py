@@ -45,6 +45,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _step(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be a number of steps, 0 or more, got {text}")
+    return int(text)
+
+
 def _counts(text: str) -> tuple[int, ...]:
     words = _words(text)
     if not all(word.isascii() and word.isdecimal() and int(word) >= 1 for word in words):
@@ -136,9 +142,11 @@ def parser(version: str) -> Parser:
     info.add_argument("--json", action="store_true")
 
     replay = commands.add_parser("replay", help="the weights of a run from its start weights and its log")
-    replay.add_argument("base", metavar="BASE.safetensors")
+    replay.add_argument(
+        "base", metavar="BASE", help="start weights: a safetensors file, or the folder or index of sharded ones"
+    )
     replay.add_argument("log", metavar="RUN.zolog")
-    replay.add_argument("-o", "--out", required=True, metavar="OUT.safetensors")
+    replay.add_argument("-o", "--out", required=True, metavar="OUT", help="a file, or a new folder where BASE is one")
     replay.add_argument("--fused", action="store_true", help="all seeds in one pass: faster, equal to rounding only")
     replay.add_argument(
         "--name",
@@ -146,5 +154,14 @@ def parser(version: str) -> Parser:
         default=[],
         metavar="LOG=BASE",
         help="a parameter's name in the log and in BASE where they differ, as of a tied weight; may be given again",
+    )
+    replay.add_argument(
+        "--names", metavar="FILE.json", help="the same as a JSON object of names; --name has the last word"
+    )
+    replay.add_argument(
+        "--stop",
+        type=_step,
+        metavar="STEP",
+        help="the weights after so many steps, for an intermediate checkpoint (all)",
     )
     return whole

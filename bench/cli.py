@@ -65,18 +65,33 @@ def _replay(options: argparse.Namespace) -> int:
     from leanops.bench import progress
     from leanops.optim.zo.replay_file import replay_file
 
-    for name in (options.base, options.log):
-        if not Path(name).is_file():
-            raise CommandError(f"no file {name}")
+    if not Path(options.base).exists():
+        raise CommandError(f"no file {options.base}")
+    if not Path(options.log).is_file():
+        raise CommandError(f"no file {options.log}")
     if wrong := [pair for pair in options.name if "=" not in pair]:
         raise CommandError(f"--name must be LOG=BASE, got {wrong[0]}")
-    names = dict(pair.split("=", 1) for pair in options.name)
+    names = _names(options.names) | dict(pair.split("=", 1) for pair in options.name)
     with warnings.catch_warnings(), progress.show(sys.stderr, every_s=_REPLAY_LINE_S) as shown:
         warnings.showwarning = _one_line
         steps = progress.Portions(shown, f"replay of {options.log}")
-        replay_file(options.base, options.log, options.out, progress=steps, fused=options.fused, names=names)
+        how: dict[str, Any] = {"fused": options.fused, "names": names, "stop": options.stop}
+        replay_file(options.base, options.log, options.out, progress=steps, **how)
     print(f"wrote {options.out}")
     return 0
+
+
+def _names(path: str | None) -> dict[str, str]:
+    """The names in the file of ``--names``."""
+    if path is None:
+        return {}
+    try:
+        names: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CommandError(f"--names must be a file of JSON, got {path} ({error})") from None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CommandError(f'--names must hold an object of names, {{"LOG": "BASE"}}, got {path}')
+    return names
 
 
 def _one_line(message: Warning | str, *_: Any, **__: Any) -> None:

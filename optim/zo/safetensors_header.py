@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,30 +64,37 @@ def _offsets(path: str | os.PathLike[str], name: str, entry: Any) -> tuple[int, 
     return first, last
 
 
-def copies(
-    path: str | os.PathLike[str], start: int, table: Table, names: Collection[str], others: Collection[str]
-) -> Iterator[tuple[str, str]]:
+class Stored(NamedTuple):
+    """A tensor in its file: where its bytes are and what they mean."""
+
+    path: Path
+    start: int  # in the file
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def copies(tensors: Mapping[str, Stored], names: Collection[str], others: Collection[str]) -> Iterator[tuple[str, str]]:
     """(name, other) where two tensors of one dtype and shape hold the same bytes, and not one value all over."""
     alike: dict[tuple[Any, ...], list[str]] = {}
     for name in names:
-        alike.setdefault(_kind(table[name]), []).append(name)
+        alike.setdefault(_kind(tensors[name]), []).append(name)
     for other in others:
-        for name in alike.get(_kind(table[other]), ()):
-            first, second = (_mapped(path, start, table[n]) for n in (name, other))
-            width = len(first) // max(math.prod(table[name]["shape"]), 1)
+        for name in alike.get(_kind(tensors[other]), ()):
+            first, second = (_mapped(tensors[n]) for n in (name, other))
+            width = len(first) // max(math.prod(tensors[name].shape), 1)
             if _equal(first, second) and not _equal(first[width:], first[:-width]):
                 yield name, other
 
 
-def _kind(entry: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (entry["dtype"], *entry["shape"])
+def _kind(tensor: Stored) -> tuple[Any, ...]:
+    return (tensor.dtype, *tensor.shape)
 
 
-def _mapped(path: str | os.PathLike[str], start: int, entry: Mapping[str, Any]) -> NDArray[np.uint8]:
-    first, last = entry["data_offsets"]
-    if first == last:
+def _mapped(tensor: Stored) -> NDArray[np.uint8]:
+    if not tensor.nbytes:
         return np.empty(0, np.uint8)
-    return np.memmap(path, np.uint8, "r", start + first, (last - first,))
+    return np.memmap(tensor.path, np.uint8, "r", tensor.start, (tensor.nbytes,))
 
 
 def _equal(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
