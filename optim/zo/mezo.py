@@ -15,20 +15,16 @@ from torch.optim import Optimizer
 
 from leanops.common import seeds
 from leanops.common.checks import finite, is_integer
-from leanops.common.dtypes import dtype_name
-from leanops.optim.common import parameters
 from leanops.optim.zo.directions import Noise
 from leanops.optim.zo.estimate import Evaluator
-from leanops.optim.zo.exclude import Exclusions
 from leanops.optim.zo.log import ZoLog
 from leanops.optim.zo.processes import Reduction
+from leanops.optim.zo.run_parameters import RunParameters
 from leanops.optim.zo.run_record import Record
-from leanops.optim.zo.slots import Slot, fixed_kept, slot_of
+from leanops.optim.zo.slots import Slot, fixed_kept
 from leanops.optim.zo.step import FIELDS
 from leanops.optim.zo.variants import VARIANTS, strategy_of
 from leanops.zo import MAX_RANK, VERSION
-
-_RUN = ("zo", "seed_rule", "variant", "directions", "rounding", "momentum_mode", "smoothing")
 
 
 def _one_of(name: str, value: object, options: Collection[str]) -> None:
@@ -59,7 +55,7 @@ class MeZO(Optimizer):
             torch.optim. Those that do not require grad do not move. A parameter's id is its position.
         lr: η. Published: 1e-6 or 1e-7 for all weights, 1e-4 for LoRA, 1e-2 for prefixes.
         eps: ε. Published: 1e-3 for all weights, 1e-2 for LoRA, 1e-1 for prefixes.
-        weight_decay: λ, of the group; :func:`decay_groups` makes the usual two groups of a model.
+        weight_decay: λ of a group; :func:`decay_groups` makes the usual two groups of a model.
         momentum: β in m ← β m + g z, θ ← θ - η m (no dampening).
         directions: n.
         distribution: of z, ``"gaussian"``, ``"rademacher"`` (less variance, and far cheaper to make; FZOO's own) or
@@ -67,48 +63,50 @@ class MeZO(Optimizer):
             Gaussian for the others. U is new in every direction of every step, V every ``period`` steps.
         rounding: of the update, ``"nearest"`` or ``"stochastic"``. In bf16 and fp16 nearest rounding swallows most of a
             small update (a cosine of 0.15 with what was intended at lr 1e-7); stochastic rounding is right on average.
-        seed: of the run; the seed of each direction of each step follows from it.
-        model: gives names to the parameters (for the log), and tells ``perturb="auto"`` what it has to deal with;
-            required with FSDP.
+        seed: the run's seed; the seed of each direction of each step follows from it.
+        model: names the parameters in the log, and shows ``perturb="auto"`` how the weights are used; required with
+            FSDP.
         variant: ``"spsa"``, ``"one_sided"``, ``"sign"``, ``"fzoo"`` or ``"hizoo"``. HiZOO needs Gaussian z; it keeps 4
             bytes a parameter (8 in fp64) and a second scalar a direction in the log; its momentum must be stored.
-        momentum_mode: ``"recompute"``: no memory, m is made anew from scalars and seeds of the last steps (those with
-            β^j >= 2^-24: 158 steps at 0.9, each as much noise as an update; a change of what moves starts anew);
-            ``"store"``: a tensor a parameter, fp32.
+        momentum_mode: ``"recompute"`` keeps no tensor: each step makes m anew from scalars and seeds of the last steps
+            (those with β^j >= 2^-24: 158 steps at 0.9, each costs as much noise as an update; m starts at 0 again
+            where other parameters move than before). ``"store"`` keeps one fp32 tensor a parameter.
         perturb: ``"scratch"`` perturbs a weight where it is used, into scratch as large as the largest use; ``"copy"``
-            perturbs all weights in place and restores them from a copy; ``"inplace"`` adds and subtracts, is **not
-            exact** and for machines without room for either; ``"auto"`` is copy where few elements move (2^23 at most),
-            for compiled, scripted and sharded models, and for closures that call a compiled function, and scratch for
-            all others. The exact modes have the same bits.
-        on_nonfinite: what a step does when a loss is NaN or infinite: ``"raise"`` FloatingPointError, or ``"skip"`` the
-            step (it is logged as skipped). Neither weights nor buffers change in either case.
+            perturbs all weights in place and restores them from a copy; ``"inplace"`` adds and subtracts: it is **not
+            exact**, and meant for machines without memory for either; ``"auto"`` is copy where few elements move (2^23
+            at most), for compiled, scripted and sharded models, and for closures that call a compiled function, and
+            scratch for all others. The exact modes have the same bits.
+        on_nonfinite: what a step does when a loss is NaN or infinite: ``"raise"`` raises FloatingPointError, ``"skip"``
+            skips the step and logs it as skipped. Neither weights nor buffers change in either case.
         same_rng: every evaluation of a step sees the same state of the global generators of torch, NumPy and ``random``
             (the same dropout masks), and the state advances as if one evaluation had run. A generator that the closure
-            owns cannot be known.
+            owns is not found: seed it inside the closure.
         log_file: append the log to this file as the run goes on; see :class:`ZoLog`.
-        process_group: average g over these processes, one scalar a step (and direction), nothing else. Without it, a
-            ``model`` in DistributedDataParallel gives its own group, and DTensor parameters that of their mesh.
+        process_group: average g over these processes. One scalar a direction is all that they exchange in a step.
+            The default is the group of a ``model`` in DistributedDataParallel, or of the mesh of DTensor parameters.
         parallel: ``"data"``: every process evaluates the same perturbation on its own data; ``"direction"``: process j
-            evaluates directions j, j + W, ... of n >= W; ``"none"``: every process is a run of its own. Where
+            of W evaluates directions j, j + W, ... of n >= W; ``"none"``: every process is a run of its own. Where
             torch.distributed has several processes and no group is known, all but ``"none"`` are refused.
         rank: r of ``"lowrank"``, U [n, r] and V [m, r]. E Z Zᵀ is r times that of Gaussian z. Learning rates of LOZO's
             published code carry over. The formula of its paper has a factor 1/r: divide a rate for that formula by r.
-        period: of ``"lowrank"``, the steps that V lives.
-        exclude: what stays as it is, in the updates and in the evaluations: names of parameters, regular expressions
-            that are searched for in the names, or parameters; or a mapping from these to rows, such as
-            ``{"embed.weight": [0]}`` for a padding row (None: the whole parameter). The log tells which rows.
+        period: the number of steps that ``"lowrank"`` uses one V for.
+        exclude: what neither moves nor is perturbed: names of parameters, regular expressions that are searched for in
+            the names, or parameters; or a mapping from these to rows, such as ``{"embed.weight": [0]}`` for a padding
+            row (None: the whole parameter). The log holds the rows.
         smoothing: α of ``"hizoo"``, the share of a step's curvature in h. Published: 1e-10 to 1e-6.
 
     ``step(closure)`` calls ``closure()`` under no_grad, two times a direction (n + 1 times in all for one_sided and
     fzoo, 2n + 1 times for hizoo), and returns the mean of the evaluations. The closure returns a scalar: a tensor of
     one element or a number. It need not be differentiable. It must not draw a new batch at each call. The first step
-    evaluates once more, to see whether the closure computes the same twice, and once or twice more where weights are
-    used out of sight (see :mod:`leanops.optim.zo.perturb_at_use`). Every evaluation of a step starts from the same
-    buffers (running statistics) of ``model`` and of modules that the closure refers to; the last one's update stays.
+    evaluates once more, to see whether the closure computes the same twice, and once or twice more where no torch
+    function is given some weight (see :mod:`leanops.optim.zo.perturb_at_use`). Every evaluation of a step starts from
+    the same buffers (running statistics) of ``model`` and of modules that the closure refers to. After the step the
+    buffers are what the last evaluation made of them.
 
     Raises:
         ValueError: bad hyperparameters; parameters that are not dense floats, that overlap, or come twice.
-        RuntimeError: no closure; a parameter whose dtype or shape has changed. FloatingPointError: see on_nonfinite.
+        RuntimeError: no closure; a parameter whose dtype or shape has changed.
+        FloatingPointError: see on_nonfinite.
 
     Sources: MeZO (2305.17333), FZOO, LOZO (2410.07698), HiZOO (2402.15173).
     """
@@ -174,15 +172,13 @@ class MeZO(Optimizer):
             **strategy.own_settings,
         }
         self._on_nonfinite = on_nonfinite
-        self._names = {} if model is None else parameters.names_by_identity(model)
         self._evaluator = Evaluator(perturb, strategy, model, same_rng)
         self._reduction = Reduction(process_group, parallel, directions, model)
         self._log_file = log_file
-        self._exclusions = Exclusions(exclude)
-        self._excluded: set[int] = set()  # ids of parameters that are excluded as a whole
+        self._run_parameters = RunParameters(model, exclude)
         self._record = Record(settings)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self._exclusions.check_used()
+        self._run_parameters.check_exclusions_used()
         self._reduction.check(self._flat())
         self._record.begin(self._flat(), len(self.param_groups))
 
@@ -198,15 +194,14 @@ class MeZO(Optimizer):
     # --- parameters ---------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; their ids continue those that are there. Nothing is added when an error is raised."""
+        """Add parameters; their ids follow the present ones. Nothing is added when an error is raised."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            self._check_group(group)
-            new = self._describe(group, len(self.param_groups) - 1)
+            self._check_options(group)
+            new = self._run_parameters.join(self._flat(), group, len(self.param_groups) - 1, self._record.entries)
         except BaseException:
             self.param_groups.pop()
-            self._excluded = {i for i in self._excluded if i < len(self._record.entries)}
             raise
         self._record.join(new)
 
@@ -214,79 +209,16 @@ class MeZO(Optimizer):
         """Every parameter; the position is the id."""
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _check_hyper(self, group: dict[str, Any]) -> None:
+    def _check_options(self, group: dict[str, Any]) -> None:
         for name in FIELDS:
             finite("MeZO", name, group[name], 0.0)
         if float(group["momentum"]) >= 1.0:
             raise ValueError(f"MeZO: momentum must be below 1, got {group['momentum']}")
         self._record.strategy.check_momentum(float(group["momentum"]))
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        self._check_hyper(group)
-        if len({id(p) for p in group["params"]}) != len(group["params"]):
-            raise ValueError("MeZO: a parameter group must not hold a parameter twice")
-        flat = self._flat()
-        ties = parameters.tied(flat)
-        moving = {ties.get(i, i) for i, p in enumerate(flat) if p.requires_grad}
-        named = [(self._name(flat[i], None, i), flat[i]) for i in sorted(moving)]
-        for name, p in named:
-            parameters.check("MeZO", name, p)
-        parameters.check_apart("MeZO", ((name, parameters.local(p)) for name, p in named))
-
-    def _name(self, p: Tensor, given: str | None, position: int) -> str:
-        """A parameter's name in the log: the caller's, else the model's, without a wrapper's prefix."""
-        raw, plain = self._names.get(id(p), (None, str(position)))
-        return plain if given is None or given == raw else parameters.without_wrappers(given)
-
-    def _describe(self, group: dict[str, Any], index: int) -> list[dict[str, Any]]:
-        first = len(self._record.entries)
-        names = group.get("param_names", [None] * len(group["params"]))
-        entries = []
-        for i, (p, given) in enumerate(zip(group["params"], names, strict=True), first):
-            name = self._name(p, given, i)
-            whole, rows = self._exclusions.of(name, p)
-            if whole:
-                self._excluded.add(i)
-            entry = {"name": name, "id": i, "shape": list(p.shape), "dtype": dtype_name(p.dtype), "group": index}
-            entries.append({**entry, "fixed_rows": rows} if rows else entry)
-        every = [*self._record.entries, *entries]
-        for i, original in parameters.tied(self._flat()).items():
-            twin, earlier = every[i], every[original]
-            one = (i in self._excluded) != (original in self._excluded)
-            if one or twin.get("fixed_rows", []) != earlier.get("fixed_rows", []):
-                pair = f"{earlier['name']} and {twin['name']}"
-                raise ValueError(f"MeZO: exclude must name both of {pair}, which have the same memory, or none")
-            if i >= first:
-                twin["tied"] = original
-        return entries
-
     def _slots(self) -> list[list[Slot]]:
-        """What moves, by group."""
-        found: list[list[Slot]] = [[] for _ in self.param_groups]
-        flat = self._flat()
-        ties = parameters.tied(flat)
-        if ties != self._record.ties:
-            raise RuntimeError(
-                f"MeZO: parameters that share memory (id: earlier id) were {self._record.ties} when the run began, now "
-                f"they are {ties}: its log would not replay"
-            )
-        twins: dict[int, list[Tensor]] = {}
-        for i, first in ties.items():
-            twins.setdefault(first, []).append(flat[i])
-        for p, entry in zip(flat, self._record.entries, strict=True):
-            if dtype_name(p.dtype) != entry["dtype"] or list(p.shape) != entry["shape"]:
-                raise RuntimeError(
-                    f"MeZO: parameter {entry['name']} was {entry['dtype']} {entry['shape']} when the run began, "
-                    f"now it is {p.dtype} {list(p.shape)}: its log would not replay"
-                )
-            same = twins.get(entry["id"], [])
-            moves = any(q.requires_grad for q in (p, *same)) and entry["id"] not in self._excluded
-            if moves and entry["id"] not in ties:
-                parameters.check("MeZO.step", entry["name"], p)
-                slot = slot_of("MeZO", entry["name"], entry["id"], p, entry.get("fixed_rows", ()))
-                slot = self._record.strategy.with_state(slot._replace(twins=tuple(same)), self.state)
-                found[entry["group"]].append(slot)
-        return found
+        """The slots of the parameters that move, by group."""
+        return self._run_parameters.slots(self._flat(), self._record, len(self.param_groups), self.state)
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -313,7 +245,7 @@ class MeZO(Optimizer):
         """Steps taken, skipped ones included: the next step's seeds follow from this number."""
         return len(self._record.log)
 
-    @_disable_dynamo  # a compiled training step runs it as it is
+    @_disable_dynamo  # a compiled training step calls it uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step; see the class. Returns the mean of the evaluations, a tensor where the closure returns tensors."""
@@ -323,7 +255,7 @@ class MeZO(Optimizer):
                 "a trainer that calls backward() and step() by itself has to call step(closure) in its training step"
             )
         for group in self.param_groups:
-            self._check_hyper(group)
+            self._check_options(group)
         record, log = self._record, self.log
         slots = self._slots()
         moving = list(chain.from_iterable(slots))
@@ -341,11 +273,11 @@ class MeZO(Optimizer):
             log.attach(self._log_file, new=not len(log))
         record.note(self.param_groups, slots)
         if applied:
-            for group, moved in zip(self.param_groups, slots, strict=True):
+            for group, group_slots in zip(self.param_groups, slots, strict=True):
                 update = record.strategy.update(record.window, step_seeds, scalars, group)
                 if update is not None:
-                    with fixed_kept(moved):
-                        record.strategy.apply_(moved, update, self.state)
+                    with fixed_kept(group_slots):
+                        record.strategy.apply_(group_slots, update, self.state)
             record.window.add(step_seeds, scalars, self.param_groups)
         log.append(scalars if applied else None)
         return loss
@@ -353,53 +285,36 @@ class MeZO(Optimizer):
     # --- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, and under ``"mezo"`` the log (as bytes in a tensor): with it a run resumes to the same bits."""
+        """torch's state, and under ``"mezo"`` the log as bytes in a tensor: a run resumes from it to the same bits."""
         state = super().state_dict()
         state["mezo"] = {"log": torch.frombuffer(bytearray(self.log.to_bytes()), dtype=torch.uint8), "eps": self.eps}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume a run; the base seed and eps are the saved run's.
+        """Resume a run; seed and eps become the saved run's.
 
-        Raises ValueError, and changes nothing, where the state is another kind of run's: other parameters, variant,
+        Raises ValueError, and changes nothing, where the saved run has other parameters, or another variant, number of
         directions, distribution, rounding or momentum mode.
         """
         op = "MeZO.load_state_dict"
         if "mezo" not in state_dict:
-            raise ValueError(f"{op}: not the state of a MeZO optimizer, it has no entry 'mezo'")
+            raise ValueError(f"{op}: state_dict must be a MeZO optimizer's, got one without an entry 'mezo'")
         if missing := {"log", "eps"} - state_dict["mezo"].keys():
             raise ValueError(f"{op}: the entry 'mezo' must hold 'log' and 'eps', it lacks {', '.join(sorted(missing))}")
         log = ZoLog.from_bytes(state_dict["mezo"]["log"].cpu().numpy().tobytes(), name=op)
-        settings = self._record.settings
-        for key in (*_RUN, "distribution", "rank", "period"):
-            if (theirs := log.header.get(key)) != (mine := settings.get(key)):
-                raise ValueError(f"{op}: {key} must be the saved run's, {theirs!r}, got {mine!r}")
-        saved = [(e["id"], e["shape"], e["dtype"]) for e in log.params()]
-        mine = [(i, list(p.shape), dtype_name(p.dtype)) for i, p in enumerate(self._flat())]
-        if saved != mine:
-            differing = next((a, b) for a, b in zip([*saved, None], [*mine, None], strict=False) if a != b)
-            raise ValueError(f"{op}: parameter (id, shape, dtype) must be {differing[0]} as saved, got {differing[1]}")
-        for theirs, own in zip(log.params(), self._record.entries, strict=True):
-            if (saved_rows := theirs.get("fixed_rows", [])) != (rows := own.get("fixed_rows", [])):
-                raise ValueError(
-                    f"{op}: exclude must have the saved run's rows of {own['name']}, {saved_rows}, got {rows}"
-                )
+        self._record.check_same_run(op, log, self._flat())
         super().load_state_dict(state_dict)
-        settings |= {"seed": log.header["seed"], "eps": state_dict["mezo"]["eps"]}
+        self._record.settings |= {"seed": log.header["seed"], "eps": state_dict["mezo"]["eps"]}
         # torch casts state to the parameter's dtype; momenta are wider than half-precision parameters
-        for p, i in zip(
-            self._flat(), chain.from_iterable(g["params"] for g in state_dict["param_groups"]), strict=True
-        ):
-            for key, value in state_dict["state"].get(i, {}).items():
+        saved_ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+        for p, saved_id in zip(self._flat(), saved_ids, strict=True):
+            for key, value in state_dict["state"].get(saved_id, {}).items():
                 self.state[p][key] = value.to(p.device, copy=True)
         self._record.restore(log)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._reduction.group is not None:
             raise TypeError("MeZO: an optimizer with a process group cannot be copied or pickled; use state_dict()")
-        mine = {
-            k: self.__dict__[k]
-            for k in ("_on_nonfinite", "_evaluator", "_reduction", "_record", "_exclusions", "_excluded")
-        }
-        # names stand in the record; a copy does not append to the original's file
-        return {**super().__getstate__(), **mine, "_names": {}, "_log_file": None}
+        attributes = ("_on_nonfinite", "_evaluator", "_reduction", "_record", "_run_parameters")
+        copied = {name: self.__dict__[name] for name in attributes}
+        return {**super().__getstate__(), **copied, "_log_file": None}  # a copy does not append to the original's file

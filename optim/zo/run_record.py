@@ -1,9 +1,9 @@
-"""What an optimizer keeps of its run beside the weights: the log, and what follows from the log."""
+"""The log of an optimizer's run, and what follows from the log: the momentum window and the next step's options."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any
 
 from torch import Tensor
@@ -17,9 +17,22 @@ from leanops.optim.zo.slots import Slot
 from leanops.optim.zo.step import FIELDS
 from leanops.optim.zo.variants import strategy_of
 
+_SAME = (  # settings that a resumed run cannot change; the seed and eps are taken from the saved run
+    "zo",
+    "seed_rule",
+    "variant",
+    "directions",
+    "rounding",
+    "momentum_mode",
+    "smoothing",
+    "distribution",
+    "rank",
+    "period",
+)
+
 
 class Record:
-    """The log of a run in the making: notes what changes between steps, and holds the window of momentum."""
+    """The log of a run that goes on. It notes what changes between steps, and holds the momentum window."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
@@ -32,21 +45,21 @@ class Record:
 
     @property
     def begun(self) -> bool:
-        """Whether what happens from here on stands in the log; before, its header says how things are."""
+        """Whether changes are records of the log. Before, they change its header."""
         return len(self.log) > 0 or self.log.attached
 
     def step_seeds(self, step: int) -> list[Seed]:
         return self.strategy.seeds(self.settings["seed"], step)
 
     def join(self, new: list[dict[str, Any]]) -> None:
-        """Further parameters, one group of them."""
+        """Add the entries of a further group of parameters."""
         self.entries += new
         if self.begun:
             self.log.change(params=new)
             self.window.restart()
 
     def begin(self, params: Iterable[Tensor], groups: int) -> None:
-        """The log without steps, of the parameters as they are now (they may have been cast since construction)."""
+        """Start a log without steps. The parameters may have been cast since the optimizer was made."""
         params = list(params)
         self.entries = [
             {**entry, "shape": list(p.shape), "dtype": dtype_name(p.dtype)}
@@ -58,7 +71,7 @@ class Record:
         self.window.restart()
 
     def tie(self, ties: Mapping[int, int]) -> None:
-        """Note for each parameter of the same memory as an earlier one which that is."""
+        """Note in the entries which earlier parameter has the same memory."""
         for entry in self.entries:
             entry.pop("tied", None)
             if entry["id"] in ties:
@@ -70,12 +83,12 @@ class Record:
         return {e["id"]: e["tied"] for e in self.entries if "tied" in e}
 
     def note_buffers(self, changed: Sequence[str]) -> None:
-        """Put the names of buffers that the first evaluation changed into the header; their values are in no log."""
+        """Put the names of the buffers that the first evaluation changed into the header. No log holds their values."""
         if changed and not self.begun:
             self.log.header["buffers"] = list(changed)
 
     def note(self, groups: Sequence[dict[str, Any]], slots: Sequence[Sequence[Slot]]) -> None:
-        """Put into the log what has changed since the last step."""
+        """Record what has changed since the last step: options of groups, and which parameters move."""
         for g, group in enumerate(groups):
             for field in FIELDS:
                 value = float(group[field])
@@ -89,8 +102,24 @@ class Record:
             self._frozen = frozen
             self.window.restart()
 
+    def check_same_run(self, op: str, log: ZoLog, params: Sequence[Tensor]) -> None:
+        """ValueError where ``log`` is of a run with other settings or parameters than this one."""
+        for key in _SAME:
+            saved, own = log.header.get(key), self.settings.get(key)
+            if saved != own:
+                raise ValueError(f"{op}: {key} must be the saved run's, {saved!r}, got {own!r}")
+        saved_params = [(e["id"], e["shape"], e["dtype"]) for e in log.params()]
+        own_params = [(i, list(p.shape), dtype_name(p.dtype)) for i, p in enumerate(params)]
+        for saved, own in zip_longest(saved_params, own_params):
+            if saved != own:
+                raise ValueError(f"{op}: parameter (id, shape, dtype) must be {saved} as saved, got {own}")
+        for saved_entry, entry in zip(log.params(), self.entries, strict=True):
+            saved, own = saved_entry.get("fixed_rows", []), entry.get("fixed_rows", [])
+            if saved != own:
+                raise ValueError(f"{op}: exclude must have the saved run's rows of {entry['name']}, {saved}, got {own}")
+
     def restore(self, log: ZoLog) -> None:
-        """Continue another log: everything that is kept beside it follows from it."""
+        """Continue another log."""
         self.log.close()
         self.log = log
         self.entries = log.params()
