@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from leanops.optim.common import capabilities
-from leanops.optim.common.parameters import is_sharded
+from leanops.optim.common.parameters import PLAIN, is_sharded
 
 # Start values of the state entries of torch's optimizers and SM3. Both parts of a complex entry start there. A string
 # names the group's option that holds the start value.
@@ -135,7 +135,7 @@ def _set(entries: dict[str, Any], starts: dict[str, float]) -> None:
 
 def _is_plain(value: Any) -> bool:
     local = value.to_local() if is_sharded(value) else value
-    return type(local) in (Tensor, nn.Parameter, nn.Buffer)
+    return type(local) in PLAIN
 
 
 def _is_cover(key: Any) -> bool:

@@ -1,16 +1,18 @@
-"""The parameters of an optimizer: their names, what is refused, and the part of a DTensor on this rank."""
+"""The parameters of an optimizer: their names, which tensors are refused, and the part of a DTensor on this rank."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from leanops.common.dtypes import FLOATS
 from leanops.common.written_memory import WrittenMemory
+
+PLAIN = frozenset({Tensor, nn.Parameter, nn.Buffer})  # classes of tensors that hold their values themselves
 
 
 def is_sharded(p: Tensor) -> bool:
@@ -20,7 +22,7 @@ def is_sharded(p: Tensor) -> bool:
 
 
 def check(op: str, name: str, p: Tensor) -> None:
-    """Refuse what the operators cannot move."""
+    """ValueError for a parameter that the operators cannot move."""
     if p.is_meta:
         raise ValueError(f"{op}: parameter {name} must have data, got a meta tensor")
     if p.layout != torch.strided:
@@ -28,33 +30,37 @@ def check(op: str, name: str, p: Tensor) -> None:
     if p.dtype not in FLOATS:
         raise ValueError(f"{op}: parameter {name} must be float32, bfloat16, float16 or float64, got {p.dtype}")
     if is_sharded(p):
-        place(op, name, p)
-    elif type(p) not in (Tensor, nn.Parameter, nn.Buffer):
+        rows_of(op, name, p)
+    elif type(p) not in PLAIN:
         raise ValueError(f"{op}: parameter {name} must be a plain tensor or a DTensor, got {type(p).__name__}")
 
 
-def place(op: str, name: str, p: Any) -> int:
-    """Index of this rank's first element of a DTensor: Shard(0) over one mesh dimension, replicated over the others."""
+class Rows(NamedTuple):
+    """The rows of a DTensor that lie on this rank."""
+
+    first: int
+    offset: int  # index of their first element in the whole tensor
+    mesh_dim: int | None  # the mesh dimension whose processes share the rows; None: every process has all rows
+
+
+def rows_of(op: str, name: str, p: Any) -> Rows:
+    """This rank's rows of a DTensor. ValueError unless it is Shard(0) on at most one mesh dimension, and replicated on
+    the others."""
     shards = [d for d, placement in enumerate(p.placements) if not placement.is_replicate()]
     if not shards:
-        return 0
-    if (
-        len(shards) > 1
-        or not p.placements[shards[0]].is_shard(0)
-        or "Strided" in type(p.placements[shards[0]]).__name__
-    ):
+        return Rows(0, 0, None)
+    placement = p.placements[shards[0]]
+    if len(shards) > 1 or not placement.is_shard(0) or "Strided" in type(placement).__name__:
         raise ValueError(
             f"{op}: parameter {name} must be sharded by rows, Shard(0), on one mesh axis, got {tuple(p.placements)}"
         )
     mesh, dim = p.device_mesh, shards[0]
-    rows = p.shape[0]
-    step = -(-rows // mesh.size(dim))
-    first = min(step * mesh.get_local_rank(dim), rows)
-    if p.to_local().shape[0] != min(step, rows - first):
-        raise ValueError(
-            f"{op}: parameter {name}: its {p.to_local().shape[0]} local rows are not an even share of {rows}"
-        )
-    return first * (p.numel() // max(rows, 1))
+    count, rows = p.to_local().shape[0], p.shape[0]
+    share = -(-rows // mesh.size(dim))
+    first = min(share * mesh.get_local_rank(dim), rows)
+    if count != min(share, rows - first):
+        raise ValueError(f"{op}: parameter {name}: its {count} local rows are not an even share of {rows}")
+    return Rows(first, first * (p.numel() // max(rows, 1)), dim)
 
 
 def local(p: Any) -> Tensor:
@@ -64,13 +70,14 @@ def local(p: Any) -> Tensor:
 
 
 def tied(params: Iterable[Tensor]) -> dict[int, int]:
-    """Position -> the first position of a parameter with the same memory, seen with the same shape and strides. Such
-    parameters, tied by ``p.data = q.data``, are one weight under several names."""
+    """Position of a parameter -> position of the first one with the same memory, shape and strides.
+
+    Such parameters are one weight under several names: ``p.data = q.data`` ties them.
+    """
     first: dict[tuple[Any, ...], int] = {}
     ties: dict[int, int] = {}
     for i, p in enumerate(params):
-        plain = type(p) in (Tensor, nn.Parameter, nn.Buffer) and p.layout == torch.strided and not p.is_meta
-        if plain and p.numel():
+        if type(p) in PLAIN and p.layout == torch.strided and not p.is_meta and p.numel():
             key = (p.data_ptr(), p.device, p.dtype, p.shape, p.stride())
             if (other := first.setdefault(key, i)) != i:
                 ties[i] = other
@@ -78,47 +85,63 @@ def tied(params: Iterable[Tensor]) -> dict[int, int]:
 
 
 def check_apart(op: str, pairs: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse tensors, given with their names, that overlap themselves or one another."""
-    found: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    """ValueError where a tensor of the (name, tensor) pairs overlaps itself or another one."""
+    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
     for name, t in pairs:
-        found.setdefault(t.device, []).append((f"parameter {name}", t))
-    for names, tensors in (zip(*part, strict=True) for part in found.values()):
-        with torch.no_grad():  # leaves that require grad are what is moved
+        by_device.setdefault(t.device, []).append((f"parameter {name}", t))
+    for names, tensors in (zip(*part, strict=True) for part in by_device.values()):
+        with torch.no_grad():  # the check refuses leaves that require grad while grad is enabled
             WrittenMemory(op, names, range(len(names))).check(tensors)
 
 
-# A wrapper's attribute for the module inside of it, and the classes of wrappers that call it simply `module`.
+# Attributes that hold the module inside a wrapper, and the classes of wrappers that name this attribute `module`.
 _WRAPPED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _WRAPPERS = frozenset({"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"})
 
 
+def _holds_wrapped(module: Any, attribute: str) -> bool:
+    """Whether the module is a wrapper, and this attribute holds the module inside."""
+    if attribute == "module":
+        return any(c.__name__ in _WRAPPERS for c in type(module).__mro__)
+    return attribute in _WRAPPED
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside the wrappers of torch.compile, DataParallel, DistributedDataParallel, FSDP, DeepSpeed and
+    checkpointing, however they are nested."""
+    while True:
+        inner = next((m for name, m in model.named_children() if _holds_wrapped(model, name)), None)
+        if inner is None:
+            return model
+        model = inner
+
+
 def canonical_names(model: nn.Module) -> list[str]:
-    """The names of ``model.named_parameters()`` as the plain model has them: without the prefixes of torch.compile,
-    DataParallel, DistributedDataParallel, FSDP and checkpoint wrappers, however they are nested."""
+    """The names of ``model.named_parameters()`` in the plain model: without the prefixes of wrappers, see
+    :func:`unwrapped`, which may be anywhere in the model."""
     return [canonical_name(model, name) for name, _ in model.named_parameters()]
 
 
 def canonical_name(model: nn.Module, name: str) -> str:
-    """The name of a parameter or buffer as the plain model has it."""
+    """The name of a parameter or buffer in the plain model."""
     module: Any = model
     kept = []
     for part in name.split("."):
-        inner = part == "module" and any(c.__name__ in _WRAPPERS for c in type(module).__mro__)
-        if not inner and part not in _WRAPPED:
+        if not _holds_wrapped(module, part):
             kept.append(part)
         module = getattr(module, part, None)
     return ".".join(kept)
 
 
 def names_by_identity(model: nn.Module) -> dict[int, tuple[str, str]]:
-    """id(p) -> the model's name of a parameter, and the canonical one."""
+    """id(p) -> the name that the model has for a parameter, and the canonical name."""
     pairs = zip(model.named_parameters(), canonical_names(model), strict=True)
     return {id(p): (name, canonical) for (name, p), canonical in pairs}
 
 
 def without_wrappers(name: str) -> str:
-    """A name from which the wrappers' own attributes are removed, where the model itself is not at hand. ``module``
-    stays: a model may have a submodule of this name."""
+    """A name without the wrappers' attributes, for a caller that does not have the model. ``module`` stays, for a model
+    may have a submodule of this name."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
@@ -126,16 +149,16 @@ Params = nn.Module | Mapping[str, Tensor] | Iterable[Tensor] | Iterable[tuple[st
 
 
 def named(op: str, params: Any) -> tuple[list[tuple[str, Tensor]], bool]:
-    """(name, tensor) pairs, and whether the names are the caller's own."""
+    """(name, tensor) pairs, and whether ``params`` has names; without names, a tensor's name is its position."""
     if isinstance(params, nn.Module):
         return list(zip(canonical_names(params), params.parameters(), strict=True)), True
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
         kinds = "a module, a mapping or an iterable of tensors"
         raise TypeError(f"{op}: params must be {kinds}, got {type(params).__name__}")
     items = list(params.items() if isinstance(params, Mapping) else params)
-    own = not any(isinstance(item, Tensor) for item in items)
+    has_names = not any(isinstance(item, Tensor) for item in items)
     pairs = [(str(i), item) if isinstance(item, Tensor) else item for i, item in enumerate(items)]
     for pair in pairs:
         if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[1], Tensor):
             raise TypeError(f"{op}: params must hold tensors, or names with tensors, got {pair!r}")
-    return pairs, own
+    return pairs, has_names

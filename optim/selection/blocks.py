@@ -8,20 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-
-def plain(op: str, model: Any) -> nn.Module:
-    """The module inside the wrappers that put a prefix before its parameters' names."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
-    while True:
-        inner = getattr(model, "_orig_mod", None)  # torch.compile
-        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
 Blocks = str | nn.Module | Sequence[nn.Module | str] | None
 
 

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from leanops.optim.common import capabilities
 from leanops.optim.common.capabilities import holder
-from leanops.optim.selection.blocks import plain
+from leanops.optim.common.parameters import unwrapped
 
 _frozen = WeakIdKeyDictionary()  # frozen parameter -> name of the class that froze it
 
@@ -29,7 +29,9 @@ class Freezer:
 
     def __init__(self, op: str, model: Any, optimizer: Any) -> None:
         self.op = op
-        self.model = plain(op, model)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
+        self.model = unwrapped(model)
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         if not isinstance(inner, Optimizer):
             raise TypeError(f"{op}: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")

@@ -121,7 +121,7 @@ class TensorSelector:
             raise ValueError(
                 f"TensorSelector: optimizer must step by gradients, got {kind}, which has no backward pass"
             )
-        if any(map(_is_fsdp, self._freezer.model.modules())):
+        if any(map(_is_fsdp, model.modules())):
             raise ValueError("TensorSelector: model must not be sharded by FSDP, whose graph does not reach parameters")
         self.rho = float(rho)
         self.flops: BackwardFlops | None = None

@@ -52,13 +52,13 @@ class Part(NamedTuple):
 
     param: Any
     local: Tensor
-    offset: int  # of the first element in the whole tensor
-    first: int  # of the rows
-    group: Any  # the processes that share the rows; None: all lie here
+    offset: int  # index of the first element in the whole tensor
+    first: int  # index of the first row
+    group: Any  # the processes that share the rows; None: every process has all rows
 
     @property
     def shape(self) -> list[int]:
-        """Of the whole tensor; a 0-d parameter counts as shape (1,)."""
+        """The whole tensor's shape; a 0-d parameter counts as shape (1,)."""
         return list(self.param.shape) or [1]
 
 
@@ -66,13 +66,9 @@ def part_of(op: str, name: str, p: Any) -> Part:
     """Raises ValueError for a DTensor that is not sharded by rows or replicated."""
     if not parameters.is_sharded(p):
         return Part(p, p, 0, 0, None)
-    local, offset = parameters.local(p), parameters.place(op, name, p)
-    for dim, placement in enumerate(p.placements):
-        if placement.is_shard():
-            rows, mesh = p.shape[0], p.device_mesh
-            first = min(-(-rows // mesh.size(dim)) * mesh.get_local_rank(dim), rows)
-            return Part(p, local, offset, first, mesh.get_group(dim))
-    return Part(p, local, offset, 0, None)
+    rows = parameters.rows_of(op, name, p)
+    group = None if rows.mesh_dim is None else p.device_mesh.get_group(rows.mesh_dim)
+    return Part(p, parameters.local(p), rows.offset, rows.first, group)
 
 
 def complete(state: State, local: Tensor, momentum: bool, dtype: torch.dtype | None) -> None:

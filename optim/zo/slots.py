@@ -38,7 +38,7 @@ def slot_of(op: str, name: str, tensor_id: int, p: Tensor, fixed_rows: Iterable[
         p,
         parameters.local(p),
         tensor_id,
-        parameters.place(op, name, p) if parameters.is_sharded(p) else 0,
+        parameters.rows_of(op, name, p).offset if parameters.is_sharded(p) else 0,
         name,
         columns_of(p.shape),
         fixed=tuple((first * width, end * width) for first, end in fixed_rows),

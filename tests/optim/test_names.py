@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from leanops.bench import cli
-from leanops.optim import LogError, MeZO, ZoLog, replay_, replay_file
-from leanops.optim.common.parameters import canonical_names
+from leanops.optim import LISA, LogError, MeZO, ZoLog, replay_, replay_file
+from leanops.optim.common.parameters import canonical_names, unwrapped
 from leanops.optim.zo.names import match
 
 NAMES = ["0.weight", "0.bias", "2.weight", "2.bias"]
@@ -67,6 +67,28 @@ def test_the_log_has_the_plain_models_names(wrap: Any, named: bool) -> None:
     for p, q, r in zip(model.parameters(), start.parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q)
         assert torch.equal(p, r)
+
+
+def checkpointed_whole(model: nn.Module) -> nn.Module:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    return checkpoint_wrapper(model)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda m: m,
+        lambda m: torch.compile(nn.DataParallel(m)),
+        pytest.param(lambda m: nn.DataParallel(checkpointed_whole(torch.compile(m))), marks=distributed),
+    ],
+    ids=["plain", "compiled parallel", "parallel checkpointed compiled"],
+)
+def test_a_selection_has_the_plain_models_names(wrap: Any) -> None:
+    model = nn.Sequential(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]))
+    wrapped = wrap(model)
+    assert unwrapped(wrapped) is model
+    assert LISA(wrapped, torch.optim.SGD(wrapped.parameters()), active=1).blocks == ["0.0", "0.1"]
 
 
 def with_names(log: ZoLog, name: Any) -> ZoLog:
