@@ -23,7 +23,7 @@ def _references(storage: int) -> int:
 
 
 def _dense_strides(t: Tensor) -> Sequence[int]:
-    """The tensor's own where no element of its memory is left out, else those of its shape in rows."""
+    """The tensor's own strides if it is dense, else the row-major strides of its shape."""
     if t.is_contiguous() or torch._prims_common.is_non_overlapping_and_dense_or_false(t):
         return t.stride()
     return torch._prims_common.make_contiguous_strides_for(t.shape)
@@ -47,7 +47,7 @@ class Released:
         return not self._memory.expired()
 
     def alias_of_weight(self, t: Tensor) -> Tensor | None:
-        """The view of the parameter itself that ``t`` is of this memory. None where no such view exists."""
+        """``t`` is a view of this memory: the same view of the parameter. None if the parameter has no such view."""
         byte = t.storage_offset() * t.element_size()
         index = bisect_right(self._starts, byte) - 1
         weight = self.slots[index].local
@@ -70,7 +70,7 @@ class Arena:
         self._typed: dict[tuple[torch.dtype, bool], Tensor] = {}  # the buffer as a dtype, and whether it requires grad
         self._storage = self._unshared = 0
         self._starts: list[int] = []
-        self._need = 0
+        self._need = 0  # bytes of the largest use
 
     def take(self, like: Sequence[Tensor], requires_grad: bool) -> list[Tensor]:
         """Uninitialised tensors with the shapes, dtypes and (where they are dense) the strides of ``like``.
@@ -95,7 +95,7 @@ class Arena:
         ]
 
     def _as(self, dtype: torch.dtype, requires_grad: bool) -> Tensor:
-        """The buffer, in a tensor that is no view. A view of it requires grad if it does."""
+        """The buffer in a tensor that is no view itself, so that its views require grad exactly if it does."""
         found = self._typed.get((dtype, requires_grad))
         if found is None:
             assert self._buffer is not None
@@ -112,11 +112,11 @@ class Arena:
 
     @property
     def shared(self) -> bool:
-        """Whether anything but the arena refers to the memory; the tensors of :meth:`take` must be gone."""
+        """Whether anything but the arena refers to the memory. Delete the tensors of :meth:`take` first."""
         return _references(self._storage) > self._unshared
 
     def release(self, slots: Sequence[Slot]) -> tuple[Tensor, Released]:
-        """Give the memory up to whoever refers to it; the next use takes new memory. ``slots`` are whose it was."""
+        """Leave the memory to what refers to it; the next use takes new memory. ``slots`` are those of the last use."""
         buffer = self._buffer
         assert buffer is not None
         self._drop()
@@ -124,28 +124,28 @@ class Arena:
 
 
 class Outliving:
-    """Which released memory is still referred to after the evaluation that made it."""
+    """Finds released memory that something still refers to after the evaluation."""
 
     def __init__(self) -> None:
         self.released: list[Released] = []
         self._collections = 0
 
     def take(self) -> list[Released]:
-        """Those that are. The others are forgotten."""
+        """The memory that something still refers to. Forgets all released memory."""
         self._sift()
         if self.released and self._collections < _COLLECTIONS:
             self._collections += 1
-            gc.collect()  # a cycle of dead objects may be all that refers to it
+            gc.collect()  # only a cycle of dead objects may refer to it
             self._sift()
-        found, self.released = self.released, []
-        return found
+        outliving, self.released = self.released, []
+        return outliving
 
     def _sift(self) -> None:
         self.released = [r for r in self.released if r.referred_to]
 
 
 def point_at_weights(released: Sequence[Released]) -> int:
-    """Let every Python tensor of the released memory be the same view of the parameter itself; returns how many."""
+    """Turn each Python tensor in the released memory into the same view of the parameter. Returns their number."""
     table = {r.address: r for r in released}
     count = 0
     for t in gc.get_objects():
@@ -156,9 +156,9 @@ def point_at_weights(released: Sequence[Released]) -> int:
             owner = table.get(storage._cdata)
             alias = None if owner is None else owner.alias_of_weight(t)
             if alias is not None:
-                t._leanops_memory = storage  # a NumPy array made from t has the address alone
+                t._leanops_memory = storage  # for a NumPy array made from t, which holds only the address
                 t.data = alias
                 count += 1
-        except Exception as error:  # a tensor without storage, or one that cannot be set: it stays as it is
+        except Exception as error:  # a tensor without storage, or whose data cannot be set, stays as it is
             del error
     return count

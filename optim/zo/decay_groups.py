@@ -23,25 +23,26 @@ def is_norm(module: nn.Module) -> bool:
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two parameter groups: the parameters of norms and all biases do not decay, all others do.
 
-    A norm is a module one of whose classes has a name that ends in Norm (``LayerNorm``, ``RMSNorm``, ``GroupNorm``,
-    ``BatchNorm2d``, ``LlamaRMSNorm``, ``RMSNormGated``), under whatever attribute the model keeps it. A bias is a
-    parameter that its own module calls ``bias``, ``…_bias`` or, where it has one dimension, ``bias_…``. A norm's
-    weight that is no module of its own, such as ``layer_norm_weight``, counts where it has one dimension.
+    A module is a norm if its class, or a base of its class, has a name that ends in Norm (``LayerNorm``, ``RMSNorm``,
+    ``GroupNorm``, ``BatchNorm2d``, ``LlamaRMSNorm``, ``RMSNormGated``). Its attribute's name does not count. A
+    parameter is a bias if its module calls it ``bias``, ``…_bias`` or, where it has one dimension, ``bias_…``. A
+    parameter of one dimension such as ``layer_norm_weight`` belongs to a norm although no module is one.
 
     Parameters that do not require grad are left out. Names are those of the plain model, without torch.compile's,
     DDP's or FSDP's prefixes.
     """
-    pairs: dict[bool, list[tuple[str, nn.Parameter]]] = {False: [], True: []}
-    exempt = set(_exempt(model))
+    decaying: list[tuple[str, nn.Parameter]] = []
+    exempt: list[tuple[str, nn.Parameter]] = []
+    exempt_ids = set(_exempt_ids(model))
     for name, (_, p) in zip(canonical_names(model), model.named_parameters(), strict=True):
         if p.requires_grad:
-            pairs[id(p) in exempt].append((name, p))
-    decays = {False: weight_decay, True: 0.0}
-    return [{"params": found, "weight_decay": decays[free]} for free, found in pairs.items() if found]
+            (exempt if id(p) in exempt_ids else decaying).append((name, p))
+    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
-def _exempt(model: nn.Module) -> Iterator[int]:
-    """The identities of parameters that do not decay."""
+def _exempt_ids(model: nn.Module) -> Iterator[int]:
+    """``id(p)`` of the parameters that do not decay."""
     for module in model.modules():
         owned = list(module.named_parameters(recurse=False))
         for name, parametrization in getattr(module, "parametrizations", {}).items():

@@ -1,4 +1,4 @@
-"""Which z a run is perturbed with, and the seeds of its steps.
+"""The distribution of a run's noise z, and the seeds of its steps.
 
 A direction of a step has a seed of its own. Where z = U Vᵀ (``lowrank``), that is U's; V's, the right seed, follows
 from step // period and is the same for every direction.
@@ -15,10 +15,10 @@ from leanops.optim.zo.slots import Slot
 
 
 class Seed(NamedTuple):
-    """What one direction is made from. ``right`` is that of low-rank noise."""
+    """The seeds of one direction."""
 
     left: int
-    right: int = 0
+    right: int = 0  # of low-rank noise
 
 
 class Noise(NamedTuple):
@@ -45,16 +45,17 @@ class Noise(NamedTuple):
         return [Seed(seed_rule.derive(base, step, k), right) for k in range(directions)]
 
     def arguments(self, slots: Sequence[Slot], seeds: Sequence[Seed]) -> dict[str, Any]:
-        """What ``zo_axpy_`` and ``zo_axpy_into_`` are told of z beside the seeds."""
-        found: dict[str, Any] = {
+        """The arguments of ``zo_axpy_`` and ``zo_axpy_into_`` that describe z, except for the (left) seeds."""
+        arguments: dict[str, Any] = {
             "tensor_ids": [s.tensor_id for s in slots],
             "offsets": [s.offset for s in slots],
             "distribution": self.distribution,
         }
         if self.distribution == "lowrank":
-            found |= {"right_seeds": [s.right for s in seeds], "columns": [s.columns for s in slots], "rank": self.rank}
-        return found
+            columns = [s.columns for s in slots]
+            arguments |= {"right_seeds": [s.right for s in seeds], "columns": columns, "rank": self.rank}
+        return arguments
 
 
-def left(seeds: Sequence[Seed]) -> list[int]:
+def left_seeds(seeds: Sequence[Seed]) -> list[int]:
     return [s.left for s in seeds]

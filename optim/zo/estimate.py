@@ -1,4 +1,4 @@
-"""The estimate of a step: which evaluations it needs, on whom, and what comes of them."""
+"""The estimate of a step: runs the evaluations that it needs, and computes its scalars from their losses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from leanops.optim.zo.slots import Slot
 from leanops.optim.zo.strategy import Strategy
 
 MODES = ("auto", "scratch", "copy", "inplace")
-SMALL = 1 << 23  # elements up to which auto is copy, which is faster there; measured by leanops mezo-step --size
+SMALL = 1 << 23  # auto is copy up to so many elements, where it is faster (measured by leanops mezo-step --size)
 
 
 class Evaluator:
@@ -37,8 +37,8 @@ class Evaluator:
         self._same_rng = same_rng
         self._perturber: Perturber | None = None
         self._state: ForwardState | None = None
-        self._for: tuple[int, ...] = ()
-        self._compared = self._told_of_half = False
+        self._prepared_for: tuple[int, ...] = ()  # identities of the tensors of perturber and state
+        self._compared = self._warned_of_half = False
 
     @property
     def changed_buffers(self) -> list[str]:
@@ -46,14 +46,14 @@ class Evaluator:
         return [] if self._state is None else self._state.changed_buffers
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy of the optimizer is for other parameters; what it evaluates is found out anew
+        # a copy of the optimizer has other parameters, so its first step prepares anew
         mode = "copy" if self._mode == "auto" and _opaque(self._model) else self._mode
-        anew = {"_perturber": None, "_state": None, "_for": (), "_model": None, "_compared": False}
-        return {**self.__dict__, **anew, "_mode": mode}
+        reset = {"_perturber": None, "_state": None, "_prepared_for": (), "_model": None, "_compared": False}
+        return {**self.__dict__, **reset, "_mode": mode}
 
-    def _ready(self, op: str, slots: Sequence[Slot], closure: Callable[[], Any]) -> tuple[Perturber, ForwardState]:
+    def _prepare(self, op: str, slots: Sequence[Slot], closure: Callable[[], Any]) -> tuple[Perturber, ForwardState]:
         key = tuple(id(t) for s in slots for t in (s.param, *s.twins, *s.state))
-        if self._perturber is None or self._state is None or key != self._for:
+        if self._perturber is None or self._state is None or key != self._prepared_for:
             check_apart(op, ((s.name, s.local) for s in slots))
             mode = self._choose(slots)
             if mode == "scratch":
@@ -61,7 +61,7 @@ class Evaluator:
             else:
                 self._perturber = (Copy if mode == "copy" else InPlace)(slots, self._strategy, self._model)
             self._state = ForwardState(self._model, closure, slots, self._same_rng)
-            self._for = key
+            self._prepared_for = key
         return self._perturber, self._state
 
     def _choose(self, slots: Sequence[Slot]) -> str:
@@ -87,8 +87,8 @@ class Evaluator:
         op: str = "MeZO.step",
     ) -> tuple[list[float], Any]:
         """The scalars of the step, rounded to fp32 as the log keeps them, and the mean of the losses."""
-        mine = [k for k in range(len(seeds)) if reduce.mine(k)]
-        points = self._strategy.points(mine, reduce.first)
+        own_directions = [k for k in range(len(seeds)) if reduce.evaluates(k)]
+        points = self._strategy.points(own_directions, reduce.is_first)
         losses, kind = self._losses(op, closure, slots, [(seeds[k], side * eps) for k, side in points])
         measured = self._strategy.measured(dict(zip(points, losses, strict=True)), eps)
         scalars = self._strategy.scalars(reduce(measured))
@@ -97,7 +97,7 @@ class Evaluator:
         rounded: list[float] = torch.tensor(scalars, dtype=torch.float64, device="cpu").float().tolist()
         if not all(map(math.isfinite, rounded)) and self._state is not None:
             self._state.undo()
-        self._look_for_half(op, losses, rounded[: len(seeds)], kind)
+        self._warn_of_half(op, losses, rounded[: len(seeds)], kind)
         if kind is None:
             return rounded, mean
         dtype, device = kind
@@ -106,15 +106,15 @@ class Evaluator:
     def _losses(
         self, op: str, closure: Callable[[], Any], slots: Sequence[Slot], points: Sequence[tuple[Seed, float]]
     ) -> tuple[list[float], tuple[torch.dtype, torch.device] | None]:
-        perturber, state = self._ready(op, slots, closure)
-        found: list[Tensor | float] = []
+        perturber, state = self._prepare(op, slots, closure)
+        values: list[Tensor | float] = []
         repeated: Repeated = None
         kind = None
 
         def evaluation() -> Tensor | float:
             nonlocal kind
             torch.clear_autocast_cache()  # it keeps casts of parameters until the outermost autocast ends
-            with torch.no_grad():  # and off again where the closure leaves grad enabled
+            with torch.no_grad():  # for every call: a closure may leave grad enabled
                 loss = closure()
             if isinstance(loss, Tensor):
                 kind = loss.dtype, loss.device
@@ -126,36 +126,37 @@ class Evaluator:
                 for i, (seed, scale) in enumerate(points):
                     if i:
                         state.restore()
-                    found.append(perturber.evaluate(evaluation, seed, scale, state.restore))
-                    if i == 0 and not self._compared and self._same_rng:  # in every process: closures may communicate
+                    values.append(perturber.evaluate(evaluation, seed, scale, state.restore))
+                    # all processes evaluate equally often: closures may communicate
+                    if i == 0 and not self._compared and self._same_rng:
                         repeated = perturber.repeated
                         if repeated is None:
                             state.restore()
-                            repeated = found[-1], perturber.evaluate(evaluation, seed, scale, state.restore)
-                            found[-1] = repeated[1]
+                            repeated = values[-1], perturber.evaluate(evaluation, seed, scale, state.restore)
+                            values[-1] = repeated[1]
         except BaseException:
             state.undo()
             raise
         finally:
             torch.clear_autocast_cache()
         drop_unsharded(fsdp_modules(self._model))
-        tensors = [v for v in found if isinstance(v, Tensor)]
-        on_device = iter(
+        tensors = [v for v in values if isinstance(v, Tensor)]
+        numbers = iter(
             torch.stack(tensors).tolist() if tensors else []
         )  # one wait for the device, after all evaluations
-        losses = [next(on_device) if isinstance(v, Tensor) else v for v in found]
+        losses = [next(numbers) if isinstance(v, Tensor) else v for v in values]
         if repeated is not None:
             self._compared = True
-            _look_for_randomness(op, float(repeated[0]), float(repeated[1]), losses)
+            _warn_of_randomness(op, float(repeated[0]), float(repeated[1]), losses)
         return losses, kind
 
-    def _look_for_half(
+    def _warn_of_half(
         self, op: str, losses: list[float], scalars: list[float], kind: tuple[torch.dtype, torch.device] | None
     ) -> None:
         """Warn once where a loss in half precision is too coarse to differ between evaluations."""
-        if self._told_of_half or kind is None or kind[0] not in (torch.bfloat16, torch.float16) or all(scalars):
+        if self._warned_of_half or kind is None or kind[0] not in (torch.bfloat16, torch.float16) or all(scalars):
             return
-        self._told_of_half = True
+        self._warned_of_half = True
         warnings.warn(
             f"{op}: the closure returns its loss in {dtype_name(kind[0])}, and two evaluations gave "
             f"{losses[0]:.6g} exactly, so their difference is 0 and the step moves nothing. Compute and return the "
@@ -164,7 +165,7 @@ class Evaluator:
         )
 
 
-def _look_for_randomness(op: str, first: float, second: float, losses: list[float]) -> None:
+def _warn_of_randomness(op: str, first: float, second: float, losses: list[float]) -> None:
     """Warn where two evaluations at the same weights differ by more than rounding, and by more than a tenth of what the
     evaluations of the step differ by."""
     difference, signal = abs(first - second), max(losses) - min(losses)
@@ -173,13 +174,13 @@ def _look_for_randomness(op: str, first: float, second: float, losses: list[floa
             f"{op}: two evaluations of the closure at the same weights gave {first:.9g} and {second:.9g}, while the "
             f"evaluations of this step differ by {signal:.3g}: the estimate is mostly noise. The closure draws another "
             "batch at each call, or random numbers from a generator of its own. The global generators of torch, NumPy "
-            "and random are restored between evaluations, others cannot be known; seed those inside of the closure",
+            "and random are restored between evaluations. Seed every other generator inside the closure",
             stacklevel=2,
         )
 
 
 def _scalar(op: str, loss: Any) -> Tensor | float:
-    """A copy of the value: the closure may use the same memory for its next result."""
+    """The closure's result as a copy: the closure may use the same memory for its next result."""
     if isinstance(loss, Tensor):
         if loss.numel() != 1 or loss.is_complex():
             raise ValueError(f"{op}: closure must return a real scalar, got {loss.dtype} of shape {list(loss.shape)}")

@@ -1,4 +1,4 @@
-"""Which parameters, and which rows of a parameter, a run leaves as they are."""
+"""The parameters, and the rows of a parameter, that a run leaves as they are."""
 
 from __future__ import annotations
 
@@ -16,59 +16,59 @@ Rows = list[list[int]]  # [first, one past the last] of each run of rows, in ord
 
 
 class Exclusions:
-    """The user's ``exclude=``: names, regular expressions (searched for in names) and parameters, each with the rows
-    that it means or with None for the whole parameter."""
+    """The user's ``exclude=``: names, regular expressions (searched for in names) and parameters, each with its rows or
+    with None for the whole parameter."""
 
     def __init__(self, exclude: Any) -> None:
         if isinstance(exclude, Mapping):
             self._items = list(exclude.items())
         else:
-            alone = isinstance(exclude, (str, re.Pattern, Tensor))
-            if not alone and exclude is not None and not isinstance(exclude, Iterable):
+            is_single = isinstance(exclude, (str, re.Pattern, Tensor))
+            if not is_single and exclude is not None and not isinstance(exclude, Iterable):
                 raise TypeError(f"MeZO: exclude must hold names, patterns or parameters, got {exclude!r}")
-            self._items = [(key, None) for key in ([exclude] if alone else exclude or ())]
+            self._items = [(key, None) for key in ([exclude] if is_single else exclude or ())]
         for key, _ in self._items:
             if not isinstance(key, (str, re.Pattern, Tensor)):
                 raise TypeError(f"MeZO: exclude must hold names, patterns or parameters, got {type(key).__name__}")
         self._used = [False] * len(self._items)
 
-    def of(self, name: str, p: Tensor) -> tuple[bool, Rows]:
-        """Whether a parameter is excluded as a whole, and else which of its rows are."""
+    def rows_of(self, name: str, p: Tensor) -> tuple[bool, Rows]:
+        """Whether a parameter is excluded as a whole; if not, its excluded rows."""
         chosen: set[int] = set()
         whole = False
         for i, (key, rows) in enumerate(self._items):
-            if _means(key, name, p):
+            if _matches(key, name, p):
                 self._used[i] = True
                 whole |= rows is None
                 chosen.update(() if rows is None else _indices(name, p, rows))
         return whole, [] if whole else _runs(sorted(chosen))
 
     def check_used(self) -> None:
-        """Refuse what meant no parameter: a name that is misspelt would let its parameter move."""
+        """ValueError for an item that matched no parameter: the parameter of a misspelt name would move."""
         for (key, _), used in zip(self._items, self._used, strict=True):
             if not used:
                 shown = f"a tensor of shape {list(key.shape)}" if isinstance(key, Tensor) else repr(key)
                 raise ValueError(f"MeZO: exclude must name parameters of the optimizer, got {shown}")
 
 
-def _means(key: Any, name: str, p: Tensor) -> bool:
+def _matches(key: Any, name: str, p: Tensor) -> bool:
     if isinstance(key, Tensor):
         return key is p
     return key.search(name) is not None if isinstance(key, re.Pattern) else without_wrappers(key) == name
 
 
 def _indices(name: str, p: Tensor, rows: Any) -> list[int]:
-    """Rows as indices of at least 0."""
+    """The user's rows as indices of at least 0."""
     count = p.shape[0] if p.dim() else 0
     if isinstance(rows, slice):
         return list(range(*rows.indices(count)))
     if isinstance(rows, Tensor):
         rows = (rows.nonzero().flatten() if rows.dtype == torch.bool and len(rows) == count else rows).tolist()
-    found = [rows] if is_integer(rows) else list(rows) if isinstance(rows, Iterable) else [rows]
-    for row in found:
+    indices = list(rows) if isinstance(rows, Iterable) else [rows]
+    for row in indices:
         if not is_integer(row) or not -count <= row < count:
             raise ValueError(f"MeZO: exclude must have rows of {name} in [{-count}, {count}), got {row!r}")
-    return [int(row) % count for row in found]
+    return [int(row) % count for row in indices]
 
 
 def _runs(indices: list[int]) -> Rows:

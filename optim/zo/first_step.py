@@ -1,6 +1,6 @@
-"""What the first evaluation of a run shows: a fingerprint of every tensor, and functions that are compiled.
+"""The trace of a run's first evaluation: fingerprints of its tensors, and whether compiled functions have run.
 
-These are diagnostics. They raise nothing, whatever a closure computes with.
+These are diagnostics: they raise no error, whatever classes of tensors a closure uses.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _LAYOUTS = {
 
 
 class Trace:
-    """What one evaluation computed with.
+    """The tensors and the compiled functions of one evaluation.
 
-    ``sums`` has the fingerprints of all tensors that functions were given, managed parameters excluded: what hidden
-    weights change shows there. ``compiled`` says that a function ran eagerly although it is compiled, and
-    ``compiled_weights`` that it used a managed parameter.
+    ``sums`` has the fingerprints of all tensors that torch functions were given, except managed parameters. A changed
+    hidden weight changes the fingerprints of what is computed from it. ``compiled`` says that a compiled function ran
+    eagerly, and ``compiled_weights`` that it used a managed parameter.
     """
 
     def __init__(self, managed: set[int], evaluation: CodeType) -> None:
@@ -42,7 +42,7 @@ class Trace:
         self.compiled = self.compiled_weights = False
 
     def note(self, args: Any, has_weights: bool) -> None:
-        """One call of a torch function."""
+        """Add one call of a torch function."""
         with suppress(Exception):
             for leaf in tree_leaves(args):
                 if isinstance(leaf, Tensor) and id(leaf) not in self._managed:
@@ -66,12 +66,12 @@ class Trace:
 
 
 def _compiled_wrapper() -> CodeType | None:
-    """The code that every function has which torch.compile returns; None where nothing can be compiled yet."""
+    """The code object that all functions of torch.compile share; None where torch's compiler is not imported yet."""
     if "torch._dynamo" not in sys.modules:
         return None
     try:
         code: CodeType = torch.compile(_nothing, backend="eager").__code__
-    except Exception:  # torch.compile is not to be had on this Python
+    except Exception:  # torch.compile does not support this Python
         return None
     return code
 
@@ -81,7 +81,7 @@ def _nothing() -> None:
 
 
 def fingerprint(t: Tensor) -> list[float]:
-    """Sums of a tensor's elements, of every component of a tensor that is made of several; NaN where it has none."""
+    """The sum of the elements of each of a tensor's components; NaN for a tensor without a sum."""
     try:
         return [s for part in _components(t) for s in _sums(part)]
     except Exception:  # quantised, without data, or of a class that has neither components nor sums
@@ -89,7 +89,7 @@ def fingerprint(t: Tensor) -> list[float]:
 
 
 def _components(t: Tensor) -> list[Tensor]:
-    """Plain dense tensors that hold what a tensor is made of."""
+    """The plain dense tensors that hold a tensor's values."""
     if is_functorch_wrapped_tensor(t):
         return []
     if hasattr(type(t), "__tensor_flatten__"):

@@ -1,7 +1,7 @@
-"""What a forward pass reads and changes beside the weights: generators of random numbers, and buffers of modules.
+"""State of forward passes that is no weight: generators of random numbers, and buffers of modules.
 
-Every evaluation of a step starts from what they were before the step; what the last evaluation leaves remains. So a
-step draws from a generator, and moves a running mean, as one forward pass does.
+Every evaluation of a step starts from the state before the step. After the step, the state is what the last evaluation
+made of it. So a step draws from a generator, and moves a running mean, as one forward pass does.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from leanops.optim.common.parameters import canonical_name
 from leanops.optim.zo.slots import Slot
 
 _LARGE = 1 << 20  # bytes: a larger buffer is saved in later steps only if the first evaluation changed it
-_OBJECTS = 10_000  # that are looked at to find the modules of a closure
-_DEPTH = 4
-_ITEMS = 1_000  # a longer list holds data
+_OBJECTS = 10_000  # so many objects at most are searched for the modules of a closure
+_DEPTH = 4  # so many references away from the closure
+_ITEMS = 1_000  # a longer list holds data, not modules
 _MT19937_BYTES = 625 * 4  # NumPy's mt19937_state: 624 words and a position
 
 
@@ -51,8 +51,8 @@ class Generators:
 
 
 class _NumPyGenerator:
-    """NumPy's global generator. To get and set its state takes 80 us, to compare its memory 1 us, so the state is saved
-    only where an evaluation was seen to draw from it (and at first, when that is not known)."""
+    """NumPy's global generator. To get and set its state takes 80 us, to compare its memory 1 us. So the state is saved
+    at the first step, and later only if an evaluation has drawn from the generator."""
 
     def __init__(self) -> None:
         self._drawn: bool | None = None
@@ -85,7 +85,7 @@ class _NumPyGenerator:
             self._random.set_state(self._state)
 
     def _find(self) -> int | None:
-        """The address of the generator's state, where it is of the usual kind."""
+        """The address of the generator's state, if it is an MT19937, as usual; else None."""
         find = getattr(self._random, "get_bit_generator", None)  # from NumPy 1.24 on
         generator: Any = None if find is None else find()
         return int(generator.ctypes.state_address) if type(generator).__name__ == "MT19937" else None
@@ -96,15 +96,15 @@ class _Buffer(NamedTuple):
     key: str
     name: str
     before: Tensor | None
-    copy: Tensor | None  # None where the tensor is of a kind that is not saved
+    copy: Tensor | None  # None if the tensor is not saved
 
 
 class Buffers:
-    """Buffers of modules (running statistics, counters). One that is replaced by another tensor is put back, too."""
+    """Buffers of modules (running statistics, counters). A buffer that was replaced by another tensor is put back."""
 
     def __init__(self, watched: Sequence[tuple[nn.Module, str, str]], slots: Sequence[Slot]) -> None:
         self._weights = _Ranges([s.local for s in slots])
-        self._watched = list(watched)  # a module, a buffer's name in it, and its whole name
+        self._watched = list(watched)  # a module, a buffer's name in the module, and the name in the model
         self._saved: list[_Buffer] = []
         self._first = True
 
@@ -123,11 +123,11 @@ class Buffers:
                 before.copy_(copy)
 
     def changed(self) -> list[str]:
-        """Names of those that differ from what was saved."""
+        """Names of the buffers that differ from what was saved."""
         return [b.name for b in self._saved if self._differs(b)]
 
     def settle(self) -> None:
-        """After the first evaluation: watch a large buffer only if that changed it."""
+        """Called after the first evaluation: stop watching the large buffers that it has not changed."""
         self._first = False
         unwatched = {
             (id(b.module), b.key)
@@ -147,8 +147,9 @@ class Buffers:
         if not plain or (b.is_inference() and not torch.is_inference_mode_enabled()):
             return False
         if self._first and b.nbytes > _LARGE and not (b.is_floating_point() or b.is_complex()):
-            return False  # quantised weights; they are saved nowhere, and dropped by settle()
-        return not any(s == 0 and n > 1 for s, n in zip(b.stride(), b.shape, strict=True)) and not self._weights.meet(b)
+            return False  # quantised weights, which settle() stops watching
+        expanded = any(s == 0 and n > 1 for s, n in zip(b.stride(), b.shape, strict=True))
+        return not expanded and not self._weights.overlap(b)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -159,33 +160,33 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 class _Ranges:
-    """The memory of some tensors."""
+    """The byte ranges of some tensors."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._found = [(t.device, *byte_range(t)) for t in tensors if t.numel()]
-        self._known: dict[tuple[torch.device, int, int], bool] = {}
+        self._ranges = [(t.device, *byte_range(t)) for t in tensors if t.numel()]
+        self._answers: dict[tuple[torch.device, int, int], bool] = {}
 
-    def meet(self, t: Tensor) -> bool:
+    def overlap(self, t: Tensor) -> bool:
         device, start, end = key = t.device, *byte_range(t)
-        if key not in self._known:
-            self._known[key] = any(d == device and start < e and s < end for d, s, e in self._found)
-        return self._known[key]
+        if key not in self._answers:
+            self._answers[key] = any(d == device and start < e and s < end for d, s, e in self._ranges)
+        return self._answers[key]
 
 
 class ForwardState:
-    """Generators and buffers of the closures that an optimizer evaluates."""
+    """Generators, and buffers of the modules that an optimizer's closures use."""
 
     def __init__(self, model: nn.Module | None, closure: Callable[[], Any], slots: Sequence[Slot], same_rng: bool):
         roots = [("", model)] if model is not None else []
         roots += [(f"{type(m).__name__}.", m) for m in modules_of(closure)]
-        known: set[int] = set()
+        seen: set[int] = set()
         devices = {s.local.device for s in slots}
         buffers = []
         for prefix, root in roots:
             for path, module in root.named_modules():
-                if id(module) in known or isinstance(module, torch.jit.ScriptModule):
+                if id(module) in seen or isinstance(module, torch.jit.ScriptModule):
                     continue
-                known.add(id(module))
+                seen.add(id(module))
                 devices |= {t.device for t in module._parameters.values() if t is not None}
                 for key in module._buffers:
                     name = canonical_name(root, f"{path}.{key}" if path else key)
@@ -203,7 +204,7 @@ class ForwardState:
         self._buffers.save()
 
     def restore(self) -> None:
-        """Before every further one."""
+        """Before every further evaluation."""
         if not self._settled:
             self._settled = True
             self.changed_buffers = self._buffers.changed()
@@ -213,13 +214,13 @@ class ForwardState:
         self._buffers.restore()
 
     def undo(self) -> None:
-        """After evaluations that do not count: the buffers are what they were before the step."""
+        """After evaluations that do not count: give the buffers their values before the step."""
         self._buffers.restore()
 
 
 def modules_of(closure: Callable[[], Any]) -> list[nn.Module]:
-    """The modules that a function refers to: by its free variables, its defaults, the globals that it names, and the
-    attributes and items of those, to a depth of four."""
+    """The modules that a function refers to: in its free variables, its defaults, the globals that it names, and the
+    attributes and items of these objects, to a depth of four."""
     found: list[nn.Module] = []
     queue: deque[tuple[Any, int]] = deque([(closure, 0)])
     seen: set[int] = set()
@@ -236,7 +237,7 @@ def modules_of(closure: Callable[[], Any]) -> list[nn.Module]:
 
 
 def _referents(value: Any) -> Iterator[Any]:
-    kind = type(value)  # isinstance() asks a proxy for the class of what it stands for
+    kind = type(value)  # isinstance() would get the class that a proxy claims
     if kind is FunctionType:
         yield from _globals_of(value)
         yield from value.__defaults__ or ()

@@ -1,12 +1,12 @@
-r"""HiZOO's directions: noise divided by the root of a curvature that every element has of its own.
+r"""HiZOO's directions: noise divided by the root of each element's curvature.
 
 With h, one number an element, 1 at the start (HiZOO's diagonal of the inverse of Sigma):
 
     q_k = z_k / sqrt(h),    c_k = |L(theta + eps q_k) + L(theta - eps q_k) - 2 L(theta)| / (2 eps^2)
     h <- h ((1 - alpha) + (alpha / n) sum_k c_k z_k^2)
 
-In h's dtype, fp32 (fp64 for fp64), every operation rounded by itself, none but additions, products, quotients and
-roots, so that a log replays to the same bits anywhere. What lies in between is as large as a slice.
+The dtype is h's: fp32, or fp64 for fp64 weights. The operations are additions, products, quotients and roots, each
+rounded by itself, so that a log replays to the same bits on every machine. Temporary tensors are as large as a slice.
 """
 
 from __future__ import annotations
@@ -20,25 +20,24 @@ import torch
 from torch import Tensor
 
 from leanops.common import exact
-from leanops.common.dtypes import wide_dtype
-from leanops.optim.zo.directions import Noise, Seed, left
+from leanops.optim.zo.directions import Noise, Seed, left_seeds
 from leanops.optim.zo.momentum_window import MomentumWindow
 from leanops.optim.zo.rounding import write_
 from leanops.optim.zo.slots import Slot, by_device, fixed_kept, keep_fixed_
 from leanops.optim.zo.strategy import THETA, Point, Spsa, Write
-from leanops.optim.zo.update import State, Update, descend_, momentum_of
+from leanops.optim.zo.update import State, Update, descend_, momentum_of, state_tensor
 from leanops.zo import zo_axpy_
 
-_SLICE = 1 << 17  # elements; three times as many numbers stay in a cache
+_SLICE = 1 << 17  # elements; three slices stay in a cache
 
 
 @dataclass(frozen=True)
 class Hizoo(Spsa):
-    """SPSA along z / sqrt(h). A third evaluation, at theta, tells what h learns: a second scalar a direction, c_k."""
+    """SPSA along z / sqrt(h). An evaluation at theta gives a second scalar a direction, c_k, from which h learns."""
 
     variant = "hizoo"
     scalars_per_direction = 2
-    not_fused_because = "whose steps follow from the curvature before them"
+    not_fused_because = "whose steps depend on the curvature before them"
 
     smoothing: float = 1e-8
 
@@ -54,7 +53,9 @@ class Hizoo(Spsa):
 
     def check_momentum(self, beta: float) -> None:
         if beta and self.momentum_mode != "store":
-            raise ValueError("MeZO: momentum of hizoo needs momentum_mode='store': the log cannot tell past curvatures")
+            raise ValueError(
+                "MeZO: momentum of hizoo needs momentum_mode='store': the log does not hold old curvatures"
+            )
 
     @property
     def own_settings(self) -> dict[str, Any]:
@@ -62,14 +63,14 @@ class Hizoo(Spsa):
 
     # --- the estimate -------------------------------------------------------------------------------------------------
 
-    def points(self, mine: Sequence[int], first: bool) -> list[Point]:
-        return [*super().points(mine, first), THETA]
+    def points(self, directions: Sequence[int], is_first: bool) -> list[Point]:
+        return [*super().points(directions, is_first), THETA]
 
     def measured(self, losses: Mapping[Point, float], eps: float) -> list[float]:
-        def bend(k: int) -> float:
+        def curvature(k: int) -> float:
             return (losses[k, 1] + losses[k, -1] - 2.0 * losses[THETA]) / eps / (2.0 * eps)
 
-        return [*super().measured(losses, eps), *self._by_direction(losses, bend)]
+        return [*super().measured(losses, eps), *self._by_direction(losses, curvature)]
 
     def scalars(self, measured: list[float]) -> list[float]:
         return measured[: self.directions] + [abs(c) for c in measured[self.directions :]]
@@ -78,11 +79,7 @@ class Hizoo(Spsa):
 
     def with_state(self, slot: Slot, state: State) -> Slot:
         """The curvature is state of the optimizer: 1 everywhere before the first step."""
-        own = state[slot.param]
-        if "curvature" not in own:
-            with torch.inference_mode(False):  # later steps may be outside of it
-                own["curvature"] = torch.ones(slot.local.shape, dtype=wide_dtype(slot.local), device=slot.local.device)
-        return slot._replace(state=(own["curvature"],))
+        return slot._replace(state=(state_tensor(slot, state, "curvature", 1.0),))
 
     def perturb_(self, slots: Sequence[Slot], seed: Seed, scale: float) -> None:
         with fixed_kept(slots):
@@ -160,11 +157,11 @@ def _learn_(slots: Sequence[Slot], seeds: Sequence[Seed], curvatures: Sequence[f
 
 
 class _Piece(NamedTuple):
-    """A slice of a slot, of its curvature, and of what is written."""
+    """A slice of a slot."""
 
-    out: Tensor
+    out: Tensor  # that is written
     slot: Slot
-    h: Tensor
+    h: Tensor  # curvature
 
 
 def _scaled(
@@ -180,7 +177,7 @@ def _sums(pieces: Sequence[_Piece], seeds: Sequence[Seed], coeffs: Sequence[floa
     """sum_k c_k z_k."""
     sums = [torch.zeros_like(piece.h) for piece in pieces]
     ids, offsets = [p.slot.tensor_id for p in pieces], [p.slot.offset for p in pieces]
-    zo_axpy_(sums, left(seeds), list(coeffs), tensor_ids=ids, offsets=offsets)
+    zo_axpy_(sums, left_seeds(seeds), list(coeffs), tensor_ids=ids, offsets=offsets)
     return sums
 
 

@@ -1,6 +1,6 @@
 """The log of a run: a header and one fp32 scalar a step (and direction), from which the run's weights follow.
 
-HiZOO has two scalars a direction: first the estimates of all directions, then what their curvatures learn from.
+A step of HiZOO has two scalars a direction: first the estimates of all directions, then their measured curvatures.
 
 File layout, little-endian, in 4-byte words::
 
@@ -8,9 +8,9 @@ File layout, little-endian, in 4-byte words::
     scalar scalar scalar ...                 `words` a step; NaN: the step was skipped
     ESCAPE kind|words<<8  payload ...        between steps: a change, or a checksum
 
-ESCAPE is a signalling NaN that no scalar takes. A hyperparameter that changes costs 5 words, a step nothing but its
-scalars; a checksum of everything before it stands after every 4,096 steps and at the end. A run that appends to its
-file and dies leaves a log that loads up to the last whole step, with a warning.
+ESCAPE is a signalling NaN, which is never a scalar. A changed hyperparameter takes 5 words, a step only its scalars. A
+checksum of all bytes before it follows every 4,096 steps, and ends the log. A run that appends to its file and dies
+leaves a log that loads up to the last whole step, with a warning.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ FORMAT = "zolog/1"
 
 _ESCAPE = 0x7FA10C5E
 _SET, _JSON, _CHECK, _END = 1, 2, 3, 4
-_LAYOUT = {_SET: "<HHd", _CHECK: "<II", _END: "<II"}  # (group, field, value), (crc32, steps) of all before it
+_LAYOUT = {_SET: "<HHd", _CHECK: "<II", _END: "<II"}  # (group, field, value), (crc32, steps) of all bytes before
 _CHECK_EVERY = 4096
 _SKIPPED = struct.pack("<I", 0x7FC00000)
-_ENTRY = {"name", "id", "shape", "dtype", "group"}  # of a parameter
-_OPTIONAL = {"fixed_rows", "tied"}  # rows that do not move; the earlier parameter that has the same memory
+_ENTRY = {"name", "id", "shape", "dtype", "group"}  # what the log says of each parameter
+_OPTIONAL = {"fixed_rows", "tied"}  # rows that do not move; the id of the earlier parameter with the same memory
 
 
 class LogError(ValueError):
-    """A log that cannot be read, or does not fit the parameters it is replayed on."""
+    """A log that cannot be read, or that does not fit the parameters of a replay."""
 
 
-def _words(data: bytes) -> bytes:
+def _padded(data: bytes) -> bytes:
     return data + b" " * (-len(data) % 4)
 
 
@@ -69,7 +69,7 @@ class ZoLog:
         self.begin(header)
 
     def begin(self, header: Mapping[str, Any]) -> None:
-        """Become the log of a run without steps."""
+        """Take a header, and drop all steps."""
         self.header: dict[str, Any] = {"format": FORMAT, **deepcopy(dict(header))}
         self._body = bytearray()
         self._crc = 0
@@ -89,13 +89,13 @@ class ZoLog:
 
     @property
     def words(self) -> int:
-        """Scalars a step."""
+        """The number of scalars of a step; each is a word."""
         return self.directions * scalars_per_direction(self.header)
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
     def append(self, scalars: Sequence[float] | None) -> None:
-        """One step: its scalars, or None for a step that was skipped."""
+        """Add a step: its scalars, or None for a skipped step."""
         n = self.words
         if scalars is None:
             self._write(_SKIPPED * n, steps=1)
@@ -107,7 +107,7 @@ class ZoLog:
             self._write(self._checksum(_CHECK))
 
     def set(self, group: int, field: str, value: float) -> None:
-        """From the next step on, a parameter group's lr, weight decay or momentum has another value."""
+        """Record that a parameter group's lr, weight decay or momentum has another value from the next step on."""
         if field not in FIELDS or not _in_range(field, value):
             raise ValueError(
                 f"ZoLog.set: field must be one of {', '.join(FIELDS)}, its value finite and >= 0, momentum below 1, "
@@ -116,8 +116,8 @@ class ZoLog:
         self._event(_SET, struct.pack(_LAYOUT[_SET], group, FIELDS.index(field), value))
 
     def change(self, **values: Any) -> None:
-        """From the next step on: ``frozen`` (ids), ``eps``, or further ``params`` with their ``group``."""
-        self._event(_JSON, _words(json.dumps(values, separators=(",", ":")).encode()))
+        """Record what holds from the next step on: ``frozen`` (ids), ``eps``, or entries of further ``params``."""
+        self._event(_JSON, _padded(json.dumps(values, separators=(",", ":")).encode()))
 
     def _event(self, kind: int, payload: bytes) -> None:
         self._write(struct.pack("<II", _ESCAPE, kind | len(payload) // 4 << 8) + payload)
@@ -129,12 +129,14 @@ class ZoLog:
         self._body += data
         self._crc = zlib.crc32(data, self._crc)
         self._count += steps
-        if self._file is not None:  # last: on a full disk the log in memory is whole, and the buffer keeps what is owed
+        if (
+            self._file is not None
+        ):  # last: if the disk is full, the log in memory is whole, and the file buffers the rest
             self._file.write(data)
             self._file.flush()
 
     def _preamble(self, steps: int | None) -> bytes:
-        header = _words(json.dumps({**self.header, "steps": steps}, separators=(",", ":")).encode())
+        header = _padded(json.dumps({**self.header, "steps": steps}, separators=(",", ":")).encode())
         return MAGIC + struct.pack("<II", len(header), zlib.crc32(header)) + header
 
     def to_bytes(self) -> bytes:
@@ -156,17 +158,17 @@ class ZoLog:
     def attach(self, path: str | os.PathLike[str], *, new: bool = False) -> None:
         """Write the log to ``path`` and append every later step to it as it happens. :meth:`close` completes the file.
 
-        A file that exists is not overwritten, FileExistsError, unless it is this run's up to an earlier or a later
-        step; with ``new``, never.
+        An existing file is overwritten only if it is a log of this run, up to an earlier or a later step, and not with
+        ``new``; FileExistsError otherwise.
         """
         self.close()
         self._path = Path(path)
         if new and self._path.exists():
             raise FileExistsError(
-                f"{path}: a log is there already; give another name, or resume its run from a state_dict"
+                f"{path}: the file exists already; give another name, or resume its run from a state_dict"
             )
         if self._path.exists() and not self._same_run(self._path):
-            raise FileExistsError(f"{path}: something else than this run's log is there; give another name")
+            raise FileExistsError(f"{path}: the file exists and is not this run's log; give another name")
         with replacing(self._path) as file:
             file.write(self._preamble(None) + bytes(self._body))
         self._file = open(self._path, "ab")  # noqa: SIM115
@@ -174,14 +176,14 @@ class ZoLog:
     def close(self) -> None:
         """Complete and close the attached file, if there is one."""
         if self._file is not None:
-            file, self._file = self._file, None  # also where the disk is full
+            file, self._file = self._file, None  # closed also if the write fails
             with file:
                 file.write(self._checksum(_END))
 
     def _same_run(self, path: Path) -> bool:
-        """Whether one of the two logs begins as the whole of the other."""
+        """Whether the file's log begins with this one, or this one with the file's."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a run that did not close its log
+            warnings.simplefilter("ignore")  # the warning of a run that did not close its log
             try:
                 other = ZoLog.load(path)
             except LogError:
@@ -216,7 +218,8 @@ class ZoLog:
         return log
 
     def _scan(self, body: bytes, name: str) -> tuple[int, bool]:
-        """Count the steps and verify the checksums: the last whole record's end, and whether the end mark is there."""
+        """Count the steps and verify the checksums. Returns where the last whole record ends, and whether the log is
+        complete."""
         position = checked = crc = 0
         groups = self.header["groups"]
         for kind, start, end, content in _records(body, self.words, name):
@@ -232,7 +235,7 @@ class ZoLog:
                     raise LogError(f"{name}: damaged: at byte {start} group {group} sets field {field} to {value}")
             elif kind == _JSON:
                 if not _is_change(content, groups):
-                    raise LogError(f"{name}: damaged: the change at byte {start} is none that a run makes")
+                    raise LogError(f"{name}: damaged: no run writes the change at byte {start}")
                 groups += "params" in content
             else:
                 crc = zlib.crc32(body[checked:start], crc)
@@ -246,20 +249,20 @@ class ZoLog:
         return position, False
 
     def scalars(self) -> NDArray[np.float32]:
-        """[steps, words]; rows of NaN are steps that were skipped."""
+        """[steps, words]; the row of a skipped step is NaN."""
         rows = [content for kind, _, _, content in _records(bytes(self._body), self.words) if kind == 0]
         return np.concatenate(rows) if rows else np.empty((0, self.words), np.float32)
 
     def params(self) -> list[dict[str, Any]]:
-        """Every parameter's ``name``, ``id``, ``shape``, ``dtype`` and ``group``, those that joined later included."""
-        found = list(self.header["params"])
+        """Every parameter's ``name``, ``id``, ``shape``, ``dtype`` and ``group``, also of those that joined later."""
+        entries = list(self.header["params"])
         for kind, _, _, content in _records(bytes(self._body), self.words):
             if kind == _JSON:
-                found += content.get("params", [])
-        return found
+                entries += content.get("params", [])
+        return entries
 
     def ties(self) -> dict[int, int]:
-        """id -> the id of the earlier parameter that has the same memory, of the parameters that have one."""
+        """id -> the id of the earlier parameter with the same memory."""
         return {e["id"]: e["tied"] for e in self.params() if "tied" in e}
 
     def steps(self, start: int = 0, stop: int | None = None) -> Iterator[Step]:
@@ -271,7 +274,7 @@ class ZoLog:
                 yield step
 
     def states(self) -> Iterator[Step]:
-        """:meth:`steps`, and at last what holds for the next step, without scalars."""
+        """:meth:`steps`, and then one more, without scalars: the options of the next step."""
         groups: list[dict[str, float]] = [dict.fromkeys(FIELDS, 0.0) for _ in range(self.header["groups"])]
         state, frozen, restart, index = tuple(groups), frozenset[int](), False, 0
         for kind, _, _, content in _records(bytes(self._body), self.words):
@@ -296,7 +299,7 @@ def _read_header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
     if data[:5] != MAGIC[:5]:
         raise LogError(f"{name}: not a log: it starts with {data[:8]!r}, not with {MAGIC!r}")
     if data[:8] != MAGIC:
-        raise LogError(f"{name}: format version {data[6:7].hex() or 'missing'} is not known here, only 01 is")
+        raise LogError(f"{name}: format version must be 01, got {data[6:7].hex() or 'none'}")
     if len(data) < 16:
         raise LogError(f"{name}: truncated within the header")
     size, crc = struct.unpack_from("<II", data, 8)
@@ -311,32 +314,32 @@ def _read_header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
 
 
 def _records(body: bytes, width: int, name: str = "log") -> Iterator[tuple[int, int, int, Any]]:
-    """(kind, first byte, last byte + 1, content): kind 0 is a run of steps, [count, width]; an incomplete tail is left
-    out. LogError where a record does not read."""
+    """(kind, first byte, last byte + 1, content): kind 0 is a run of steps, [count, width]. Omits an incomplete last
+    record. LogError where a record does not read."""
     words = np.frombuffer(body, "<u4", len(body) // 4)
     escapes = np.flatnonzero(words == _ESCAPE).tolist()
-    at = 0
+    start = 0
     for escape in [*escapes, None]:
-        if escape is not None and escape < at:
-            continue  # a payload's word that happens to look like one
+        if escape is not None and escape < start:
+            continue  # a payload's word that has the value of ESCAPE
         stop = len(words) if escape is None else escape
-        count = (stop - at) // width
+        count = (stop - start) // width
         if count:
-            end = at + count * width
-            yield 0, 4 * at, 4 * end, words[at:end].view("<f4").reshape(count, width)
+            end = start + count * width
+            yield 0, 4 * start, 4 * end, words[start:end].view("<f4").reshape(count, width)
         if escape is None or escape + 1 >= len(words):
             return
         tag = int(words[escape + 1])
-        at = escape + 2 + (tag >> 8)
-        if at > len(words):
+        start = escape + 2 + (tag >> 8)
+        if start > len(words):
             return
-        kind, data = tag & 0xFF, body[4 * (escape + 2) : 4 * at]
+        kind, data = tag & 0xFF, body[4 * (escape + 2) : 4 * start]
         try:
             content = json.loads(data) if kind == _JSON else struct.unpack(_LAYOUT[kind], data)
         except (KeyError, ValueError, struct.error) as error:
             text = f"a record of kind {kind} and {len(data)} bytes at byte {4 * escape} does not read"
             raise LogError(f"{name}: damaged: {text}") from error
-        yield kind, 4 * escape, 4 * at, content
+        yield kind, 4 * escape, 4 * start, content
 
 
 def _in_range(field: str, value: float) -> bool:
@@ -344,7 +347,7 @@ def _in_range(field: str, value: float) -> bool:
 
 
 def _is_change(values: Any, groups: int) -> bool:
-    """Whether :meth:`ZoLog.change` was told this when there were so many parameter groups."""
+    """Whether a run with ``groups`` parameter groups can have recorded these values, see :meth:`ZoLog.change`."""
     if not isinstance(values, dict) or not values.keys() <= {"frozen", "eps", "params"}:
         return False
     frozen, joined = values.get("frozen", []), values.get("params", [])
@@ -358,16 +361,16 @@ def _is_change(values: Any, groups: int) -> bool:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Write a file through a neighbour of it, so that a reader sees the old or the new, never a part."""
-    target = Path(os.path.realpath(path))  # a link stays one
+    """Write a temporary file in the same folder, then rename it: a reader sees the old file or the new one."""
+    target = Path(os.path.realpath(path))  # through a link, which stays
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if target.exists() and not target.is_file():  # a device, a pipe: it would be gone
+    if target.exists() and not target.is_file():  # a device or a pipe, which the rename would remove
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     try:
         descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # by the caller's name of it
+        raise OSError(error.errno, error.strerror, str(path)) from None  # names the caller's path
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file

@@ -298,7 +298,7 @@ class MeZO(Optimizer):
         """
         op = "MeZO.load_state_dict"
         if "mezo" not in state_dict:
-            raise ValueError(f"{op}: state_dict must be a MeZO optimizer's, got one without an entry 'mezo'")
+            raise ValueError(f"{op}: state_dict must be a MeZO optimizer's, got one with no entry 'mezo'")
         if missing := {"log", "eps"} - state_dict["mezo"].keys():
             raise ValueError(f"{op}: the entry 'mezo' must hold 'log' and 'eps', it lacks {', '.join(sorted(missing))}")
         log = ZoLog.from_bytes(state_dict["mezo"]["log"].cpu().numpy().tobytes(), name=op)

@@ -1,4 +1,4 @@
-"""The past steps that momentum is recomputed from: one rule, which the run and its replay both follow."""
+"""The past steps that momentum is recomputed from. The run and its replay follow this one rule."""
 
 from __future__ import annotations
 
@@ -23,30 +23,31 @@ class MomentumWindow:
         self._steps: deque[tuple[Sequence[Seed], Sequence[float]]] = deque()  # the newest first
 
     def restart(self) -> None:
-        """Forget every step: momentum starts anew where the set of moving parameters changes."""
+        """Forget every step: momentum starts at 0 where the set of moving parameters changes."""
         self._steps.clear()
 
     def terms(
         self, seeds: Sequence[Seed], scalars: Sequence[float], lr: float, beta: float
     ) -> tuple[list[Seed], list[float]]:
         """Seeds and coefficients of one update, the present step first: its first seed keys stochastic rounding."""
-        found: list[Seed] = []
+        terms: list[Seed] = []
         coeffs: list[float] = []
         for j, (step_seeds, estimates) in enumerate(islice([(seeds, scalars), *self._steps], length(beta))):
             weight = lr * beta**j / len(estimates)
-            found += step_seeds
+            terms += step_seeds
             coeffs += [-(weight * g) for g in estimates]
-        return found, coeffs
+        return terms, coeffs
 
     def add(self, seeds: Sequence[Seed], scalars: Sequence[float], groups: Sequence[Mapping[str, float]]) -> None:
-        """Enter an applied step. The parameter group with the largest momentum decides how many steps are kept."""
+        """Add an applied step. The parameter group with the largest momentum decides how many steps are kept."""
         self._steps.appendleft((seeds, scalars))
         longest = max(length(float(group["momentum"])) for group in groups)
         while len(self._steps) > longest:
             self._steps.pop()
 
     def follow(self, steps: Iterable[Step], seeds_of: Callable[[int], list[Seed]]) -> Iterator[tuple[Step, list[Seed]]]:
-        """Each step and its seeds, none where it was skipped. Meanwhile the window holds the steps before that one."""
+        """Each step and its seeds; a skipped step has none. While a step is yielded, the window holds the steps before
+        it."""
         for step in steps:
             if step.restart:
                 self.restart()

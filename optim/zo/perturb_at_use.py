@@ -1,20 +1,20 @@
 """Evaluating a function at perturbed weights that exist only where they are used: W itself is never written.
 
-While the closure runs, a mode sees every torch function. Managed parameters among its arguments are replaced by
-``round(W + scale z)``, made on the spot in an arena as large as the largest need of one function and used again by the
-next. Each use makes the same bits, so tied weights are perturbed once. Some parameters cannot be treated so. They are
-held by a copy: perturbed in place in every evaluation and restored, as :class:`~leanops.optim.zo.perturb_in_place.Copy`
-does with all.
+While the closure runs, a mode sees every call of a torch function. It replaces managed parameters among the arguments
+by ``round(W + scale z)``, in an arena that is as large as the largest need of one function and that the next function
+uses again. Each use makes the same bits, so tied weights are perturbed once. Some parameters are held by a copy
+instead: perturbed in place in every evaluation and restored, as :class:`~leanops.optim.zo.perturb_in_place.Copy` does
+with all parameters. They are:
 
-- Parameters that no function is shown (scripted modules, C++ code, views made beforehand use them): the first
-  evaluation is repeated with those perturbed in place, and if its results differ, they are held.
-- Parameters of which a view outlives an evaluation (a module keeps it): the view is pointed at the parameter, the
-  parameter is held, and the evaluation is repeated.
-- All parameters, where a compiled function uses one at the first evaluation (only if ``keeps_compiled``).
+- Parameters that no torch function was given, because scripted modules, C++ code or views made earlier use them. The
+  first evaluation is repeated with these perturbed in place. They are held if the results differ.
+- Parameters with a view that outlives an evaluation, because a module keeps it. The view is pointed at the parameter,
+  the parameter is held, and the evaluation is repeated.
+- All parameters, if a compiled function uses one in the first evaluation and ``keeps_compiled`` is set.
 
-Not found are a weight that is used in sight and out of sight at once (in another thread, too), and one that is used
-out of sight from a later step on. Nor are gradients to be had of weights that are made on the spot, and what a function
-writes into them (an embedding with ``max_norm``) is gone. Such functions need ``Copy``.
+Limits, which ``Copy`` does not have. A weight that torch functions and hidden code (or another thread) both use is not
+found; nor is a weight that hidden code uses only from a later step on. Perturbed weights have no gradients, and what a
+function writes into them (an embedding with ``max_norm``) is lost.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Scratch:
         self._keeps_compiled = keeps_compiled
         self._all = list(slots)
         self._slots = _by_identity(slots)  # perturbed where they are used
-        self._seen: dict[int, Slot] = {}
+        self._seen: dict[int, Slot] = {}  # those of them that a torch function was given
         self._outliving = Outliving()
-        self._checked = self._told_of_compiled = False
+        self._checked = self._warned_of_compiled = False
         self._stack = ExitStack()
         self.arenas: dict[torch.device, Arena] = {}
         self.held: Copy | None = None  # perturbed in place
@@ -64,20 +64,20 @@ class Scratch:
                 stack.enter_context(self.held.session())
             yield
 
-    def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> Loss:
+    def evaluate(self, closure: Closure, seed: Seed, scale: float, restore: Callable[[], None]) -> Loss:
         self.repeated = None
         first = not self._checked and scale != 0.0
         trace = self._new_trace() if first else None
         loss = self._run(closure, seed, scale, trace)
         while self._hold_what_outlives() | self._hold_what_is_compiled(trace):
-            again()
+            restore()
             trace = self._new_trace() if first and self._slots else None
             loss = self._run(closure, seed, scale, trace)
-        if first and math.isfinite(loss):  # else it tells nothing, and the step will not count
+        if first and math.isfinite(loss):  # a step with another loss does not count, and shows nothing
             seen = {s.tensor_id for s in self._seen.values()}
             hidden = [s for s in self._not_held() if s.tensor_id not in seen]
             if hidden and trace is not None:
-                loss = self._find_hidden(hidden, closure, seed, scale, again, trace, loss)
+                loss = self._find_hidden(hidden, closure, seed, scale, restore, trace, loss)
             self._checked = True
         return loss
 
@@ -98,7 +98,7 @@ class Scratch:
             return closure()
 
     def _hold(self, slots: Sequence[Slot]) -> None:
-        """Perturb these in place from now on."""
+        """Perturb these slots in place from now on."""
         if self.held is None:
             self.held = Copy([], self._strategy)
             self._stack.enter_context(self.held.session())
@@ -107,34 +107,34 @@ class Scratch:
             del self._slots[identity]
 
     def _hold_what_outlives(self) -> bool:
-        """Whether parameters are held from now on because memory of theirs is still referred to."""
-        found = self._outliving.take()
-        ids = {s.tensor_id for r in found for s in r.slots}
+        """Hold parameters whose perturbed memory something still refers to. Returns whether there are any."""
+        released = self._outliving.take()
+        ids = {s.tensor_id for r in released for s in r.slots}
         slots = [s for s in self._not_held() if s.tensor_id in ids]
         if not slots:
             return False
-        count = point_at_weights(found)
+        count = point_at_weights(released)
         self._hold(slots)
         self._warn(
             f"memory of these perturbed parameters is still referred to after the evaluation, as when a module keeps a "
             f"view of its weight: {_names(slots)}. {count} tensors in that memory are now the same views of the "
-            "parameter, which is perturbed in place and restored from a copy from now on. A NumPy array, or C++ code, "
-            "that keeps such memory goes on to read this evaluation's weights: pass perturb='copy' there"
+            "parameter, which is perturbed in place and restored from a copy from now on. A NumPy array or C++ code "
+            "that keeps such memory keeps reading this evaluation's weights: pass perturb='copy' if there is one"
         )
         return True
 
     def _hold_what_is_compiled(self, trace: Trace | None) -> bool:
-        """Whether all parameters are held from now on, so that compiled functions need not run eagerly."""
+        """Hold all parameters if that lets compiled functions run compiled. Returns whether it does."""
         if trace is None or not trace.compiled or not self._slots:
             return False
         if trace.compiled_weights and self._keeps_compiled:
             self._hold(self._not_held())
             return True
-        if not self._told_of_compiled:
-            self._told_of_compiled = True
+        if not self._warned_of_compiled:
+            self._warned_of_compiled = True
             self._warn(
                 "the closure calls a function of torch.compile, which runs eagerly here, because weights are perturbed "
-                "where an eager function uses them. Pass perturb='copy' to have it run compiled"
+                "where an eager function uses them. Pass perturb='copy' to run it compiled"
             )
         return False
 
@@ -144,16 +144,16 @@ class Scratch:
         closure: Closure,
         seed: Seed,
         scale: float,
-        again: Callable[[], None],
+        restore: Callable[[], None],
         trace: Trace,
         loss: Loss,
     ) -> Loss:
-        """Evaluate again with ``hidden`` perturbed in place, and hold them where anything differs from ``loss``."""
+        """Evaluate again with ``hidden`` perturbed in place, and hold them if the loss or the trace differs."""
 
-        def once_more() -> tuple[Loss, Trace]:
-            again()
-            second = self._new_trace()
-            return self._run(closure, seed, scale, second), second
+        def evaluate_again() -> tuple[Loss, Trace]:
+            restore()
+            new_trace = self._new_trace()
+            return self._run(closure, seed, scale, new_trace), new_trace
 
         for identity in _by_identity(hidden):
             del self._slots[identity]
@@ -161,24 +161,22 @@ class Scratch:
         try:
             with temporary.session():
                 temporary.place(seed, scale)
-                second, second_trace = once_more()
+                second, second_trace = evaluate_again()
         finally:
             self._slots |= _by_identity(hidden)
         if same(loss, second) and trace.agrees(second_trace):
             self.repeated = loss, second
-            return second  # these parameters play no part
+            return second  # the loss does not depend on these parameters
         self._hold(hidden)
-        third, third_trace = once_more()
+        third, third_trace = evaluate_again()
         self.repeated = second, third
-        text = (
-            "of these parameters some reach the loss without passing a torch function (scripted modules, C++ code, "
-            f"views made beforehand); they are perturbed in place and restored from a copy: {_names(hidden)}"
+        repeats = same(second, third) and second_trace.agrees(third_trace)
+        self._warn(
+            f"some of these parameters {'reach' if repeats else 'may reach'} the loss without passing a torch function "
+            "(scripted modules, C++ code, views made beforehand), so they are perturbed in place and restored from a "
+            f"copy: {_names(hidden)}"
+            + ("" if repeats else ". The closure's results differ each time at the same weights, so it cannot be told")
         )
-        if not (same(second, third) and second_trace.agrees(third_trace)):
-            text = text.replace("some reach", "some may reach") + (
-                ". The closure computes other results each time at the same weights, so it cannot be told"
-            )
-        self._warn(text)
         return third
 
     def _warn(self, text: str) -> None:
@@ -186,7 +184,7 @@ class Scratch:
 
 
 def _by_identity(slots: Sequence[Slot]) -> dict[int, Slot]:
-    """The slot of each parameter, those of the same memory included."""
+    """id(p) -> the slot of a parameter or of one of its twins."""
     return {id(p): s._replace(param=p) for s in slots for p in (s.param, *s.twins)}
 
 
@@ -196,7 +194,7 @@ def _names(slots: Sequence[Slot]) -> str:
 
 
 def _eager() -> AbstractContextManager[object]:
-    """Compiled functions run as they were written, so that the mode sees into them."""
+    """A context in which compiled functions run eagerly, so that the mode sees their torch functions."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")

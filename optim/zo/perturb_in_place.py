@@ -22,14 +22,14 @@ Repeated = tuple[Tensor | float, Tensor | float] | None
 
 
 class Perturber(Protocol):
-    repeated: Repeated  # two evaluations at the same weights, where the last call to evaluate made them
+    repeated: Repeated  # results of two evaluations at the same weights, if the last call to evaluate made two
 
     def session(self) -> AbstractContextManager[None]:
-        """Around the evaluations of one step; at its end the weights are what they were, whatever happened."""
+        """The context of the evaluations of one step. At its end the weights are what they were, also after errors."""
         ...
 
-    def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> Tensor | float:
-        """closure() at W + scale z(seed). ``again`` prepares a repeated call: it restores generators and buffers."""
+    def evaluate(self, closure: Closure, seed: Seed, scale: float, restore: Callable[[], None]) -> Tensor | float:
+        """closure() at W + scale z(seed). ``restore`` restores generators and buffers before a repeated call."""
         ...
 
 
@@ -57,7 +57,7 @@ class Copy:
         finally:
             try:
                 self._restore()
-            except BaseException:  # an interrupt in the midst of it
+            except BaseException:  # an interrupt has stopped the first attempt
                 self._restore()
                 raise
 
@@ -69,21 +69,21 @@ class Copy:
         drop_unsharded(self._sharded)
 
     def add(self, slots: Sequence[Slot]) -> None:
-        """Perturb these, too, from now on, within a session."""
+        """Perturb further slots from now on. Called within a session."""
         for part in by_device(slots):
             saved = [s.local.clone() for s in part]
             self._parts.append(part)
             self._saved.append(saved)
 
     def place(self, seed: Seed, scale: float) -> None:
-        """Let the weights be W + scale z(seed), within a session."""
+        """Set the weights to W + scale z(seed). Called within a session."""
         for part, saved in zip(self._parts, self._saved, strict=True):
             outs = [s.local for s in part]
-            kept = [s._replace(local=old) for s, old in zip(part, saved, strict=True)]
-            self._strategy.perturb_into_(outs, kept, seed, scale)
+            sources = [s._replace(local=old) for s, old in zip(part, saved, strict=True)]
+            self._strategy.perturb_into_(outs, sources, seed, scale)
         drop_unsharded(self._sharded)
 
-    def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> Tensor | float:
+    def evaluate(self, closure: Closure, seed: Seed, scale: float, restore: Callable[[], None]) -> Tensor | float:
         self.place(seed, scale)
         return closure()
 
@@ -93,8 +93,8 @@ class InPlace:
 
     Each of the additions rounds. In bf16 one such cycle at weights of 0.02 and eps = 1e-3 leaves 45% of the weights
     changed, by 7.8e-5 RMS, eight times a typical update, and the damage grows as the square root of the number of
-    steps; in fp32 the change is about one part in 10^7 a step. A log does not replay to the same bits. Only for a
-    machine that has no room for the scratch of the default mode.
+    steps; in fp32 the change is about one part in 10^7 a step. A log does not replay to the same bits. Use it only on a
+    machine without memory for the scratch of the default mode.
     """
 
     repeated: Repeated = None
@@ -120,7 +120,7 @@ class InPlace:
                 self._strategy.perturb_(part, seed, scale)
         drop_unsharded(self._sharded)
 
-    def evaluate(self, closure: Closure, seed: Seed, scale: float, again: Callable[[], None]) -> Tensor | float:
+    def evaluate(self, closure: Closure, seed: Seed, scale: float, restore: Callable[[], None]) -> Tensor | float:
         if seed != self._seed and self._scale:
             self._move(self._seed, -self._scale)
             self._scale = 0.0
@@ -135,6 +135,6 @@ def fsdp_modules(model: nn.Module | None) -> list[nn.Module]:
 
 
 def drop_unsharded(modules: Sequence[nn.Module]) -> None:
-    """Let FSDP gather the weights anew: its root keeps them gathered after a forward pass, and they would be stale."""
+    """Drop gathered weights, which FSDP's root keeps after a forward pass: they are stale once the shards change."""
     for module in modules:
         module.reshard()  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""The torch function mode that shows perturbed weights to every function, in place of the parameters."""
+"""The torch function mode that gives perturbed weights to every torch function, in place of the parameters."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from leanops.optim.zo.first_step import Trace
 from leanops.optim.zo.slots import Slot
 from leanops.optim.zo.strategy import Write
 
-_ROW = 16384  # a row of its own costs an operator as much as this many elements (about 10 us; measured on Zen 5)
-_GPU_ROW = 1 << 22  # as many as an H200 passes in the 4 us that the host takes for a row: an estimate, not measured
+_ROW = 16384  # a separate row costs an operator as much as this many elements (about 10 us; measured on Zen 5)
+_GPU_ROW = 1 << 22  # elements that an H200 passes over in the host's 4 us for a row: an estimate, not measured
 _ADDRESSES = frozenset({"__cuda_array_interface__", "__array_interface__"})  # attributes that hold the bare address
 _VALUES = frozenset({"data", "T", "H", "mT", "mH", "real", "imag"}) | _ADDRESSES  # attributes that read the weights
 
 
 def _metadata() -> frozenset[Any]:
-    """Functions that ask about a tensor, not about its values."""
+    """Functions that do not read a tensor's values."""
     methods = (
         *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "storage_offset", "get_device"),
         *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_pinned", "is_inference", "is_shared"),
@@ -42,10 +42,10 @@ _METADATA = _metadata()
 
 
 class PerturbingMode(TorchFunctionMode):
-    """Replaces the parameters of ``slots`` among a function's arguments by what ``write`` makes of them.
+    """Replaces the parameters of ``slots`` among a function's arguments by tensors that ``write`` fills.
 
-    Without ``write`` the functions see the parameters themselves. ``seen`` collects the slots that a function was
-    given, ``released`` the memory that a result refers to, ``trace`` notes every call.
+    Without ``write`` the functions get the parameters themselves. ``seen`` collects the slots that a function was
+    given, ``released`` the memory that a result refers to, and ``trace`` every call.
     """
 
     def __init__(
@@ -104,11 +104,12 @@ class PerturbingMode(TorchFunctionMode):
     def _call(
         self, write: Write, func: Any, args: Any, kwargs: Any, found: dict[int, Slot], gives_address: bool
     ) -> Any:
-        """The function, with memory of an arena for each device. A result that refers to the memory keeps it."""
+        """Call the function with perturbed weights in the arenas of their devices. If the result refers to an arena's
+        memory, the arena gives it up."""
         replaced: dict[int, Tensor] = {}
         used: list[tuple[Arena, list[Slot]]] = []
-        # torch chooses a matrix product by whether the weight requires grad, even under no_grad. Where grad is enabled,
-        # a graph would keep all weights, and torch.func's transforms do not allow it
+        # torch chooses a matrix product by whether the weight requires grad, even under no_grad. But where grad is
+        # enabled, a graph would keep all weights, and torch.func's transforms do not allow requires_grad
         requires_grad = not (
             torch.is_grad_enabled() or torch.is_inference_mode_enabled() or maybe_current_level() is not None
         )
@@ -142,18 +143,19 @@ class PerturbingMode(TorchFunctionMode):
         *rest: Any,
         **options: Any,
     ) -> Tensor | None:
-        """The rows that are looked up, and no others, where that is less work; the bits are those of the whole."""
+        """The embedding, from perturbed rows that are looked up; the bits are those from the whole weight. None where
+        the whole weight is less work, and for arguments that need it."""
         slot = found.get(id(weight))
         if slot is None or max_norm is not None or weight.dim() != 2 or input.device != weight.device:
             return None
         if input.layout != torch.strided or is_functorch_wrapped_tensor(input):
             return None
-        width, own = weight.shape[1], _ROW if weight.device.type == "cpu" else _GPU_ROW
-        if not 0 < input.numel() * (own + width) < weight.numel():
+        width, row_cost = weight.shape[1], _ROW if weight.device.type == "cpu" else _GPU_ROW
+        if not 0 < input.numel() * (row_cost + width) < weight.numel():
             return None
         ids, places = torch.unique(input.long(), return_inverse=True)
         if int(ids[0]) < 0:
-            return None  # the original raises
+            return None  # torch's function raises
         rows = weight.detach()[ids]
         out = torch.empty_like(rows)
         offsets = (slot.offset + ids * width).tolist()

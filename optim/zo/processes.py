@@ -1,4 +1,4 @@
-"""How the processes of a run work together: whose group they use, and the one small all-reduce of a step."""
+"""The processes of a run: their group, and the one small all-reduce of a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PARALLEL = ("data", "direction", "none")
 
 
 def _group_of_ddp(model: nn.Module | None) -> Any:
-    """The process group of the model's DistributedDataParallel, also inside of torch.compile; None without one."""
+    """The process group of the model's DistributedDataParallel, wherever in the model it is; None without one."""
     if model is None or not torch.distributed.is_available():
         return None
     groups = [m.process_group for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
@@ -25,7 +25,7 @@ def _group_of_ddp(model: nn.Module | None) -> Any:
 
 
 def _several_processes() -> int:
-    """How many processes the initialised world has, 1 without one."""
+    """The number of processes in the world; 1 if torch.distributed is not initialised."""
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
@@ -60,7 +60,7 @@ class Reduction:
         self._world, self._rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
 
     def check(self, params: Iterable[Tensor]) -> None:
-        """Refuse processes that would silently drift apart, each of them by the g of its own data."""
+        """ValueError where the weights of several processes would drift apart, each moved by the g of its own data."""
         if self.group is not None or self._parallel == "none" or any(map(is_sharded, params)):
             return
         if (world := _several_processes()) > 1:
@@ -86,16 +86,18 @@ class Reduction:
             backend = torch.distributed.get_backend(self.group)
             self._device = slots[0].local.device if backend == "nccl" else torch.device("cpu")
 
-    def mine(self, direction: int) -> bool:
+    def evaluates(self, direction: int) -> bool:
         """Whether this process evaluates a direction."""
         return self._parallel != "direction" or direction % self._world == self._rank
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
+        """Whether this process is the first of those that share the directions, or does not share them."""
         return self._parallel != "direction" or self._rank == 0
 
     def __call__(self, values: list[float]) -> list[float]:
-        """The mean over processes (data), or what each process knows put together (direction: 0 elsewhere)."""
+        """Of ``"data"``, the mean over the processes. Of ``"direction"``, the sum: a process has 0 for a direction that
+        another one evaluates."""
         if self.group is None:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self._device)

@@ -17,7 +17,7 @@ from leanops.common.checks import is_integer
 from leanops.common.dtypes import dtype_name
 from leanops.optim.common import parameters
 from leanops.optim.common.parameters import Params
-from leanops.optim.zo.directions import Seed, left
+from leanops.optim.zo.directions import Seed, left_seeds
 from leanops.optim.zo.log import LogError, ZoLog
 from leanops.optim.zo.momentum_window import MomentumWindow
 from leanops.optim.zo.names import names_of
@@ -33,12 +33,12 @@ _SLICE = 1 << 18  # elements that stay in a cache while steps of several terms p
 
 @dataclass
 class Program:
-    """The updates of a parameter group, and for each the ids that stood still."""
+    """The updates of a parameter group."""
 
     updates: list[Update] = field(default_factory=list)
-    frozen: list[frozenset[int]] = field(default_factory=list)
+    frozen: list[frozenset[int]] = field(default_factory=list)  # of each update, the ids that it does not move
 
-    def of(self, tensor_id: int) -> list[Update]:
+    def updates_of(self, tensor_id: int) -> list[Update]:
         return [u for u, ids in zip(self.updates, self.frozen, strict=True) if tensor_id not in ids]
 
 
@@ -70,8 +70,8 @@ def programs(log: ZoLog, strategy: Strategy, start: int = 0, stop: int | None = 
         if step.scalars is None:
             continue
         for program, group in zip(found, step.groups, strict=True):
-            standing = step.index < start  # only the state takes part
-            update = strategy.update(window, seeds, step.scalars, {**group, "lr": 0.0} if standing else group)
+            options = {**group, "lr": 0.0} if step.index < start else group  # before start, only the state changes
+            update = strategy.update(window, seeds, step.scalars, options)
             if update is not None:
                 program.updates.append(update)
                 program.frozen.append(step.frozen)
@@ -88,16 +88,16 @@ def _fusable(updates: Sequence[Update], dtype: torch.dtype) -> bool:
 def run_(slots: Sequence[Slot], updates: Sequence[Update], strategy: Strategy, fused: bool) -> None:
     """Apply a program to tensors of one device and of one kind of dtype."""
     with fixed_kept(slots):
-        _run_free(slots, updates, strategy, fused)
+        _run(slots, updates, strategy, fused)
 
 
-def _run_free(slots: Sequence[Slot], updates: Sequence[Update], strategy: Strategy, fused: bool) -> None:
+def _run(slots: Sequence[Slot], updates: Sequence[Update], strategy: Strategy, fused: bool) -> None:
     tensors = [s.local for s in slots]
 
     def pass_over(seeds: list[Seed], coeffs: list[float], decay: float | list[float], sequential: bool) -> None:
         if seeds:
-            how: dict[str, Any] = {"decay": decay, "rounding": strategy.rounding, "sequential": sequential}
-            zo_axpy_(tensors, left(seeds), coeffs, **how, **strategy.noise.arguments(slots, seeds))
+            options: dict[str, Any] = {"decay": decay, "rounding": strategy.rounding, "sequential": sequential}
+            zo_axpy_(tensors, left_seeds(seeds), coeffs, **options, **strategy.noise.arguments(slots, seeds))
 
     if fused:
         pass_over(*_combined(updates), False)
@@ -115,11 +115,11 @@ def _run_free(slots: Sequence[Slot], updates: Sequence[Update], strategy: Strate
                 seeds, coeffs, decays = [], [], []
         pass_over(seeds, coeffs, decays, True)
     else:
-        for part in _slices(slots):  # step by step, as the run did it
+        for piece in _slices(slots):  # step by step, as in the run
             state: State = defaultdict(dict)
-            alone = [strategy.with_state(part, state)]
+            with_state = [strategy.with_state(piece, state)]
             for u in updates:
-                strategy.apply_(alone, u, state)
+                strategy.apply_(with_state, u, state)
 
 
 def _slices(slots: Sequence[Slot]) -> Iterator[Slot]:
@@ -166,7 +166,7 @@ def moved_by(log: ZoLog, found: Sequence[Program]) -> dict[int, list[Update]]:
         frozen = set().union(*found[g].frozen) if found[g].frozen else set()
         key = (g, tuple(i in ids for ids in found[g].frozen) if i in frozen else ())
         if key not in shared:
-            shared[key] = found[g].of(i)
+            shared[key] = found[g].updates_of(i)
         if shared[key]:
             out[i] = shared[key]
     return out | {i: out[first] for i, first in log.ties().items() if first in out}
@@ -179,15 +179,16 @@ def loaded(op: str, log: Any) -> ZoLog:
     if buffers := found.header.get("buffers"):
         more = f" and {len(buffers) - 8} more" if len(buffers) > 8 else ""
         warnings.warn(
-            f"{op}: the run's forward passes changed buffers, too, which the log does not hold and replay leaves as "
-            f"they are: {', '.join(buffers[:8])}{more}. Take them from a checkpoint of the run",
+            f"{op}: the run's forward passes changed buffers. The log does not hold their values, and replay leaves "
+            f"them as they are: {', '.join(buffers[:8])}{more}. Take them from a checkpoint of the run",
             stacklevel=3,
         )
     return found
 
 
 def _match(params: Params, log: ZoLog, moved: Mapping[int, Any], names: Mapping[str, str] | None) -> dict[int, Tensor]:
-    """id -> tensor, by name where both sides have names, else by position. Nothing fits silently."""
+    """id -> tensor: by name if ``params`` has names, else by position. LogError where a tensor is missing or does not
+    fit."""
     pairs, named = parameters.named("replay_", params)
     entries = log.params()
     if not named:
@@ -195,13 +196,13 @@ def _match(params: Params, log: ZoLog, moved: Mapping[int, Any], names: Mapping[
             raise ValueError("replay_: names need params that have names, got tensors alone")
         if len(pairs) != len(entries):
             raise LogError(
-                f"replay_: the log has {len(entries)} parameters, got {len(pairs)} tensors (give names to pick)"
+                f"replay_: params must be the log's {len(entries)} parameters, or have names, got {len(pairs)} tensors"
             )
         tensors = {e["id"]: t for e, (_, t) in zip(entries, pairs, strict=True) if e["id"] in moved}
     else:
         table = dict(pairs)
         wanted, _ = names_of("replay_", log, moved, names, table)
-        if missing := [n for n in wanted.values() if n not in table]:  # twins that are absent are left out of it
+        if missing := [n for n in wanted.values() if n not in table]:  # `wanted` omits absent twins
             raise LogError(f"replay_: the log moves parameters that are not there: {', '.join(map(str, missing[:8]))}")
         tensors = {i: table[n] for i, n in wanted.items()}
     for entry in entries:
@@ -213,6 +214,7 @@ def _match(params: Params, log: ZoLog, moved: Mapping[int, Any], names: Mapping[
 
 
 def check_fits(where: object, entry: Mapping[str, Any], shape: list[int], dtype: str) -> None:
+    """LogError where a tensor has another shape or dtype than its entry in the log."""
     if (entry["shape"], entry["dtype"]) != (shape, dtype):
         raise LogError(
             f"{where}: parameter {entry['name']} must be {entry['dtype']} {entry['shape']}, got {dtype} {shape}"
@@ -256,12 +258,13 @@ def replay_(
     moved = moved_by(log, programs(log, strategy, start, stop))
     entries = {e["id"]: e for e in log.params()}
     tensors, ties = _match(params, log, moved, names), log.ties()
-    same = parameters.tied(tensors.values())  # a twin that has the memory of its original follows by itself
+    tied_here = parameters.tied(tensors.values())
     slots = []
-    for place, (i, t) in enumerate(tensors.items()):
+    for position, (i, t) in enumerate(tensors.items()):
+        if i in ties and position in tied_here:
+            continue  # it has the memory of its original, and moves with it
         source = entries[ties.get(i, i)]
-        if not (place in same and i in ties):
-            slots.append(slot_of("replay_", entries[i]["name"], source["id"], t, source.get("fixed_rows", ())))
+        slots.append(slot_of("replay_", entries[i]["name"], source["id"], t, source.get("fixed_rows", ())))
     parameters.check_apart("replay_", ((s.name, s.local) for s in slots))
     alike: dict[tuple[int, bool], list[Slot]] = {}
     for s in slots:

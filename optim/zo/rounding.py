@@ -1,4 +1,4 @@
-"""Writing what was computed in a wider dtype into the weights."""
+"""Writing values of a wider dtype into the weights."""
 
 from __future__ import annotations
 

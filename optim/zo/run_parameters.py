@@ -69,7 +69,7 @@ class RunParameters:
         excluded: set[int] = set()
         for i, (p, user_name) in enumerate(zip(group["params"], user_names, strict=True), first_id):
             name = self._name(p, user_name, i)
-            whole, rows = self._exclusions.of(name, p)
+            whole, rows = self._exclusions.rows_of(name, p)
             if whole:
                 excluded.add(i)
             entry = {"name": name, "id": i, "shape": list(p.shape), "dtype": dtype_name(p.dtype), "group": index}

@@ -38,8 +38,13 @@ _ROUNDINGS = ("nearest", "stochastic")
 _PAIRS, _SUMS, _FULL = 0, 1, 2
 
 
+def _index_dtype(size: int) -> np.dtype[Any]:
+    """The dtype of candidates' numbers in a file."""
+    return np.dtype("<u2") if size <= 65536 else np.dtype("<u4")
+
+
 def _fp32(op: str, name: str, values: Any) -> NDArray[np.float32]:
-    """Rounded to fp32, the numbers that travel."""
+    """The values rounded to fp32; ValueError for one that is not finite there."""
     wide = np.asarray(values, np.float64)
     with np.errstate(over="ignore"):
         rounded = wide.astype(np.float32)
@@ -49,31 +54,31 @@ def _fp32(op: str, name: str, values: Any) -> NDArray[np.float32]:
 
 
 class SeedPool:
-    r"""K candidate seeds and what was learned along each: the whole difference between two models.
+    r"""K candidate seeds, and one scalar a candidate: together they are the whole difference between two models.
 
     .. math::
 
         \theta = \theta_0 - \eta \sum_k a_k\, z(s_k), \qquad a_k \leftarrow a_k + \sum_c w_c\, a_{k,c}
 
-    A client samples candidates from the server's pool, takes steps along them (:meth:`step_`) that note (k, g) in an
-    empty pool of its own, and returns that; the server merges with weights :math:`w_c = n_c / \sum n`. Candidates that
-    mattered are sampled more often:
+    A client samples candidates from the server's pool, and takes steps along them (:meth:`step_`), which note (k, g)
+    in an empty pool of its own. It returns this pool; the server merges the pools with weights
+    :math:`w_c = n_c / \sum n`. Candidates with larger :math:`|g|` are sampled more often:
 
     .. math::
 
         p = \text{softmax}\Big(\frac{A - \min A}{\max A + 10^{-10} - \min A}\Big), \qquad
         A_k = \text{mean}_j\, |\text{clip}(g_{kj}, \pm 1000)|
 
-    uniformly as long as there is no history (a candidate without history has :math:`A_k = 0`). This is the formula of
+    and uniformly while there is no history (a candidate without history has :math:`A_k = 0`). This is the formula of
     the paper: A_k is the sum of n amplitudes divided by n. The published code divides by n + 1, because its histories
-    start with a 0; see ``history_starts_with_zero``. All sums are kept in fp32, the numbers that travel, so that every
-    site computes the same weights.
+    start with a 0; see ``history_starts_with_zero``. The pool keeps and sends all sums in fp32, so that every site
+    computes the same weights.
 
     Args:
         size: K, published: 1,024 to 4,096.
-        seed: of the pool; candidate k's seed follows from it (:mod:`leanops.common.seeds`, stream 4).
-        distribution, rounding: of :func:`leanops.zo_axpy_`.
-        clip: bound of an amplitude.
+        seed: the pool's seed; candidate k's seed follows from it (:mod:`leanops.common.seeds`, stream 4).
+        distribution, rounding: as in :func:`leanops.zo_axpy_`.
+        clip: bound of |g| in an amplitude.
         history_starts_with_zero: count one 0 in every candidate's history, so that n amplitudes are divided by n + 1. A
             candidate that was measured once then has half its amplitude. It changes :meth:`probabilities` only, and is
             saved with the pool. Pools that differ in it can be merged.
@@ -116,7 +121,7 @@ class SeedPool:
         self.amplitudes: NDArray[np.float32] = np.zeros(self.size, np.float32)  # sum over j of |clip g_kj|
         self.counts: NDArray[np.uint32] = np.zeros(self.size, np.uint32)  # how many g_kj
         self._evaluator: Evaluator | None = None
-        self._pairs: list[tuple[int, float]] | None = []  # all that was added; None once something was merged
+        self._pairs: list[tuple[int, float]] | None = []  # every (k, g) of add(); None after merge()
 
     def __repr__(self) -> str:
         used = int(np.count_nonzero(self.counts))
@@ -129,7 +134,7 @@ class SeedPool:
     # --- learning -----------------------------------------------------------------------------------------------------
 
     def probabilities(self) -> NDArray[np.float64]:
-        """[K]: how likely each candidate is sampled."""
+        """[K]: the probability that :meth:`sample` draws each candidate."""
         counts = self.counts.astype(np.int64) + self.history_starts_with_zero
         a = np.divide(self.amplitudes, counts, out=np.zeros(self.size), where=self.counts > 0)
         weights = np.exp((a - a.min()) / (a.max() + 1e-10 - a.min()))
@@ -150,12 +155,12 @@ class SeedPool:
         return [int(k) for k in chosen]
 
     def add(self, k: int, g: float) -> None:
-        """A scalar measured along candidate k. It is rounded to fp32; one that is not finite there, or with which the
-        sum is not, is refused."""
+        """Add a scalar that was measured along candidate k, rounded to fp32. ValueError, and nothing changes, if the
+        scalar or the candidate's sum is not finite in fp32."""
         k = integer("SeedPool.add", "k", k, self.size)
-        self._note(k, *self._with("SeedPool.add", k, finite("SeedPool.add", "g", g)))
+        self._note(k, *self._sums_with("SeedPool.add", k, finite("SeedPool.add", "g", g)))
 
-    def _with(self, op: str, k: int, g: float) -> tuple[float, float, float]:
+    def _sums_with(self, op: str, k: int, g: float) -> tuple[float, float, float]:
         """g in fp32, and candidate k's sum and amplitude after it."""
         value = float(_fp32(op, "g", g))
         bounded = float(np.float32(min(abs(value), self.clip)))
@@ -172,7 +177,7 @@ class SeedPool:
             self._pairs.append((k, value))
 
     def merge(self, other: SeedPool, weight: float = 1.0) -> None:
-        """a <- a + weight * other's a, and its amplitudes join the history, each as it was measured."""
+        """a <- a + weight * other's a. The other's amplitudes join the history without the weight."""
         op = "SeedPool.merge"
         if not isinstance(other, SeedPool):
             raise TypeError(f"{op}: other must be a SeedPool, got {type(other).__name__}")
@@ -191,11 +196,12 @@ class SeedPool:
     def apply_(self, params: Params, lr: float, *, tensor_ids: Sequence[int] | None = None) -> None:
         r""":math:`\theta \leftarrow \theta - \eta \sum_k a_k z(s_k)` in one pass over the weights.
 
-        Candidates with :math:`a_k = 0` are left out. Parameters that require no grad stay, unless none requires it.
+        Candidates with :math:`a_k = 0` are left out. Only parameters that require grad move, or all if none does.
 
         Args:
-            params: a module, a mapping, (name, tensor) pairs or tensors. Ids are positions, those that stay included.
-            lr: η. tensor_ids: other ids, one a parameter.
+            params: a module, a mapping, (name, tensor) pairs or tensors. A parameter's id is its position among all.
+            lr: η.
+            tensor_ids: other ids, one a parameter.
         """
         slots = self._slots("SeedPool.apply_", params, tensor_ids)
         lr = finite("SeedPool.apply_", "lr", lr)
@@ -212,8 +218,8 @@ class SeedPool:
     ) -> float:
         """A client's step along candidate k: measure g, move the parameters by -lr g z, ``add(k, g)``; returns g.
 
-        What moves is what :meth:`apply_` moves. The weights are exact during the two evaluations, as in
-        :class:`leanops.optim.MeZO`. A loss that is not finite raises FloatingPointError and changes nothing.
+        It moves the same parameters as :meth:`apply_`. After the evaluations the weights are exactly what they were, as
+        in :class:`leanops.optim.MeZO`. A loss that is not finite raises FloatingPointError and changes nothing.
         """
         op = "SeedPool.step_"
         slots = self._slots(op, params)
@@ -227,35 +233,35 @@ class SeedPool:
             raise FloatingPointError(
                 f"{op}: a loss, or the estimate from it in fp32, is not finite; nothing was changed"
             )
-        after = self._with(op, k, g)
+        sums = self._sums_with(op, k, g)
         apply_(slots, seed, [-lr * g], 0.0, self._noise, self.rounding)
-        self._note(k, *after)
+        self._note(k, *sums)
         return g
 
     def _slots(self, op: str, params: Params, tensor_ids: Sequence[int] | None = None) -> list[Slot]:
-        """What moves: what requires grad, or everything where nothing does."""
+        """The slots of the parameters that require grad, or of all if none does."""
         pairs, _ = parameters.named(op, params)
         ids = list(range(len(pairs))) if tensor_ids is None else integers(op, "tensor_ids", tensor_ids, 2**32)
         if len(ids) != len(pairs):
             raise ValueError(f"{op}: tensor_ids must have one entry a parameter ({len(pairs)}), got {len(ids)}")
-        everything = not any(p.requires_grad for _, p in pairs)
-        moved = [(i, n, p) for i, (n, p) in zip(ids, pairs, strict=True) if everything or p.requires_grad]
+        none_requires_grad = not any(p.requires_grad for _, p in pairs)
+        moved = [(i, n, p) for i, (n, p) in zip(ids, pairs, strict=True) if none_requires_grad or p.requires_grad]
         for _, name, p in moved:
             parameters.check(op, name, p)
         slots = [slot_of(op, name, i, p) for i, name, p in moved]
         parameters.check_apart(op, ((s.name, s.local) for s in slots))
         return slots
 
-    # --- travelling ---------------------------------------------------------------------------------------------------
+    # --- files and messages -------------------------------------------------------------------------------------------
 
     def to_bytes(self, *, history: bool = True) -> bytes:
         """The pool's state: a client's pairs at 6 bytes each, or the sums at 4 bytes a candidate (12 with the history).
 
-        Without ``history`` the receiver gets the weights but samples uniformly. At the published settings (K 4,096
-        without history, or K 1,024 with it; 200 pairs back) a round, down and up, stays under 18 KB.
+        Without ``history`` the receiver gets the weights but samples uniformly. A round at the published settings stays
+        under 18 KB in both directions together (down: K 4,096 without history, or K 1,024 with it; up: 200 pairs).
         """
         pairs = self._pairs
-        index = np.dtype("<u2") if self.size <= 65536 else np.dtype("<u4")
+        index = _index_dtype(self.size)
         if pairs is not None and len(pairs) * (index.itemsize + 4) <= self.size * (12 if history else 4):
             kind = _PAIRS
             body = np.array([k for k, _ in pairs], index).tobytes() + np.array([g for _, g in pairs], "<f4").tobytes()
@@ -298,7 +304,7 @@ class SeedPool:
         )
         body = data[start:]
         if kind == _PAIRS:
-            index = np.dtype("<u2") if size <= 65536 else np.dtype("<u4")
+            index = _index_dtype(size)
             ks = np.frombuffer(body, index, count)
             for k, g in zip(ks.tolist(), np.frombuffer(body, "<f4", count, ks.nbytes).tolist(), strict=True):
                 pool.add(k, g)

@@ -1,4 +1,4 @@
-"""What a zeroth-order step moves: a parameter's id, its memory on this rank, and its place in the whole tensor."""
+"""A parameter as the zeroth-order operators take it: its id, its memory on this rank, and its offset in the whole."""
 
 from __future__ import annotations
 
@@ -15,21 +15,17 @@ from leanops.zo import columns_of
 
 
 class Slot(NamedTuple):
-    """A tensor, or this rank's rows of it. ``offset`` is the index of its first element in the whole tensor, and
-    ``columns`` counts the elements of a row, 0 for a tensor of fewer than two dimensions. ``state`` are tensors of the
-    shape of ``local`` that the run's strategy keeps for the parameter, such as HiZOO's curvature. ``fixed`` are the
-    elements that neither move nor are perturbed: the first index and one past the last, in the whole tensor, of each
-    run of rows. ``twins`` are other parameters with the same memory."""
+    """A tensor, or this rank's rows of it."""
 
     param: Tensor
-    local: Tensor
+    local: Tensor  # this rank's rows
     tensor_id: int
-    offset: int
+    offset: int  # index of the first element of `local` in the whole tensor
     name: str
-    columns: int
-    state: tuple[Tensor, ...] = ()
-    fixed: tuple[tuple[int, int], ...] = ()
-    twins: tuple[Tensor, ...] = ()
+    columns: int  # elements of a row; 0 for a tensor of fewer than two dimensions
+    state: tuple[Tensor, ...] = ()  # of the shape of `local`: kept by the strategy, such as HiZOO's curvature
+    fixed: tuple[tuple[int, int], ...] = ()  # [first, end) in the whole tensor of runs that nothing moves or perturbs
+    twins: tuple[Tensor, ...] = ()  # other parameters with the same memory
 
 
 def slot_of(op: str, name: str, tensor_id: int, p: Tensor, fixed_rows: Iterable[Sequence[int]] = ()) -> Slot:
@@ -47,10 +43,11 @@ def slot_of(op: str, name: str, tensor_id: int, p: Tensor, fixed_rows: Iterable[
 
 def fixed_parts(slot: Slot, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The fixed elements of a slot, as views of tensors that have the shape of its ``local``."""
-    begin, size = slot.offset, slot.local.numel()
-    for first, end in slot.fixed[max(bisect_right(slot.fixed, (begin, begin)) - 1, 0) :]:
-        low, high = max(first - begin, 0), min(end - begin, size)
-        if first >= begin + size:
+    start, size = slot.offset, slot.local.numel()
+    nearest = max(bisect_right(slot.fixed, (start, start)) - 1, 0)  # the last run that begins before the slot
+    for first, end in slot.fixed[nearest:]:
+        low, high = max(first - start, 0), min(end - start, size)
+        if first >= start + size:
             return
         if low >= high:
             continue
@@ -62,7 +59,7 @@ def fixed_parts(slot: Slot, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def keep_fixed_(outs: Sequence[Tensor], slots: Sequence[Slot]) -> None:
-    """Give the fixed elements of ``outs`` the values that they have in the slots."""
+    """Copy the slots' fixed elements into ``outs``."""
     for out, slot in zip(outs, slots, strict=True):
         if slot.fixed:
             for new, old in fixed_parts(slot, out, slot.local):
@@ -71,7 +68,7 @@ def keep_fixed_(outs: Sequence[Tensor], slots: Sequence[Slot]) -> None:
 
 @contextmanager
 def fixed_kept(slots: Sequence[Slot]) -> Iterator[None]:
-    """Whatever happens to the slots within, their fixed elements have their bits at the end."""
+    """At the end of the context, the slots' fixed elements have the bits that they had at its start."""
     saved = [(part, part.clone()) for s in slots if s.fixed for (part,) in fixed_parts(s, s.local)]
     try:
         yield
@@ -81,8 +78,8 @@ def fixed_kept(slots: Sequence[Slot]) -> Iterator[None]:
 
 
 def by_device(slots: Iterable[Slot]) -> list[list[Slot]]:
-    """The operators take the tensors of one device a call."""
-    found: dict[torch.device, list[Slot]] = {}
+    """The slots of each device: an operator call takes tensors of one device."""
+    by_device: dict[torch.device, list[Slot]] = {}
     for s in slots:
-        found.setdefault(s.local.device, []).append(s)
-    return list(found.values())
+        by_device.setdefault(s.local.device, []).append(s)
+    return list(by_device.values())

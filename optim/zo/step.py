@@ -1,4 +1,4 @@
-"""One step of a run, as a log tells it."""
+"""One step of a run, as a log holds it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ FIELDS = ("lr", "weight_decay", "momentum")  # of a parameter group; each is 0 u
 
 @dataclass(frozen=True)
 class Step:
-    """What is needed to repeat the update of a step."""
+    """The data that repeats the update of a step."""
 
     index: int
-    scalars: tuple[float, ...] | None  # None: skipped, nothing was changed
+    scalars: tuple[float, ...] | None  # None: the step was skipped and changed nothing
     groups: tuple[Mapping[str, float], ...]  # of each parameter group, the values of FIELDS
     frozen: frozenset[int]  # ids of parameters that did not move
-    restart: bool  # momentum started anew, for what moves has changed
+    restart: bool  # momentum started at 0, because other parameters moved than before

@@ -1,5 +1,5 @@
-r"""What follows from the variant and the distribution of a run: one object, which the optimizer, its evaluations, its
-log and its replay ask. :class:`Strategy` moves along z itself; :class:`leanops.optim.zo.hizoo.Hizoo` scales z.
+r"""A run's strategy: everything that depends on its variant and its distribution. The optimizer, its evaluations, its
+log and its replay ask this object. :class:`Strategy` moves along z; :class:`leanops.optim.zo.hizoo.Hizoo` scales z.
 
 ========== ============================================================== =====================
 variant    estimate g_k along direction k                                 evaluations
@@ -40,7 +40,7 @@ _NO_DECAY = torch.zeros(1, dtype=torch.float64, device="cpu")
 
 @dataclass(frozen=True)
 class Strategy:
-    """The settings of a run that say how it estimates and how it moves. Each variant is a subclass."""
+    """How a run estimates and how it moves. Each variant is a subclass."""
 
     variant: ClassVar[str]
     scalars_per_direction: ClassVar[int] = 1
@@ -60,10 +60,10 @@ class Strategy:
     # --- settings -----------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise ValueError for settings that do not go together."""
+        """ValueError for settings that do not fit together."""
 
     def check_momentum(self, beta: float) -> None:
-        """Raise ValueError for a momentum that the run cannot have."""
+        """ValueError for a momentum that the run cannot have."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -87,13 +87,13 @@ class Strategy:
 
     # --- the estimate -------------------------------------------------------------------------------------------------
 
-    def points(self, mine: Sequence[int], first: bool) -> list[Point]:
-        """Where this process evaluates: ``mine`` are its directions, ``first`` is True in one process of those that
+    def points(self, directions: Sequence[int], is_first: bool) -> list[Point]:
+        """Where this process evaluates: ``directions`` are its own; ``is_first`` is True in one of the processes that
         share the directions."""
         raise NotImplementedError
 
     def measured(self, losses: Mapping[Point, float], eps: float) -> list[float]:
-        """What this process knows of the step. Processes that share the directions add it up, all others average."""
+        """This process's numbers of the step. Processes that share the directions add them, others average them."""
         raise NotImplementedError
 
     def scalars(self, measured: list[float]) -> list[float]:
@@ -122,7 +122,7 @@ class Strategy:
         keep_fixed_(outs, slots)
 
     def prepared(self, seed: Seed, scale: float) -> Write:
-        """:meth:`perturb_into_` for many calls that each take little time, on tensors that are known to be sound."""
+        """:meth:`perturb_into_` as a function with little overhead, for many calls. It does not check its tensors."""
         key, right = (seed_tensor(s, "MeZO", "seed") for s in seed)
         scales, noise = torch.tensor([scale], dtype=torch.float64, device="cpu"), self.noise
 
@@ -148,7 +148,7 @@ class Strategy:
 
     @property
     def has_state(self) -> bool:
-        """Whether a replay rebuilds state of the parameters, so that nobody may drop it in the midst of a run."""
+        """Whether a replay rebuilds state of the parameters, so that no other code may drop it during a run."""
         return self.momentum_mode == "store"
 
     # --- the update, in the run and in its replay ---------------------------------------------------------------------
@@ -159,7 +159,7 @@ class Strategy:
     def update(
         self, window: MomentumWindow, seeds: Sequence[Seed], scalars: Sequence[float], group: Mapping[str, Any]
     ) -> Update | None:
-        """What a step does to the parameters of a group; None where no bit changes."""
+        """A step's update of a group's parameters; None where no bit changes."""
         lr, beta = float(group["lr"]), float(group["momentum"])
         stored = self.stores_momentum(beta)
         if not lr and not stored:
@@ -183,8 +183,8 @@ class Spsa(Strategy):
 
     variant = "spsa"
 
-    def points(self, mine: Sequence[int], first: bool) -> list[Point]:
-        return [(k, side) for k in mine for side in (1, -1)]
+    def points(self, directions: Sequence[int], is_first: bool) -> list[Point]:
+        return [(k, side) for k in directions for side in (1, -1)]
 
     def measured(self, losses: Mapping[Point, float], eps: float) -> list[float]:
         def slope(k: int) -> float:
@@ -207,8 +207,8 @@ class OneSided(Strategy):
 
     variant = "one_sided"
 
-    def points(self, mine: Sequence[int], first: bool) -> list[Point]:
-        return [*((k, 1) for k in mine), THETA]
+    def points(self, directions: Sequence[int], is_first: bool) -> list[Point]:
+        return [*((k, 1) for k in directions), THETA]
 
     def measured(self, losses: Mapping[Point, float], eps: float) -> list[float]:
         return list(self._by_direction(losses, lambda k: (losses[k, 1] - losses[THETA]) / eps))
@@ -223,8 +223,8 @@ class Fzoo(OneSided):
         if self.directions < 2:
             raise ValueError("MeZO: fzoo needs at least 2 directions, for it divides by the deviation of their losses")
 
-    def points(self, mine: Sequence[int], first: bool) -> list[Point]:
-        return [*((k, 1) for k in mine), *([THETA] if first else [])]
+    def points(self, directions: Sequence[int], is_first: bool) -> list[Point]:
+        return [*((k, 1) for k in directions), *([THETA] if is_first else [])]
 
     def measured(self, losses: Mapping[Point, float], eps: float) -> list[float]:
         return [*self._by_direction(losses, lambda k: losses[k, 1]), losses.get(THETA, 0.0)]

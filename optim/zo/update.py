@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from leanops.common.dtypes import wide_dtype
-from leanops.optim.zo.directions import Noise, Seed, left
+from leanops.optim.zo.directions import Noise, Seed, left_seeds
 from leanops.optim.zo.rounding import write_
 from leanops.optim.zo.slots import Slot, by_device
 from leanops.zo import zo_axpy_
 
-State = MutableMapping[Tensor, dict[str, Any]]  # of an optimizer: the tensors kept for each parameter
+State = MutableMapping[Tensor, dict[str, Any]]  # an optimizer's tensors of each parameter
 
 
 @dataclass
@@ -30,8 +30,8 @@ class Update:
 
     seeds: Sequence[Seed]
     scalars: Sequence[float]
-    terms: tuple[list[Seed], list[float]] | None  # seeds and coefficients of the sum that is added; None: it has state
-    lr: float  # 0: the weights stay, only the state (momentum, curvature) takes part
+    terms: tuple[list[Seed], list[float]] | None  # seeds and coefficients of the added sum; None: follows from state
+    lr: float  # 0: only the state (momentum, curvature) changes
     beta: float
     decay: float
 
@@ -43,7 +43,7 @@ def apply_(
     for part in by_device(slots):
         zo_axpy_(
             [s.local for s in part],
-            left(seeds),
+            left_seeds(seeds),
             coeffs,
             decay=decay,
             rounding=rounding,
@@ -51,17 +51,20 @@ def apply_(
         )
 
 
+def state_tensor(slot: Slot, state: State, name: str, start: float) -> Tensor:
+    """A tensor of a parameter's state, ``start`` everywhere at first: fp32, or fp64 for fp64 weights, because half
+    precision would lose small steps."""
+    tensors = state[slot.param]
+    if name not in tensors:
+        with torch.inference_mode(False):  # later steps may be outside of inference mode
+            tensors[name] = torch.full(slot.local.shape, start, dtype=wide_dtype(slot.local), device=slot.local.device)
+    tensor: Tensor = tensors[name]
+    return tensor
+
+
 def momentum_of(slot: Slot, state: State) -> Tensor:
-    """The stored momentum of a parameter, zeros at first: fp32 (fp64 for fp64), for half precision would lose small
-    steps."""
-    own = state[slot.param]
-    if "momentum_buffer" not in own:
-        with torch.inference_mode(False):  # later steps may be outside of it
-            own["momentum_buffer"] = torch.zeros(
-                slot.local.shape, dtype=wide_dtype(slot.local), device=slot.local.device
-            )
-    buffer: Tensor = own["momentum_buffer"]
-    return buffer
+    """The stored momentum of a parameter, zeros at first."""
+    return state_tensor(slot, state, "momentum_buffer", 0.0)
 
 
 def accumulate_(

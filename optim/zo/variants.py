@@ -12,7 +12,7 @@ VARIANTS: dict[str, type[Strategy]] = {s.variant: s for s in (Spsa, OneSided, Si
 
 
 def strategy_of(settings: Mapping[str, Any]) -> Strategy:
-    """The strategy of a run's settings, or of its log's header; KeyError for a variant that is not known."""
+    """The strategy of a run's settings, or of its log's header; KeyError for an unknown variant."""
     return VARIANTS[settings["variant"]].of(settings)
 
 

@@ -165,7 +165,7 @@ def test_a_file_grows_with_the_run_and_survives_its_end(tmp_path: Path) -> None:
         opt.log.save(path)  # onto its own file: complete, and the next step continues it
         assert ZoLog.load(path).to_bytes() == opt.log.to_bytes()
     assert len(opt.log) == 7
-    with pytest.raises(FileExistsError, match="a log is there already"):
+    with pytest.raises(FileExistsError, match="the file exists already"):
         MeZO([p], log_file=path).step(lambda: p.sum())
     resumed = MeZO([p], lr=1e-2, log_file=path)
     resumed.load_state_dict(opt.state_dict())
@@ -198,7 +198,7 @@ def test_a_log_does_not_go_into_another_file(tmp_path: Path) -> None:
     other.step(lambda: p.sum())
     for data in (other.log.to_bytes(), b"no log", b""):
         path.write_bytes(data)
-        with pytest.raises(FileExistsError, match="something else than this run's log is there"):
+        with pytest.raises(FileExistsError, match="the file exists and is not this run's log"):
             resumed(states[1], path)
         assert path.read_bytes() == data
 
@@ -255,7 +255,7 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
     assert path.read_bytes() == good
     with pytest.raises(LogError, match="not a log"):
         ZoLog.from_bytes(b"hello" * 10)
-    with pytest.raises(LogError, match="version 02"):
+    with pytest.raises(LogError, match="version must be 01, got 02"):
         ZoLog.from_bytes(good[:6] + b"\x02" + good[7:])
     for end in (12, 40, len(good) - 4, len(good) - 40):
         with pytest.raises(LogError, match="truncated"):
