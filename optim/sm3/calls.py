@@ -1,9 +1,9 @@
 """The operator calls of an SM3 step: one a group and device, made once and used again while nothing has changed.
 
-Gathering a thousand parameters anew, and refusing what does not fit, costs more than the kernel's work on small ones.
-So a call keeps its lists, and each step only looks whether parameters, state and gradients are still those: 0.6 us a
-parameter. Whatever a user replaces (a parameter's memory or strides, an entry of the state, ...) is noticed and
-gathered again. The memory of large weights and of their state is not held between steps: its owner may move it away.
+To gather and check a thousand small parameters costs more than the kernel's work on them. So a call keeps its lists,
+and each step only compares parameters, state and gradients with them: 0.6 us a parameter. After a user has replaced
+anything (a parameter's memory or strides, an entry of the state, ...), the next step gathers anew. A call does not hold
+the memory of large weights and of their state between steps, because their owner may move it away.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from leanops.common.checks import rate_is_one_number
 from leanops.optim.common import parameters
 from leanops.optim.sm3.options import (
     Group,
-    home_of_step,
+    device_of_step,
     momentum_dtype,
     name_of,
     options_of,
@@ -45,11 +45,11 @@ Grads = list[list[Tensor | None]]  # of every group's every parameter
 class Item(NamedTuple):
     """A parameter that a step moves."""
 
-    place: int  # in its group
+    place: int  # index of the parameter in its group
     tensor_id: int
     part: Part
     state: State
-    at: int  # of the state among those of the optimizer
+    state_index: int  # index of the state among all of the optimizer
 
 
 class Call:
@@ -63,46 +63,45 @@ class Call:
         self._sharded = any(map(parameters.is_sharded, self._params))
         self._locals = [p.local for p in self._parts]
         self._ids, self._offsets = [i.tensor_id for i in items], [p.offset for p in self._parts]
-        self._at = [i.at for i in items]
+        self._state_indices = [i.state_index for i in items]
         states = [i.state for i in items]
         self._momentum, dtype = bool(group["momentum"]), momentum_dtype(group)
         for state, local in zip(states, self._locals, strict=True):
             complete(state, local, self._momentum, dtype)
         self._empty = torch.empty(0, dtype=torch.float32, device=device)
         lists = self._state(states)
-        kept = list(chain.from_iterable(lists))
-        self._home = home_of_step(group, device)
-        taken = [number(s["step"]).detach().to(self._home).reshape(()) for s in states]
-        self._steps = torch.stack(taken)
+        state_tensors = list(chain.from_iterable(lists))
+        self._step_device = device_of_step(group, device)
+        self._steps = torch.stack([number(s["step"]).detach().to(self._step_device).reshape(()) for s in states])
         for state, view in zip(states, self._steps.unbind(), strict=True):
             state["step"] = view
-        if any(map(Tensor.is_inference, kept)) and not torch.is_inference_mode_enabled():
+        if any(map(Tensor.is_inference, state_tensors)) and not torch.is_inference_mode_enabled():
             raise RuntimeError("SM3: state that torch.inference_mode() made cannot be written outside of it; clone it")
-        self.plain = is_plain(self._locals) and is_plain(kept)
-        self._kept = None if any(map(_is_large, kept)) else lists
+        self.plain = is_plain(self._locals) and is_plain(state_tensors)
+        self._state_lists = None if any(map(_is_large, state_tensors)) else lists
         entries = list(chain.from_iterable(map(dict.values, states)))
         self._large_entries = [(i, weakref.ref(e)) for i, e in enumerate(entries) if _is_large(e)]
         self._entries = [None if _is_large(e) else e for e in entries]
-        # As long as C++ holds a tensor, too, letting go of it after a call does not take the interpreter's lock, which
-        # on thousands of small tensors costs a third of a step. C++ must not hold a parameter (one with an attribute
-        # that leads here would never be freed) nor the memory of a large one, which its owner may want to move between
-        # steps.
-        small = self.plain and not self._sharded
-        self._give([t.detach() if small and t.numel() <= _SMALL else t for t in self._locals])
-        pairs = list(zip(self._locals, self._given, strict=True))
+        # If C++ holds a tensor, too, its release after a call does not take the interpreter's lock, which costs a third
+        # of a step on thousands of small tensors. C++ must not hold a parameter: one with an attribute that refers to
+        # this object would never be freed. Nor must it hold large memory, which its owner may move between steps.
+        with_aliases = self.plain and not self._sharded
+        self._set_weights([t.detach() if with_aliases and t.numel() <= _SMALL else t for t in self._locals])
+        pairs = list(zip(self._locals, self._weights, strict=True))
         self._small, self._aliases = [t for t, a in pairs if t is not a], [a for t, a in pairs if t is not a]
         self._large = [t for t, a in pairs if t is a]
         if self.plain:
             self._geometries = list(map(_geometry, self._large))
-            held = [*self._aliases, *(t for t in kept if not _is_large(t))]
+            held = [*self._aliases, *(t for t in state_tensors if not _is_large(t))]
             self._held = torch.ScriptList(held) if held else None
         self._dtypes, self._shapes = list(map(_dtype, self._locals)), list(map(_shape, self._locals))
         self._no_seed = torch.zeros((), dtype=torch.int64, device="cpu")
 
-    def _give(self, weights: list[Tensor]) -> None:
-        """What the operator is given, and whose version counters move, where that is known before the state is."""
-        self._given = weights
-        self._counted = self._kept and _registry.counted([*weights, *chain.from_iterable(self._kept)])
+    def _set_weights(self, weights: list[Tensor]) -> None:
+        """Set the weights that the operator takes and, if the state is kept, the tensors whose version counters move."""
+        self._weights = weights
+        lists = self._state_lists
+        self._counted = lists and _registry.counted([*weights, *chain.from_iterable(lists)])
 
     def _state(self, states: Sequence[State]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Covers, momenta and scales, as the operator takes them."""
@@ -112,16 +111,16 @@ class Call:
         return [s["cover"] for s in states], momenta, scales
 
     def pick(self, grads: Sequence[Tensor | None]) -> Sequence[Any]:
-        """The gradients of the call's parameters, out of those of the group's."""
+        """The gradients of the call's parameters, from those of the group."""
         return grads if self._places is None else [grads[i] for i in self._places]
 
     def fits(self, group: Group, grads: Sequence[Tensor], states: Sequence[State]) -> bool:
-        """Whether the call is what would be gathered now, for these gradients of its parameters."""
+        """Whether a call gathered now, for these gradients of its parameters, would be the same."""
         if not self.plain or (self._steps.is_inference() and not torch.is_inference_mode_enabled()):
             return False
-        if bool(group["momentum"]) != self._momentum or home_of_step(group, self.device) != self._home:
+        if bool(group["momentum"]) != self._momentum or device_of_step(group, self.device) != self._step_device:
             return False
-        entries = list(chain.from_iterable(map(dict.values, map(states.__getitem__, self._at))))
+        entries = list(chain.from_iterable(map(dict.values, map(states.__getitem__, self._state_indices))))
         if len(entries) != len(self._entries):
             return False
         for i, large in self._large_entries:
@@ -132,7 +131,7 @@ class Call:
             return False
         if self._sharded:
             self._large = list(map(parameters.local, self._params))
-            self._give(self._large)
+            self._set_weights(self._large)
         if not all(map(Tensor.is_set_to, self._small, self._aliases)):
             return False
         if list(map(_geometry, self._large)) != self._geometries or list(map(_dtype, grads)) != self._dtypes:
@@ -140,20 +139,20 @@ class Call:
         return list(map(_layout, grads)).count(torch.strided) == len(grads)
 
     def has_shapes(self, grads: Sequence[Tensor]) -> bool:
-        """Whether gradients still have those of the parameters: they may be resized in place. 0.14 us each."""
+        """Whether the gradients, which may be resized in place, have the parameters' shapes. 0.14 us each."""
         return self._sharded or list(map(_shape, grads)) == self._shapes
 
     def arguments(
         self, group: Group, grads: Sequence[Any], states: Sequence[State], grad_scale: Any, found_inf: Any
     ) -> tuple[Any, ...]:
-        """What the operator takes."""
+        """The operator's arguments."""
         if self._sharded or not is_plain(grads):
             grads = [local_gradient(p, g) for p, g in zip(self._params, grads, strict=True)]
         options = options_of(group)
         return (
-            self._given,
+            self._weights,
             grads,
-            *(self._kept or self._state([states[i] for i in self._at])),
+            *(self._state_lists or self._state([states[i] for i in self._state_indices])),
             rate(group["lr"], self.device),
             rounding_seed(group["seed"], self._steps.amax()) if options.stochastic_rounding else self._no_seed,
             scaler(grad_scale, self.device),
@@ -164,17 +163,17 @@ class Call:
         )
 
     def run(self, arguments: tuple[Any, ...], found_inf: Any) -> None:
-        """Move the parameters and count the step, unless the gradients were found to be infinite."""
+        """Move the parameters and count the step. ``found_inf`` other than 0 prevents both."""
         if self.plain:
             OPERATOR.launch(self.device, *arguments, written=self._counted)
             self.fresh = False
         else:
             OPERATOR.op(*arguments)
-        self._steps.add_(1 if found_inf is None else (found_inf.to(self._home).reshape(()) == 0).float())
+        self._steps.add_(1 if found_inf is None else (found_inf.to(self._step_device).reshape(()) == 0).float())
 
     def columns(self, state: Mapping[Any, State]) -> Iterator[tuple[Any, Tensor, bool]]:
-        """Of each parameter whose rows are shared: with whom, the covers of its other axes as int32, and whether this
-        process has none of the rows."""
+        """For each parameter whose rows several processes share: their group, the covers of its other axes as int32,
+        and whether this process has no rows."""
         for part in self._parts:
             if part.group is not None and part.local.dim() > 1 and part.param.numel():
                 rows = part.local.shape[0]
@@ -190,10 +189,10 @@ def _geometry(t: Tensor) -> tuple[Any, ...]:
 
 
 class Plan:
-    """The calls of a step of an optimizer, for the gradients that are there."""
+    """The operator calls of an optimizer's step, for the parameters that have gradients."""
 
     def __init__(self, optimizer: Any, grads: Grads) -> None:
-        """Gather what moves. Nothing is made or changed before everything that a step refuses has been looked for."""
+        """Gather the parameters that move. All checks of a step come before anything is made or changed."""
         self._groups = [
             (list(group["params"]), None if all(g is not None for g in gs) else [g is not None for g in gs])
             for group, gs in zip(optimizer.param_groups, grads, strict=True)
@@ -210,7 +209,7 @@ class Plan:
             for place, (p, g) in enumerate(zip(group["params"], gs, strict=True)):
                 if g is None or id(p) in seen:
                     continue
-                seen.add(id(p))  # torch warns of a parameter that comes twice; it moves once
+                seen.add(id(p))  # a parameter that comes twice, of which torch warns, moves once
                 name = name_of(group, place, position + place)
                 check_step(name, p, g)
                 part = part_of("SM3", name, p)
@@ -221,22 +220,22 @@ class Plan:
         state = optimizer.state
         for part in (part for *_, items in found for *_, part in items):
             state.setdefault(part.param, {})
-        at = {id(p): n for n, p in enumerate(state)}
+        state_indices = {id(p): n for n, p in enumerate(state)}
         self._owners = list(state)
         self._calls: list[tuple[int, Call]] = []
         for index, device, items in found:
             group = optimizer.param_groups[index]
-            made = [Item(place, i, part, state[part.param], at[id(part.param)]) for place, i, part in items]
-            self._calls.append((index, Call(group, made, device, len(made) == len(group["params"]))))
+            moved = [Item(place, i, part, state[part.param], state_indices[id(part.param)]) for place, i, part in items]
+            self._calls.append((index, Call(group, moved, device, len(moved) == len(group["params"]))))
         self._columns: dict[tuple[int, torch.device], tuple[Any, list[Tensor], list[Tensor]]] = {}
         for _, call in self._calls:
-            for group, tail, absent in call.columns(state):
-                _, tails, blanks = self._columns.setdefault((id(group), call.device), (group, [], []))
-                tails.append(tail)
-                blanks += [tail] if absent else []
+            for group, cover, has_no_rows in call.columns(state):
+                _, covers, stale = self._columns.setdefault((id(group), call.device), (group, [], []))
+                covers.append(cover)
+                stale += [cover] if has_no_rows else []
 
     def fits(self, optimizer: Any, grads: Grads) -> bool:
-        """Whether the plan is what would be gathered now."""
+        """Whether a plan gathered now would be the same."""
         groups = optimizer.param_groups
         if len(groups) != len(self._groups):
             return False
@@ -248,13 +247,13 @@ class Plan:
         owners, states = list(optimizer.state), list(optimizer.state.values())
         if len(owners) != len(self._owners) or not all(map(operator.is_, owners, self._owners)):
             return False
-        # the first call itself refuses a gradient of another shape before anything is written
+        # the operator checks the shapes of the first call's gradients before it writes anything
         return all(call.has_shapes(call.pick(grads[i])) for i, call in self._calls[1:]) and all(
             call.fits(groups[i], call.pick(grads[i]), states) for i, call in self._calls
         )
 
     def run(self, optimizer: Any, grads: Grads) -> None:
-        """One step. Nothing is written when it refuses a gradient, a number or the state."""
+        """One step. An error over a gradient, a number or the state comes before anything is written."""
         groups, states = optimizer.param_groups, list(optimizer.state.values())
         grad_scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
         found_inf = None if found_inf is None else number(found_inf)
@@ -264,8 +263,8 @@ class Plan:
                 OPERATOR.refuse(*arguments)
         for call, arguments in ready:
             call.run(arguments, found_inf)
-        for group, tails, blanks in self._columns.values():
-            combine_column_covers(group, tails, blanks)
+        for group, covers, stale in self._columns.values():
+            combine_column_covers(group, covers, stale)
 
 
 def _present(grads: Sequence[Tensor | None]) -> list[bool]:

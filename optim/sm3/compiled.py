@@ -1,4 +1,4 @@
-"""SM3's step as torch.compile traces it: the operator in the graph, and numbers that are read when it runs."""
+"""SM3's step as torch.compile traces it: the operator in the graph, and operators that read numbers when it runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from leanops.common.checks import rate_is_one_number
 from leanops.optim.common import parameters
 from leanops.optim.sm3.calls import OPERATOR
 from leanops.optim.sm3.options import (
-    home_of_step,
+    device_of_step,
     momentum_dtype,
     name_of,
     options_of,
@@ -28,16 +28,16 @@ from leanops.optim.sm3.state import complete, number
 _live: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _keys = itertools.count()
 
-# A number that a graph reads as a constant is guarded, and each new one compiles anew. These operators read what
-# schedules change, a group's lr and momentum, when the graph runs, whoever has set them since; and its seed, for an
-# integer that is another one in the next optimizer is no constant to the tracer. The momentum reaches sm3_step_ through
-# an operator that takes it as a tensor.
+# torch.compile guards a number that a graph reads as a constant, and compiles anew for another value. So operators read
+# a group's lr and momentum, which schedules change, when the graph runs. They read its seed, too: an integer that
+# differs between optimizers is no constant to the tracer. The momentum reaches sm3_step_ through an operator that takes
+# it as a tensor.
 _library = torch.library.Library("leanops", "FRAGMENT")
 _library.define("_sm3_compiled_step_" + OPERATOR.schema.replace("float momentum", "Tensor momentum"))
 
 
 def _group(optimizer: str, group: int) -> dict[str, Any]:
-    """A group, once no group has a number that is refused: a graph may move one before it reads those of the next."""
+    """A group, after a check of all groups: a graph may move one group before it reads the numbers of the next."""
     groups: list[dict[str, Any]] = _live[optimizer].param_groups
     for g in groups:
         options_of(g)
@@ -60,7 +60,7 @@ def _start(like: Tensor, optimizer: str, group: int) -> Tensor:
 
 
 def _step(*args: Any) -> None:
-    """``sm3_step_``; where the momentum has become 0, what was traced with one leaves the momenta as they are."""
+    """``sm3_step_`` with the momentum as a tensor. If the momentum has become 0, the momenta stay as they are."""
     call = OPERATOR.bind(*args)
     momentum = call.options.momentum.item()
     if not momentum:
@@ -85,15 +85,16 @@ torch.library.register_fake("leanops::_sm3_compiled_step_", lambda *args: None, 
 
 
 def enlist(optimizer: Any) -> str:
-    """A name by which a graph finds the optimizer again. A second integer would be no constant to the tracer."""
+    """The key by which a graph finds the optimizer. It is text: an integer that differs between optimizers is no
+    constant to the tracer."""
     key = str(next(_keys))
     _live[key] = optimizer
     return key
 
 
 def _prepare(key: str, index: int) -> tuple[bool, bool]:
-    """While a group's step is traced: refuse what does not fit, make the state. Whether the lr is a tensor, and whether
-    there is momentum."""
+    """Called while a group's step is traced: check parameters and gradients, and make the state. Returns whether the lr
+    is a tensor, and whether there is momentum."""
     optimizer = _live[key]
     group = optimizer.param_groups[index]
     options_of(group)
@@ -110,22 +111,22 @@ def _prepare(key: str, index: int) -> tuple[bool, bool]:
     for _, p in moved:
         state = optimizer.state.setdefault(p, {})
         complete(state, p.detach(), momentum, dtype)
-        # each on its own: views of one tensor, as eager steps leave them, would be compared pair by pair
-        state["step"] = number(state["step"]).detach().to(home_of_step(group, p.device), copy=True)
+        # a copy for each parameter: the tracer would compare views of one tensor, as eager steps leave, pair by pair
+        state["step"] = number(state["step"]).detach().to(device_of_step(group, p.device), copy=True)
     return isinstance(group["lr"], Tensor), momentum
 
 
-# what torch.compiler.assume_constant_result sets, which would import the compiler with this package: the function runs
-# while a graph is traced, and its results are constants in it
+# torch.compiler.assume_constant_result sets this, but would import the compiler with this package. The function runs
+# while a graph is traced, and its results are constants of the graph
 _prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def traced_step(optimizer: Any, key: str, like: Tensor) -> None:
     """The step of an optimizer on plain tensors, written for the tracer: lists, and one operator a group and device."""
-    # not optimizer.param_groups: the tracer would guard every value in it, the learning rate among them
+    # of optimizer.param_groups, the tracer would guard every value, the learning rate among them
     groups = optimizer.__dict__["param_groups"]
     fixed = [_prepare(key, index) for index in range(len(groups))]
-    # all gradients before any state: through the keys of the state, the tracer would guard which tensor a gradient is
+    # read all gradients before any state: after it, the tracer would guard which tensor each gradient is
     moved = [[(i, p, p.grad) for i, p in enumerate(g["params"]) if p.grad is not None] for g in groups]
     position = 0
     for index, group in enumerate(groups):
@@ -154,8 +155,8 @@ def _traced_call(
     momentum: Tensor | None,
     start: Tensor | None,
 ) -> None:
-    """``momentum``: None where it is 0, which is then a constant of the graph. ``start``: of the seeds of stochastic
-    rounding."""
+    """``first`` is the group's first tensor id. ``momentum`` is None where it is 0, a constant of the graph. ``start``
+    is the first step's seed of stochastic rounding."""
     params, grads, covers, momenta, scales, ids, steps = [], [], [], [], [], [], []
     options = options_of(group) if momentum is None else options_of(group, 0.0)
     for place, p, g in moved:

@@ -60,47 +60,50 @@ class SM3(Optimizer):
         params: parameters, (name, parameter) pairs or groups with options of their own, as in torch.optim: float32,
             bfloat16, float16 or float64, of any shape and strides. A parameter without a gradient does not move.
         lr: η, a number or a one-element tensor (on the CPU or the device), assigned by any scheduler.
-        momentum: β_m in [0, 1). beta: β in (0, 1]; 1 sums the squares as Adagrad does, less than 1 averages them.
-        eps: ε >= 0, added to ν in fp32 whatever the gradient's dtype. weight_decay: λ >= 0.
+        momentum: β_m in [0, 1).
+        beta: β in (0, 1]; 1 sums the squares as Adagrad does, less than 1 averages them.
+        eps: ε >= 0, added to ν in fp32 whatever the gradient's dtype.
+        weight_decay: λ >= 0.
         decoupled: decay the weights, as above; False: add λ w to the gradient.
         momentum_dtype: None or torch.float32: fp32 for every dtype of weights; torch.bfloat16; torch.int8: codes in
-            blocks of 256 with one fp32 scale each, which do not go beyond a row of axis 0: with ``C`` elements a row,
+            blocks of 256 with one fp32 scale each. A block lies within a row of axis 0: with ``C`` elements a row,
             ``1 + 4 ceil(C / 256) / C`` bytes a parameter (1.06 at 64, 1.5 at 8). Vectors, scalars and matrices of one
             column keep fp32, so that no block depends on how a parameter is sharded.
         stochastic_rounding: round bf16 and fp16 weights stochastically. In bf16, nearest rounding loses every update
-            that is below 1/256 of its weight. The mean is kept also at the end of the range, where the next number is
-            an infinity. seed: of the rounding bits, which follow from it, the parameter's
-            position and the number of steps taken: a resumed run repeats them.
-        maximize: step against the gradient's sign reversed; ``.grad`` stays as it is.
+            that is below 1/256 of its weight. Stochastic rounding keeps the mean, also at the end of the range, where
+            the next number is an infinity.
+        seed: the rounding bits follow from it, the parameter's position and the number of steps taken: a resumed run
+            repeats them.
+        maximize: step along the gradient instead of against it; ``.grad`` stays as it is.
         capturable: keep ``step`` on the parameters' device, so that nothing in a step waits for it (CUDA graphs).
-        foreach, fused: taken for other optimizers' sake: a step always takes all tensors of a group in one call.
+        foreach, fused: accepted as by torch's optimizers, but a step always takes all tensors of a group in one call.
             ``fused`` keeps ``step`` on the device, as in torch; both at once are refused, as in torch.
         differentiable: refused.
 
     **State** of a parameter, made at its first step: ``step`` (float32, on the CPU unless capturable or fused),
     ``cover`` (fp32, the μ_k one after another; :func:`leanops.sm3_cover_axes` takes them apart), ``momentum_buffer``
-    and, for int8, ``momentum_scale``. An entry may be replaced, moved or deleted between steps (deleted: it starts
-    anew); the memory of a large one is free at once. In ``state_dict()`` ``cover`` is a dict with an entry an axis,
-    ``{"0": μ_0, "1": μ_1, ...}``.
-    ``load_state_dict`` restores every dtype bit by bit.
+    and, for int8, ``momentum_scale``. An entry may be replaced, moved or deleted between steps. A deleted entry starts
+    anew, and the memory of a large one is free at once. In ``state_dict()`` ``cover`` is a dict with an entry for each
+    axis, ``{"0": μ_0, "1": μ_1, ...}``. ``load_state_dict`` restores every dtype bit by bit.
 
     **GradScaler** works as with torch's fused optimizers: gradients are unscaled in the step, and a step whose
     gradients hold an infinity changes nothing. Where ``step`` is on another device, counting it waits for the device.
 
-    **torch.compile(optimizer.step)** has no graph breaks and does not compile anew when rate or momentum change (with
-    ``fullgraph=True``, compile before a scheduler is made: it wraps ``step`` in what torch does not trace).
+    **torch.compile(optimizer.step)** has no graph breaks and does not compile anew when rate or momentum change. With
+    ``fullgraph=True``, compile before you make a scheduler: it wraps ``step`` in a function that torch does not trace.
 
     **FSDP2, DTensor.** Parameters sharded by rows (``Shard(0)`` on one axis of the mesh) or replicated. The covers of
-    the rows stay local, those of the other axes of all parameters together take one all-reduce (maximum) a step; the
+    the rows stay local. Those of the other axes, of all parameters together, take one all-reduce (maximum) a step. The
     result equals that of one process bit for bit, given the same gradients. ``state_dict`` has DTensors of whole
-    tensors that do not depend on the mesh, as ``torch.distributed.checkpoint`` expects; a state that one process saved
+    tensors that do not depend on the mesh, as ``torch.distributed.checkpoint`` expects. A state that one process saved
     loads into a sharded optimizer, and the other way round.
 
     Raises:
-        ValueError: an option out of its range, parameters that are complex, not dense, or sharded in another way; a
-            gradient of another dtype or shape; a saved state that does not fit. RuntimeError: sparse gradients, state
-            of inference mode outside of it. TypeError: an lr that is no number. No weight and no value of the state is
-            changed then.
+        ValueError: an option out of its range; parameters that are complex, not dense, or sharded in another way; a
+            gradient of another dtype or shape; a saved state that does not fit.
+        RuntimeError: sparse gradients; state that was made in inference mode, outside of inference mode.
+        TypeError: an lr that is no number.
+        No weight and no value of the state changes when an error is raised.
 
     Sources: Anil et al., "Memory-Efficient Adaptive Optimization" (1901.11150), SM3-II; averages (β < 1) as in the
     README of google-research/sm3, whose code only sums.
@@ -148,7 +151,7 @@ class SM3(Optimizer):
         super().__init__(params, defaults)
 
     def _begin(self) -> None:
-        """What is neither saved nor copied."""
+        """Make the attributes that are neither saved nor copied."""
         self._plan: Plan | None = None
         if "_key" not in self.__dict__:
             self._key = enlist(self)
@@ -169,10 +172,10 @@ class SM3(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step of every parameter that has a gradient. Returns what the closure returns, if there is one.
+        """One step of every parameter that has a gradient. Returns the closure's result, or None without a closure.
 
         Args:
-            closure: evaluates the model anew and calls backward, as in torch.optim.
+            closure: evaluates the model again and calls backward, as in torch.optim.
         """
         loss = None
         if closure is not None:
@@ -194,30 +197,30 @@ class SM3(Optimizer):
     kept_by_reset = frozenset({"step"})  # it numbers the bits of stochastic rounding; no correction depends on it
 
     def free_state(self, p: Tensor) -> None:
-        """Let a parameter's state go, so that its memory is free at once. The next step makes a new one."""
+        """Drop a parameter's state and free its memory at once. The parameter's next step makes a new state."""
         self.state.pop(p, None)
-        self._plan = None  # which would hold it until the next step
+        self._plan = None  # it would hold the memory until the next step
 
     # --- state --------------------------------------------------------------------------------------------------------
 
     def _numbered(self) -> list[tuple[str, Tensor, Group]]:
         """Name, parameter and group, in the order in which a state_dict numbers parameters."""
-        found: list[tuple[str, Tensor, Group]] = []
+        numbered: list[tuple[str, Tensor, Group]] = []
         for group in self.param_groups:
-            found += [(name_of(group, i, len(found) + i), p, group) for i, p in enumerate(group["params"])]
-        return found
+            numbered += [(name_of(group, i, len(numbered) + i), p, group) for i, p in enumerate(group["params"])]
+        return numbered
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, with the cover of each parameter as a dict of its axes; see the class for DTensor parameters."""
-        handle = self.register_state_dict_post_hook(_to_saved, prepend=True)  # before those of users
+        """torch's state_dict, where each cover is a dict of its axes; see the class for DTensor parameters."""
+        handle = self.register_state_dict_post_hook(_to_saved, prepend=True)  # before users' hooks
         try:
             return super().state_dict()
         finally:
             handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a saved state in, bit by bit, as copies. ValueError, and nothing changes, for one that does not fit."""
-        before = self.register_load_state_dict_pre_hook(_to_kept)  # after those of users
+        """Load copies of a saved state, bit by bit. ValueError, and nothing changes, for a state that does not fit."""
+        before = self.register_load_state_dict_pre_hook(_to_kept)  # after users' hooks
         after = self.register_load_state_dict_post_hook(_unpack, prepend=True)
         try:
             super().load_state_dict(state_dict)
@@ -228,7 +231,7 @@ class SM3(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for name, parameter in inspect.signature(SM3.__init__).parameters.items():
-            if parameter.default is not inspect.Parameter.empty:  # an option, which an older state may not know
+            if parameter.default is not inspect.Parameter.empty:  # an option, which an older state may lack
                 for options in (self.defaults, *self.param_groups):
                     options.setdefault(name, parameter.default)
         self._begin()
@@ -246,16 +249,16 @@ def _to_saved(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any
 
 def _to_kept(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
     assert isinstance(optimizer, SM3)
-    theirs = state_dict["param_groups"]
-    if [len(g["params"]) for g in theirs] != [len(g["params"]) for g in optimizer.param_groups]:
-        return None  # torch has an error for this
+    saved_groups = state_dict["param_groups"]
+    if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in optimizer.param_groups]:
+        return None  # torch raises an error
     state = dict(state_dict["state"])
-    keys = [(key, group) for group in theirs for key in group["params"]]
-    for (key, flags), (name, p, _) in zip(keys, optimizer._numbered(), strict=True):
+    keys = [(key, group) for group in saved_groups for key in group["params"]]
+    for (key, options), (name, p, _) in zip(keys, optimizer._numbered(), strict=True):
         if state.get(key):
-            on_device = bool(flags.get("capturable") or flags.get("fused"))
-            state[key] = Kept(loaded("SM3.load_state_dict", name, p, state[key], on_device))
-    groups = [loaded_group(group) for group in theirs]
+            step_on_device = bool(options.get("capturable") or options.get("fused"))
+            state[key] = Kept(loaded("SM3.load_state_dict", name, p, state[key], step_on_device))
+    groups = [loaded_group(group) for group in saved_groups]
     for group in groups:
         _check_group({**optimizer.defaults, **group})
     return {**state_dict, "state": state, "param_groups": groups}

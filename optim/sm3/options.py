@@ -1,4 +1,4 @@
-"""A parameter group's options, as the operator takes them, and what is derived from them."""
+"""A parameter group's options, as the operator takes them: numbers, dtype, rate, seed, and the device of ``step``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def momentum_dtype(group: Group) -> torch.dtype | None:
-    """The dtype of the group's new momenta. A saved group holds the dtype's name."""
+    """The dtype of the group's new momenta; None: float32. A saved group holds the dtype's name."""
     dtype: torch.dtype | None = loaded_group(group)["momentum_dtype"]
     if dtype is not None and dtype not in MOMENTUM_DTYPES:
         names = ", ".join(map(str, (None, *MOMENTUM_DTYPES)))
@@ -59,7 +59,7 @@ def rate(lr: Any, device: torch.device) -> Tensor:
 
 
 def readable_from(t: Tensor, device: torch.device) -> Tensor:
-    """The number, moved to the device unless it is there or on the CPU: the operator reads no other."""
+    """The number on the device or on the CPU, where the operator can read it."""
     return t if t.device == device or t.device.type == "cpu" else t.to(device)
 
 
@@ -68,9 +68,9 @@ def scaler(value: Any, device: torch.device) -> Tensor | None:
     return None if value is None else readable_from(number(value), device)
 
 
-def rounding_seed(seed: int, taken: Tensor) -> Tensor:
-    """The seed of a call, another one at every step. ``taken`` is the largest step count of the call's parameters."""
-    return taken.to(torch.int64) + rounding_start(seed)
+def rounding_seed(seed: int, steps: Tensor) -> Tensor:
+    """The seed of a call, which differs at each step. ``steps`` is the largest step count of the call's parameters."""
+    return steps.to(torch.int64) + rounding_start(seed)
 
 
 @cache
@@ -80,10 +80,11 @@ def rounding_start(seed: int) -> int:
     return start - 2**64 if start >= 2**63 else start
 
 
-def home_of_step(group: Group, device: torch.device) -> torch.device:
+def device_of_step(group: Group, device: torch.device) -> torch.device:
     """The device of ``step``: as in torch, the parameters' with ``capturable`` or ``fused``, else the CPU."""
     return device if group["capturable"] or group["fused"] else torch.device("cpu")
 
 
 def name_of(group: Group, place: int, position: int) -> str:
+    """A parameter's name. ``place`` is its index in the group, ``position`` its index among all parameters."""
     return str(group["param_names"][place] if "param_names" in group else position)

@@ -13,7 +13,7 @@ from leanops.optim.sm3.refusals import is_plain
 
 
 def local_gradient(p: Any, g: Any) -> Tensor:
-    """This process's part of a gradient. A wrapper gives its values up, or raises, before anything is written."""
+    """This process's part of a gradient, as a plain tensor. ValueError for a wrapper without plain values."""
     if parameters.is_sharded(p):
         if g.placements != p.placements:
             g = g.redistribute(p.device_mesh, p.placements)
@@ -26,16 +26,16 @@ def local_gradient(p: Any, g: Any) -> Tensor:
     return values
 
 
-def combine_column_covers(group: Any, tails: list[Tensor], blanks: list[Tensor]) -> None:
-    """The maximum over the processes that share rows, of all parameters' column covers at once.
+def combine_column_covers(group: Any, covers: list[Tensor], stale: list[Tensor]) -> None:
+    """The maximum over the processes that share rows, of all parameters' column covers (as int32) in one all-reduce.
 
-    Bits of non-negative numbers are ordered as the numbers, and NaN lies above infinity: as integers they survive
-    libraries whose maximum drops a NaN. A process without rows of a parameter holds stale maxima in ``blanks``: they
-    are set to zero first.
+    Non-negative floats have the order of their bits, and NaN is above infinity. So NaN survives as an integer, also in
+    libraries whose float maximum drops NaN. ``stale`` are the covers of parameters of which this process has no rows:
+    they are set to zero first.
     """
-    for tail in blanks:
-        tail.zero_()
-    flat = torch.cat(tails).bitwise_and_(0x7FFFFFFF)
+    for cover in stale:
+        cover.zero_()
+    flat = torch.cat(covers).bitwise_and_(0x7FFFFFFF)
     torch.distributed.all_reduce(flat, torch.distributed.ReduceOp.MAX, group=group)
-    for tail, new in zip(tails, flat.split([t.numel() for t in tails]), strict=True):
-        tail.copy_(new)
+    for cover, new in zip(covers, flat.split([c.numel() for c in covers]), strict=True):
+        cover.copy_(new)

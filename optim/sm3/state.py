@@ -1,10 +1,11 @@
-"""SM3's state of a parameter: how it is kept, how it is saved, and how saved state is taken in.
+"""SM3's state of a parameter, in the optimizer and in a state_dict.
 
-Kept: ``step``, ``cover`` (flat, as the operator takes it), ``momentum_buffer`` and, for int8, ``momentum_scale``; of a
-DTensor parameter this rank's part, as plain tensors. Saved: the same names, but ``cover`` is a dict of its axes,
-``{"0": [n_0], "1": [n_1], ...}``, views of what is kept, and of a DTensor parameter every tensor is a DTensor of the
-whole: axis 0, momentum and scales lie as the parameter does, the other axes are replicated. A saved state therefore
-does not depend on the mesh that it comes from, nor on the one that it is loaded into.
+The optimizer keeps ``step``, ``cover`` (flat, as the operator takes it), ``momentum_buffer`` and, for int8,
+``momentum_scale``. For a DTensor parameter they are this rank's part, as plain tensors.
+
+A state_dict has the same names, but ``cover`` is a dict of its axes, ``{"0": [n_0], "1": [n_1], ...}``, which are views
+of the flat cover. For a DTensor parameter every tensor is a DTensor of the whole: axis 0, momentum and scales are
+sharded as the parameter, the other axes are replicated. So a saved state does not depend on a mesh.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ Group = dict[str, Any]
 
 
 def saved_group(group: Group) -> Group:
-    """A group's options in a state_dict: torch's checkpoints take names, not dtypes."""
+    """A group's options as a state_dict has them: with the name of a dtype, which torch's checkpoints can store."""
     dtype = group["momentum_dtype"]
     return {**group, "momentum_dtype": None if dtype is None else dtype_name(dtype)}
 
 
 def loaded_group(group: Group) -> Group:
+    """A group's options from those of a state_dict."""
     names = {dtype_name(d): d for d in MOMENTUM_DTYPES}
     dtype = group.get("momentum_dtype")
     return {**group, "momentum_dtype": names[dtype]} if dtype in names else group
@@ -42,7 +44,7 @@ def loaded_group(group: Group) -> Group:
 
 @dataclass(frozen=True)
 class Kept:
-    """State that torch's ``load_state_dict`` shall take as it is: it would cast tensors to the parameter's dtype."""
+    """Wraps state that torch's ``load_state_dict`` must not change: it would cast tensors to the parameter's dtype."""
 
     value: State
 
@@ -72,10 +74,10 @@ def part_of(op: str, name: str, p: Any) -> Part:
 
 
 def complete(state: State, local: Tensor, momentum: bool, dtype: torch.dtype | None) -> None:
-    """Make what a parameter's state lacks: at its first step all of it, later what was taken out to start anew."""
+    """Make the missing entries of a parameter's state: all of them at its first step, later those that were deleted."""
     state.setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
     cover = state.get("cover")
-    if isinstance(cover, Mapping):  # as it is saved: ZeroRedundancyOptimizer loads without asking the optimizer
+    if isinstance(cover, Mapping):  # as saved: ZeroRedundancyOptimizer does not load through the optimizer
         state["cover"] = torch.cat([cover[str(k)] for k in range(len(cover))])
     elif cover is None:
         state["cover"] = sm3_cover(local)
@@ -84,14 +86,14 @@ def complete(state: State, local: Tensor, momentum: bool, dtype: torch.dtype | N
     m = state.get("momentum_buffer")
     coded = m is not None and m.dtype == torch.int8
     if not coded:
-        state.pop("momentum_scale", None)  # of codes that are gone
+        state.pop("momentum_scale", None)  # the scales of deleted codes
     if m is None or (coded and "momentum_scale" not in state):
-        # int8 needs rows: cut into blocks, a vector would depend on where its shards begin; in rows of one element
-        # codes and scales would take more than fp32
-        short = math.prod(local.shape[1:]) == 1
-        kind = torch.float32 if dtype is None or (dtype == torch.int8 and short) else dtype
-        state["momentum_buffer"], scale = sm3_momentum(local, kind)
-        if kind == torch.int8:
+        # int8 needs rows of several elements: a vector's blocks would depend on where its shards begin, and in rows of
+        # one element codes and scales would take more memory than fp32
+        one_element_rows = math.prod(local.shape[1:]) == 1
+        new_dtype = torch.float32 if dtype is None or (dtype == torch.int8 and one_element_rows) else dtype
+        state["momentum_buffer"], scale = sm3_momentum(local, new_dtype)
+        if new_dtype == torch.int8:
             state["momentum_scale"] = scale
 
 
@@ -99,18 +101,18 @@ def complete(state: State, local: Tensor, momentum: bool, dtype: torch.dtype | N
 
 
 def _whole(local: Tensor, p: Any, shape: Sequence[int], by_rows: bool) -> Any:
-    """A DTensor of this shape, of which ``local`` is this rank's part."""
+    """A DTensor of this shape with ``local`` as this rank's part, sharded as ``p`` (``by_rows``) or replicated."""
     from torch.distributed.tensor import DTensor, Replicate
 
     placements = p.placements if by_rows else [Replicate()] * p.device_mesh.ndim
     stride = tuple(math.prod(shape[k + 1 :]) for k in range(len(shape)))
-    if local.storage_offset():  # which the DTensor would inherit, and with it could not be saved or copied
+    if local.storage_offset():  # a DTensor that inherits the offset cannot be saved or copied
         local = from_dlpack(local)
     return DTensor.from_local(local, p.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def saved(op: str, name: str, p: Tensor, state: State) -> State:
-    """What stands for a parameter's state in a state_dict; its tensors share memory with those that are kept."""
+    """A parameter's state as a state_dict has it. Its tensors share memory with the optimizer's."""
     part = part_of(op, name, p)
     out = dict(state)
     if isinstance(out.get("cover"), Tensor):
@@ -132,17 +134,18 @@ def saved(op: str, name: str, p: Tensor, state: State) -> State:
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
-def _here(op: str, name: str, what: str, value: Any, shape: Sequence[int], part: Part, by_rows: bool) -> Tensor:
-    """This rank's part of a saved tensor, on the parameter's device: a copy, of the dtype it has."""
+def _local_part(subject: str, value: Any, shape: Sequence[int], part: Part, by_rows: bool) -> Tensor:
+    """A copy of this rank's part of a saved tensor, in the tensor's dtype, on the parameter's device. ``subject`` names
+    the tensor in errors."""
     if not isinstance(value, Tensor):
-        raise ValueError(f"{op}: {what} of parameter {name} must be a tensor, got {type(value).__name__}")
+        raise ValueError(f"{subject} must be a tensor, got {type(value).__name__}")
     if list(value.shape) != list(shape):
         raise ValueError(
-            f"{op}: {what} of parameter {name} must have shape {list(shape)} for a parameter of shape "
-            f"{list(part.param.shape)}, got {list(value.shape)}"
+            f"{subject} must have shape {list(shape)} for a parameter of shape {list(part.param.shape)}, got "
+            f"{list(value.shape)}"
         )
     if value.is_meta:
-        raise ValueError(f"{op}: {what} of parameter {name} must have data, got a meta tensor")
+        raise ValueError(f"{subject} must have data, got a meta tensor")
     if parameters.is_sharded(value):
         value = value.full_tensor()  # type: ignore[attr-defined]
     if by_rows and part.group is not None:
@@ -151,7 +154,7 @@ def _here(op: str, name: str, what: str, value: Any, shape: Sequence[int], part:
 
 
 def number(value: Any) -> Tensor:
-    """A tensor where it lies, and what is none on the CPU, whatever the default device; float32."""
+    """The value as float32: a tensor on its device, a Python number on the CPU, whatever the default device."""
     if isinstance(value, Tensor):
         return value.to(torch.float32)
     return torch.tensor(value, dtype=torch.float32, device="cpu")
@@ -165,9 +168,9 @@ def _steps(op: str, name: str, step: Any) -> Tensor:
 
 
 def loaded(op: str, name: str, p: Tensor, state: State, step_on_device: bool) -> State:
-    """The state that is kept, from what :func:`saved` wrote; entries of other names stay as they are.
+    """The optimizer's state, from what :func:`saved` returned; entries of other names stay as they are.
 
-    Raises ValueError for a state that is not SM3's, or is that of a parameter of another shape.
+    Raises ValueError for a state that is not SM3's, or that belongs to a parameter of another shape.
     """
     part = part_of(op, name, p)
     if not isinstance(state, Mapping):
@@ -181,23 +184,24 @@ def loaded(op: str, name: str, p: Tensor, state: State, step_on_device: bool) ->
         )
     if set(cover) != {str(k) for k in range(len(part.shape))}:
         raise ValueError(
-            f"{op}: the cover of parameter {name} must have one entry an axis of {list(p.shape)}, got {sorted(cover)}"
+            f"{op}: the cover of parameter {name} must have an entry for each axis of {list(p.shape)}, got "
+            f"{sorted(cover)}"
         )
     axes = [
-        _here(op, name, f"axis {k} of the cover", cover[str(k)], [n], part, k == 0).float()
+        _local_part(f"{op}: axis {k} of the cover of parameter {name}", cover[str(k)], [n], part, k == 0).float()
         for k, n in enumerate(part.shape)
     ]
     out["cover"] = torch.cat(axes)
-    home = part.local.device if step_on_device else torch.device("cpu")
-    out["step"] = _steps(op, name, state["step"]).detach().to(home, copy=True).reshape(())
+    step_device = part.local.device if step_on_device else torch.device("cpu")
+    out["step"] = _steps(op, name, state["step"]).detach().to(step_device, copy=True).reshape(())
     if "momentum_buffer" in state:
-        m = _here(op, name, "momentum_buffer", state["momentum_buffer"], p.shape, part, True)
+        subject = f"{op}: momentum_buffer of parameter {name}"
+        m = _local_part(subject, state["momentum_buffer"], p.shape, part, True)
         if m.dtype not in MOMENTUM_DTYPES:
-            raise ValueError(
-                f"{op}: momentum_buffer of parameter {name} must be float32, bfloat16 or int8, got {m.dtype}"
-            )
+            raise ValueError(f"{subject} must be float32, bfloat16 or int8, got {m.dtype}")
         out["momentum_buffer"] = m
         if m.dtype == torch.int8:
-            scale = _here(op, name, "momentum_scale", state.get("momentum_scale"), scale_shape(p.shape), part, True)
+            subject = f"{op}: momentum_scale of parameter {name}"
+            scale = _local_part(subject, state.get("momentum_scale"), scale_shape(p.shape), part, True)
             out["momentum_scale"] = scale.float()
     return out
