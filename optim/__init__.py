@@ -1,4 +1,4 @@
-"""Thin optimizers over the operators."""
+"""Optimizers over the operators, and what decides which parameters train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds and loads the compiled libraries, and keeps the reason for each backend that is absent."""
+"""Finds and loads the compiled libraries, and keeps the reason for the absence of each backend."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ BY_DEVICE = {"CPU": ("cpu",), "CUDA": ("cuda", "triton", "nvrtc")}
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend, what it serves, and the reason where it serves nothing."""
+    """A backend and its state."""
 
     name: str
-    state: str  # "in use"; "available", where those before it serve all that it could; or "absent"
-    detail: str
+    state: str  # "in use"; "available", where preferred backends serve every operator that it could; or "absent"
+    detail: str  # what it serves, or why it serves nothing
 
     @property
     def loaded(self) -> bool:
@@ -36,7 +36,7 @@ class Backend:
 
 
 _backends: dict[str, Backend] = {}
-_servers: dict[tuple[str, str], str] = {}  # a backend's name, by operator and dispatch key
+_servers: dict[tuple[str, str], str] = {}  # (operator, dispatch key) -> name of the backend that serves it
 
 
 def version() -> str:
@@ -45,7 +45,7 @@ def version() -> str:
 
 @cache
 def build_report() -> dict[str, dict[str, Any]]:
-    """What the build wrote about each library."""
+    """The build's report about each library; empty without a report."""
     try:
         report: dict[str, dict[str, Any]] = json.loads((FOLDER / "build.json").read_text())
     except FileNotFoundError:
@@ -54,15 +54,15 @@ def build_report() -> dict[str, dict[str, Any]]:
 
 
 def disabled() -> frozenset[str]:
-    """Backends that LEANOPS_DISABLE names: ``cpu,cuda,triton,nvrtc`` or any of them."""
+    """The backends that LEANOPS_DISABLE names, separated by commas."""
     names = frozenset(filter(None, os.environ.get("LEANOPS_DISABLE", "").replace(" ", "").split(",")))
     if unknown := sorted(names.difference(NAMES)):
         raise ValueError(f"leanops: LEANOPS_DISABLE must name backends of {', '.join(NAMES)}, got {', '.join(unknown)}")
     return names
 
 
-def _why_not(library: str) -> str | None:
-    """Why a native library cannot serve, or None."""
+def _absence_reason(library: str) -> str | None:
+    """Why a native library cannot serve; None if it can."""
     if library in disabled():
         return "switched off by LEANOPS_DISABLE"
     if library == "cuda" and torch.version.cuda is None:
@@ -73,7 +73,7 @@ def _why_not(library: str) -> str | None:
 
 
 def _load_library(library: str) -> Backend:
-    reason = _why_not(library)
+    reason = _absence_reason(library)
     if reason is not None:
         return Backend(library, "absent", reason)
     path = FOLDER / f"libleanops_{library}.so"
@@ -95,12 +95,12 @@ def _load_library(library: str) -> Backend:
 
 
 def has_kernel(operator: str, key: str) -> bool:
-    """Whether more than the reference serves an operator for a dispatch key."""
+    """Whether a kernel other than the reference serves an operator for a dispatch key."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{_registry.NAMESPACE}::{operator}", key)
 
 
 def server(operator: str, key: str) -> Backend | None:
-    """The backend that serves an operator for a dispatch key; None where it is the reference, or somebody else's."""
+    """The backend that serves an operator for a dispatch key; None for the reference and for other code's kernels."""
     name = _servers.get((operator, key))
     return None if name is None else _backends[name]
 
@@ -118,33 +118,33 @@ def cpu_isa() -> str:
 
 
 def _python_backend(name: str, package: str) -> Backend:
-    """A backend of Python launchers: each is registered for CUDA where no backend before it serves the operator."""
+    """Register a backend's Python launchers for CUDA, each where no preferred backend serves the operator."""
     if name in disabled():
         return Backend(name, "absent", "switched off by LEANOPS_DISABLE")
     if importlib.util.find_spec(package) is None:
         return Backend(name, "absent", f"{package} is not installed")
     if torch.version.cuda is None:
         return Backend(name, "absent", f"this torch ({torch.__version__}) is built without CUDA")
-    able = [spec for spec in _registry.specs() if name in spec.backends]
-    free = [spec for spec in able if not has_kernel(spec.name, "CUDA")]
-    for spec in free:
+    supported = [spec for spec in _registry.specs() if name in spec.backends]
+    unserved = [spec for spec in supported if not has_kernel(spec.name, "CUDA")]
+    for spec in unserved:
         _registry.implement(spec.name, "CUDA", _lazy(spec.backends[name]))
         _servers[spec.name, "CUDA"] = name
-    if not free:
-        before = dict.fromkeys(_servers.get((spec.name, "CUDA"), "Python") for spec in able)
-        return Backend(name, "available", f"the CUDA operators are served by {' and '.join(before)}")
-    served = "the CUDA operators" if free == able else ", ".join(spec.name for spec in free)
+    if not unserved:
+        preferred = dict.fromkeys(_servers.get((spec.name, "CUDA"), "Python") for spec in supported)
+        return Backend(name, "available", f"the CUDA operators are served by {' and '.join(preferred)}")
+    served = "the CUDA operators" if unserved == supported else ", ".join(spec.name for spec in unserved)
     return Backend(name, "in use", f"serves {served}")
 
 
 def _lazy(loader: _registry.Loader) -> Callable[[Any], Any]:
-    """The launcher's module (and Triton or CuPy with it) is imported at the first call, not with leanops."""
+    """A launcher whose module (and with it Triton or CuPy) is imported at the first call, not with leanops."""
     launcher = cache(loader)
     return lambda call: launcher()(call)
 
 
 def _warn_at_first_use() -> None:
-    """Prepare the warning for a device that the reference alone serves, unless LEANOPS_DISABLE asks for that."""
+    """Prepare the warning for a device that only the reference serves, unless LEANOPS_DISABLE names its backends."""
     for key, names in BY_DEVICE.items():
         backends = [_backends[name] for name in names]
         if any(backend.state != "absent" for backend in backends) or disabled().intersection(names):
@@ -164,7 +164,7 @@ def _warn_at_first_use() -> None:
 
 
 def load() -> None:
-    """Load what is there, once. On CUDA an operator's order of preference is native, Triton, NVRTC."""
+    """Load every backend that can serve, once. On CUDA an operator's order of preference is native, Triton, NVRTC."""
     if _backends:
         return
     for library in ("cpu", "cuda"):

@@ -1,7 +1,7 @@
-"""What the package knows about an operator, and how it is called.
+"""The description of an operator, and the ways to call it.
 
-Tests, benchmarks and the tuner take an :class:`OpSpec` as it comes. :func:`leanops._registry.register` makes a torch
-operator of it.
+Tests, benchmarks and the tuner need only an :class:`OpSpec`. :func:`leanops._registry.register` makes a torch operator
+of it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ T = TypeVar("T")
 C = TypeVar("C", default=Any)  # an operator's call
 
 Kernel = Callable[..., Any]  # takes the arguments of the schema, in order
-Loader = Callable[[], Callable[[Any], Any]]  # imports what a launcher needs, and returns it: it takes a call
+Loader = Callable[[], Callable[[Any], Any]]  # imports a launcher's module, and returns the launcher: it takes a call
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The fewest bytes and operations that the work needs, whoever does it."""
+    """The fewest bytes and operations that the work needs, in any implementation."""
 
     read: int  # bytes of memory
     written: int  # bytes of memory
@@ -58,29 +58,30 @@ class BadInput:
 
 
 class Draw(Protocol):
-    """Where a fuzz case takes its choices from; the tests implement it over hypothesis."""
+    """The source of a fuzz case's choices; the tests implement it over hypothesis."""
 
     device: torch.device
 
     def integer(self, low: int, high: int) -> int: ...
     def choice(self, options: Sequence[T]) -> T: ...
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Random values in a layout of the drawer's choice: any strides, a storage offset, never overlapping."""
+        """Random values in a drawn layout: any strides, a storage offset, elements that never overlap."""
         ...
 
     def indices(self, n: int, size: int | None = None) -> Tensor:
-        """Different numbers of [0, n) in rising order, int64: ``size`` of them, or as many as the drawer likes."""
+        """Different numbers of [0, n) in rising order, int64: ``size`` of them, or a drawn number of them."""
         ...
 
     def padded_indices(self, shape: Sequence[int], n: int) -> Tensor:
-        """int32 of a shape whose last dimension holds :meth:`indices`, none to all of them, and -1 behind them."""
+        """int32 of a shape. Along the last dimension are 0 to n :meth:`indices`, and then -1."""
         ...
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an operator is tested and measured on. ``fuzz`` draws arguments of any shape and layout; ``large`` makes
-    arguments whose first written tensor has more than 2^31 elements, and arguments that give the end of it."""
+    """The inputs that an operator is tested and measured on. ``fuzz`` draws arguments of any shape and layout.
+    ``large`` makes arguments whose first written tensor has more than 2^31 elements, and arguments of a small call that
+    gives the end of this tensor."""
 
     cases: tuple[Case, ...]
     fuzz: Callable[[Draw, torch.dtype], tuple[Any, ...]]
@@ -90,7 +91,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Autograd:
-    """What :func:`torch.library.register_autograd` takes: ``setup_context(ctx, call, output)`` and
+    """The functions for :func:`torch.library.register_autograd`: ``setup_context(ctx, call, output)`` and
     ``backward(ctx, *grads)``, which returns a gradient or None for each argument of the schema."""
 
     setup_context: Callable[..., None]
@@ -102,7 +103,7 @@ class Variant:
     """One of several ways to compute an operator: a strategy, or a blocking."""
 
     load: Loader
-    devices: tuple[str, ...] = ("cpu", "cuda")  # types of those that it runs on
+    devices: tuple[str, ...] = ("cpu", "cuda")  # the device types that it runs on
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,11 @@ class OpSpec(Generic[C]):
 
     A mutating operator's name ends in ``_``, its written arguments are ``Tensor(a!)`` or ``Tensor(a!)[]`` and it
     returns ``()``. ``call`` is a NamedTuple with a field for each argument (see :mod:`leanops.common.call`); the
-    functions of a spec take one. ``check`` raises for bad input and must not read tensor data on a device. ``inputs``
-    imports the family's ``cases.py`` at its first call: tests and benchmarks alone ask for it. ``backends`` maps a name
-    (``"triton"``, ``"nvrtc"``) to a loader of a launcher; the first that a CUDA device has serves it. ``variants`` are
-    further ways to the same result, by name: the generic suites hold each against the reference, and a tuner chooses
-    among them.
+    functions of a spec take an instance. ``check`` raises for bad input and must not read tensor data on a device.
+    ``inputs`` imports the family's ``cases.py`` at its first call, which only tests and benchmarks make. ``backends``
+    maps a name (``"triton"``, ``"nvrtc"``) to a loader of a launcher; the first one available serves a CUDA device.
+    ``variants`` are further ways to the same result, by name: the generic suites compare each with the reference, and a
+    tuner chooses among them.
     """
 
     name: str
@@ -130,13 +131,13 @@ class OpSpec(Generic[C]):
     exact: bool  # every backend gives the reference's bits; else it agrees to `tolerance` x eps x sqrt(K)
     depth: Callable[[C], int] = lambda call: 1  # K of the tolerance policy: the length of the longest sum
     tolerance: float = 4.0
-    composite: Callable[[C], Any] | None = None  # written in other operators; registered instead of the reference
-    plain: Callable[[C], Any] | None = None  # what a user would write in the inputs' dtype; its error is the yardstick
+    composite: Callable[[C], Any] | None = None  # calls other operators; registered instead of the reference
+    plain: Callable[[C], Any] | None = None  # plain PyTorch in the inputs' dtype: the limit is twice its error
     autograd: Autograd | None = None
     backends: Mapping[str, Loader] = field(default_factory=dict)
     variants: Mapping[str, Variant] = field(default_factory=dict)
 
-    # --- what it is tested and measured on ----------------------------------------------------------------------------
+    # --- inputs for tests and benchmarks ------------------------------------------------------------------------------
 
     @cached_property
     def _inputs(self) -> Inputs:
@@ -158,7 +159,7 @@ class OpSpec(Generic[C]):
     def large(self) -> Callable[[torch.device], tuple[tuple[Any, ...], tuple[Any, ...]]] | None:
         return self._inputs.large
 
-    # --- its arguments ------------------------------------------------------------------------------------------------
+    # --- arguments ----------------------------------------------------------------------------------------------------
 
     @cached_property
     def mutates(self) -> bool:
@@ -202,7 +203,7 @@ class OpSpec(Generic[C]):
         return written
 
     def updated(self, args: Sequence[Any]) -> list[Tensor]:
-        """The tensors of the first argument that a call writes: what it is about, where the others are state."""
+        """The tensors of the first written argument: the result of a call. Other written arguments are state."""
         first = args[self._written_places[0]]
         return [first] if isinstance(first, Tensor) else list(first)
 
@@ -215,23 +216,24 @@ class OpSpec(Generic[C]):
 
     @cached_property
     def native_on(self) -> set[str]:
-        """The types of devices whose kernel is native code."""
+        """The device types whose kernel is native code."""
         return set()
 
     def refuse(self, *args: Any) -> None:
-        """Raise what the operator would raise for these arguments, for a caller of whose several calls all or none
-        shall run."""
+        """Raise what the operator would raise for these arguments. A caller that must run all of several calls or none
+        checks them first."""
         self.check(self.make(*args))
         if self.mutates:
             self.written_memory.check(args)
 
     def launch(self, device: torch.device, *args: Any, written: list[Tensor] | None = None) -> None:
-        """``op(*args)`` without the two hops that it costs, a quarter of its price for thousands of tensors.
+        """``op(*args)`` without two hops of the dispatcher, which take a quarter of its time for thousands of tensors.
 
-        For a mutating operator on tensors of one device, none of them a wrapper (a subclass with a dispatch of its
-        own), whose written tensors neither overlap nor require grad: the caller has made sure of that. What ``check``
-        refuses is refused here, too, once: a native kernel does it by itself and raises a RuntimeError, for a kernel in
-        Python ``check`` does. ``written`` saves looking for the tensors whose version counters move (:func:`counted`).
+        For mutating operators. The caller guarantees that all tensors are on one device, that none is a wrapper (a
+        subclass with a dispatch of its own), and that written tensors neither overlap nor require grad. Input that
+        ``check`` refuses raises an error here, too: a native kernel checks by itself and raises a RuntimeError; for a
+        kernel in Python, ``check`` runs. ``written`` are the tensors whose versions the call bumps, if the caller has
+        them (:func:`counted`).
         """
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             self.op(*args)
@@ -247,7 +249,7 @@ class OpSpec(Generic[C]):
 
     def kernel(self, name: str) -> Kernel:
         """``"reference"``, a backend or a variant, as a function of the schema's arguments without the operator's
-        checks: what a tuner times. Loaded at the first call."""
+        checks, for a tuner to time. Loaded at the first call."""
         if name not in self._kernels:
             loaders = {"reference": lambda: self.reference, **self.backends}
             loader = self.variants[name].load if name in self.variants else loaders[name]
@@ -255,8 +257,8 @@ class OpSpec(Generic[C]):
         return self._kernels[name]
 
     def run(self, name: str, *args: Any) -> Any:
-        """``op(*args)`` as a backend or a variant computes it, with all that the operator does around its kernel: bad
-        input is refused, version counters move, autocast and autograd stay out."""
+        """``op(*args)`` as a backend or a variant computes it. As in the operator, bad input raises, versions are
+        bumped, and autocast and autograd are off."""
         self.refuse(*args)
         device = next((t.device.type for t in tree_leaves(args) if isinstance(t, Tensor)), "cpu")
         with torch._C._AutoDispatchBelowAutograd():
@@ -271,8 +273,8 @@ class OpSpec(Generic[C]):
 
 @cache
 def _backend_keys(device_type: str) -> torch._C.DispatchKeySet:
-    """Those of a kernel, and of torch's fallbacks for negated and zero tensors, whose memory does not hold their
-    values: 0.05 us a parameter."""
+    """The keys of a device's kernel, and of torch's fallbacks for negated and zero tensors, whose memory does not hold
+    their values: 0.05 us a parameter."""
     key = torch._C._parse_dispatch_key(torch._C._dispatch_key_for_device(device_type))
     assert key is not None
     lazy = torch._C.DispatchKeySet(torch._C.DispatchKey.Negative) | torch._C.DispatchKeySet(
@@ -282,20 +284,20 @@ def _backend_keys(device_type: str) -> torch._C.DispatchKeySet:
 
 
 def late(module: str, name: str) -> Callable[[], Any]:
-    """A loader: imports a module at its call, and gives what has the name there."""
+    """A loader, which imports the module when it is called, and returns the module's attribute ``name``."""
     return lambda: getattr(importlib.import_module(module), name)
 
 
 def counted(written: list[Tensor]) -> list[Tensor]:
-    """Those that have a version counter: not the tensors of inference mode.
+    """The tensors that have a version counter; tensors of inference mode have none.
 
-    Native kernels do not bump version counters; autograd relies on them to notice a changed saved tensor.
+    Native kernels do not bump version counters. Autograd needs them to notice a saved tensor that has changed.
     """
     return [t for t in written if not t.is_inference()] if any(map(Tensor.is_inference, written)) else written
 
 
 def without_autocast(device_type: str, function: Kernel) -> Kernel:
-    """What a kernel asks of torch would come back in another dtype than that of the memory it is meant for."""
+    """The function with autocast off, which would change the dtypes of torch's results inside a kernel."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast(device_type, enabled=False):

@@ -1,14 +1,14 @@
-"""Makes a torch operator of an :class:`OpSpec`, and keeps those there are.
+"""Makes a torch operator of an :class:`OpSpec`, and keeps all OpSpecs.
 
-The generic test suites, the benchmarks and the tuner take the OpSpecs as they come, so a new operator gets all of them
-by being described.
+The generic test suites, the benchmarks and the tuner need only an OpSpec, so they serve a new operator as soon as it is
+described.
 
-How a call travels, from the outside in::
+The dispatch keys of a call, from the outside in::
 
     Autocast          switched off: an operator, and its backward, computes in the dtypes of its inputs
     Autograd          the spec's backward (register_autograd), or a fallthrough
-    BackendSelect     bad input is refused, before any backend has run; after it, a mutating operator's version counters
-                      are bumped (one Python kernel for both, since each costs as much as a small operator)
+    BackendSelect     before the backend, bad input is refused; after it, the versions of written tensors are bumped
+                      (one Python kernel for both, since each costs as much as a small operator)
     CPU / CUDA / ...  a native library or a Triton launcher where one is loaded, else the reference
 """
 
@@ -43,7 +43,7 @@ from leanops._opspec import (
 )
 from leanops.common.call import check_schema
 
-__all__ = [  # all that a family needs to describe its operators
+__all__ = [  # everything that a family needs to describe its operators
     "NAMESPACE",
     "Autograd",
     "BadInput",
@@ -68,7 +68,7 @@ __all__ = [  # all that a family needs to describe its operators
 _library = torch.library.Library(NAMESPACE, "DEF")
 _specs: dict[str, OpSpec] = {}
 
-# what to warn of at the first call on a device that the reference alone serves; leanops._native fills it
+# the warning at the first call on a device that only the reference serves, by dispatch key; leanops._native fills it
 unserved: dict[torch._C.DispatchKey, str] = {}
 
 
@@ -119,27 +119,27 @@ def register(spec: OpSpec[C]) -> OpSpec[C]:
 
 
 def _checked(spec: OpSpec[C]) -> Kernel:
-    """The kernel that refuses bad input, passes the call on, and bumps version counters."""
+    """The kernel that refuses bad input, calls the backend, and bumps version counters."""
     below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
     redispatch = spec.op._handle.redispatch_boxed
     lists = [i for i, a in enumerate(spec.parsed_schema.arguments) if isinstance(a.type, torch.ListType)]
 
-    def whole(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """AOTInductor's executor leaves an empty list out, as None (pytorch/pytorch#194324 tells of integers)."""
+    def with_lists(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """AOTInductor's executor passes None for an empty list (pytorch/pytorch#194324 reports it for integers)."""
         for i in lists:
             if i < len(args) and args[i] is None:
                 args = (*args[:i], [], *args[i + 1 :])
         return args
 
     def checked(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
-        args = whole(args)
+        args = with_lists(args)
         spec.check(spec.bind(*args, **kwargs))
         return redispatch(keyset & below, *args, **kwargs)
 
     make, memory = spec.make, spec.written_memory
 
     def checked_and_bumped(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
-        args = whole(args)
+        args = with_lists(args)
         spec.check(make(*args))
         memory.check(args)
         redispatch(keyset & below, *args)
@@ -149,7 +149,7 @@ def _checked(spec: OpSpec[C]) -> Kernel:
 
 
 def _warns_once(spec: OpSpec[C]) -> Kernel:
-    """The reference, which warns at the first call on a device that no backend serves."""
+    """The reference, with a warning at the first call on a device that no backend serves."""
     reference = spec.unpacked(spec.reference)
 
     def call(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
@@ -162,7 +162,7 @@ def _warns_once(spec: OpSpec[C]) -> Kernel:
 
 
 def _caller_level() -> int:
-    """The ``stacklevel`` that names the line outside of leanops and torch."""
+    """The ``stacklevel`` of the first frame outside of leanops and torch."""
     level = 1
     frame = sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in (NAMESPACE, "torch"):

@@ -13,7 +13,7 @@ _OPTIONAL = ("triton", "cupy", "cupy-cuda13x", "rich", "safetensors", "transform
 
 
 def serving(spec: _registry.OpSpec, device_type: str) -> str:
-    """The backend that a call with tensors on such a device reaches."""
+    """The backend that serves a call with tensors on such a device."""
     if spec.composite is not None:
         return "composite of leanops operators"
     key = device_type.upper()
@@ -29,26 +29,26 @@ def gpus() -> list[dict[str, object]]:
 
 
 def collect() -> dict[str, Any]:
-    """Everything that ``leanops info`` shows, as JSON takes it."""
+    """Everything that ``leanops info`` shows, in types that JSON has."""
     devices = gpus()
-    types = ["cpu", *(["cuda"] if devices else [])]
+    device_types = ["cpu", *(["cuda"] if devices else [])]
     return {
         "leanops": _native.version(),
         "software": fingerprint.software()
         | {name: v for name in _OPTIONAL if (v := fingerprint.package_version(name)) is not None},
         "cpu": fingerprint.cpu(),
         "gpus": devices,
-        "backends": {name: _shown(backend, bool(devices)) for name, backend in _native.backends().items()},
+        "backends": {name: _backend_entry(backend, bool(devices)) for name, backend in _native.backends().items()},
         "build": _native.build_report(),
-        "operators": {spec.name: {t: serving(spec, t) for t in types} for spec in _registry.specs()},
+        "operators": {spec.name: {t: serving(spec, t) for t in device_types} for spec in _registry.specs()},
     }
 
 
-def _shown(backend: _native.Backend, devices: bool) -> dict[str, object]:
-    """A backend as it stands on this machine: a CUDA library that was built waits for a device."""
+def _backend_entry(backend: _native.Backend, has_gpu: bool) -> dict[str, object]:
+    """A backend in the report. The state of a CUDA library without a GPU is ``compiled in``."""
     state, detail = backend.state, backend.detail
     built = _native.build_report().get("cuda", {}).get("built", False)
-    if backend.name == "cuda" and built and not devices and "cuda" not in _native.disabled():
+    if backend.name == "cuda" and built and not has_gpu and "cuda" not in _native.disabled():
         state, detail = "compiled in", _why_no_cuda()
     return {"loaded": backend.loaded, "state": state, "detail": detail}
 

@@ -1,1 +1,1 @@
-"""What the optimizers share: parameters and their memory, and what an optimizer can tell of itself."""
+"""What the optimizers share: parameters and their memory, and questions to an optimizer about its abilities."""

@@ -1,4 +1,4 @@
-"""Questions to an optimizer about its abilities. Other code asks here and never tests an optimizer's class.
+"""What an optimizer can do. Other code asks here and never tests an optimizer's class.
 
 An optimizer answers by attributes with these names. Each is optional; the defaults fit the optimizers of torch.optim.
 

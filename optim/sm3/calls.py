@@ -98,7 +98,7 @@ class Call:
         self._no_seed = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def _set_weights(self, weights: list[Tensor]) -> None:
-        """Set the weights that the operator takes and, if the state is kept, the tensors whose version counters move."""
+        """Set the weights that the operator takes and, if the state is kept, the tensors whose versions it bumps."""
         self._weights = weights
         lists = self._state_lists
         self._counted = lists and _registry.counted([*weights, *chain.from_iterable(lists)])

@@ -172,9 +172,7 @@ def test_states_that_do_not_fit_are_refused_and_nothing_changes() -> None:
         + r"axis 1 of the cover of parameter 2 must have shape \[12\] for a parameter of shape \[5, 12\], got \[3\]",
         lambda s: s["state"][2]["cover"].update({"1": torch.zeros(3)}),
     )
-    expect(
-        entry + "the cover of parameter 2 must have an entry for each axis", lambda s: s["state"][2]["cover"].pop("1")
-    )
+    expect(entry + "the cover of parameter 2 must have an entry for", lambda s: s["state"][2]["cover"].pop("1"))
     expect(entry + "the state of parameter 0 must have 'step'", lambda s: s["state"][0].pop("step"))
     expect(
         entry + "the state of parameter 0 must have 'step' and in 'cover' a dict of axes, got cover: NoneType",
