@@ -1,4 +1,7 @@
-"""What the build finds on this machine: compilers, ninja, torch, GPUs, cores and memory. Only setup.py imports it."""
+"""How C++ and CUDA are compiled: the tools of this machine, the flags, the ninja file, and how many jobs run at a time.
+
+``setup.py`` and ``tests/native/build.py`` import it. It needs the standard library alone: isolated builds have no more.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -13,7 +17,20 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
+# They follow the words of CXX, so that an -Ofast among those changes no result. CXXFLAGS is not read for that reason.
+CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-fast-math", "-ffp-contract=off", "-Wall",
+             "-Wextra")  # fmt: skip
+NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA")
+ISA_FLAGS = {
+    "baseline": (),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+}
 
 GIB = 1 << 30
 MEMORY = Path("/proc/meminfo")
@@ -115,6 +132,78 @@ def _native_archs() -> list[str]:
     raise Unavailable(
         "LEANOPS_CUDA_ARCHS is native, and neither nvidia-smi nor torch finds a GPU; name the architecture, such as 90"
     )
+
+
+# --- the ninja file ---------------------------------------------------------------------------------------------------
+
+
+class Object(NamedTuple):
+    """One compilation. ``variant`` tells it from other compilations of the same source."""
+
+    source: Path  # relative to the folder in which ninja runs
+    compiler: Sequence[str | Path]
+    flags: Sequence[str | Path]
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name of the object file, such as ``csrc.zo.zo_kernels.avx2.o``."""
+        return ".".join(filter(None, (*self.source.with_suffix("").parts, self.variant, "o")))
+
+
+def kernel_flags() -> dict[str, tuple[str, ...]]:
+    """The flags with which a kernel file is compiled for each instruction set of this kind of processor."""
+    sets = ISA_FLAGS if platform.machine() == "x86_64" else {"baseline": ISA_FLAGS["baseline"]}
+    return {isa: (*flags, f"-DLEANOPS_ISA={isa}") for isa, flags in sets.items()}
+
+
+def torch_include_flags(include: Path) -> list[str]:
+    """The flags of a compilation against torch's headers, which lie in ``include``."""
+    folders = (include, include / "torch/csrc/api/include")  # -I for them would show the warnings in their headers
+    return ["-Icsrc", *(word for folder in folders for word in ("-isystem", str(folder))), STABLE_ABI]
+
+
+def _quote(words: Sequence[str | Path]) -> str:
+    """Words of a command, quoted for the shell and for ninja."""
+    return shlex.join(map(str, words)).replace("$", "$$")
+
+
+def _escape(path: Path) -> str:
+    """A path outside of a command."""
+    return re.sub("[$ :]", r"$\g<0>", str(path))
+
+
+def ninja_file(
+    folder: Path, objects: Sequence[Object], output: Path, link: Sequence[str | Path], linked: Sequence[Path] = ()
+) -> bytes:
+    """The content of ``folder/build.ninja``. It compiles the objects into ``folder``.
+
+    The C++ compiler links them, and the object files in ``linked``, into ``output`` with the flags ``link``.
+    """
+    lines = [
+        f"builddir = {_escape(folder)}",
+        "rule compile",
+        " command = $compiler -MD -MF $out.d $flags -c $in -o $out",
+        " depfile = $out.d",
+        " deps = gcc",
+        " description = $shown",
+        "rule link",
+        f" command = {_quote([*find_cxx(), *CXX_FLAGS])} -o $out $in {_quote(link)}",
+        f" description = {output.name}",
+    ]
+    for item in objects:
+        lines += [
+            f"build {_escape(folder / item.name)}: compile {_escape(item.source)}",
+            f" compiler = {_quote(item.compiler)}",
+            f" flags = {_quote(item.flags)}",
+            f" shown = {', '.join(filter(None, (str(item.source), item.variant)))}",
+        ]
+    inputs = [*(folder / item.name for item in objects), *linked]
+    lines += [f"build {_escape(output)}: link {' '.join(map(_escape, inputs))}", ""]
+    return os.fsencode("\n".join(lines))
+
+
+# --- running it -------------------------------------------------------------------------------------------------------
 
 
 def parallel(files: int) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from types import ModuleType
 
 import pytest
 from families import FAMILIES, ROOT, TESTS
+from native.build import toolchain
 
 from leanops import _native
 
@@ -108,9 +109,10 @@ def test_a_gpu_machine_runs_and_watches_its_kernels(copy, tmp_path, monkeypatch)
 
 
 def test_nvcc_takes_its_kernel(copy, tmp_path):
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if nvcc is None:
-        pytest.skip("no nvcc; install the CUDA toolkit")
+    try:
+        nvcc = toolchain.find_nvcc()
+    except toolchain.Unavailable as error:
+        pytest.skip(f"{error}; install the CUDA toolkit")
     source = tmp_path / "twice.cu"
     source.write_text('#include "twice/launch_cuda.h"\n')
     command = [nvcc, "-std=c++17", "-arch=sm_90", "-I", copy / "csrc", "-cubin", "-o", tmp_path / "twice.cubin", source]

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from building import STAND_IN, checkout, program
+from native.build import toolchain
 
 ROOT = Path(__file__).parent.parent
 BASELINE = "zo_kernels.baseline.o"
@@ -52,14 +53,6 @@ def bare_python(tmp_path_factory):
     places = [path for path in sys.path if "site-packages" in path]
     (site / "others.pth").write_text("\n".join(places) + "\n")
     return folder / "bin" / "python"
-
-
-@pytest.fixture
-def toolchain():
-    spec = importlib.util.spec_from_file_location("toolchain", ROOT / "csrc" / "toolchain.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_a_checkout_may_have_any_path(tmp_path):
@@ -183,7 +176,7 @@ def test_ninja_may_be_a_package_whose_script_is_on_no_path(source, bare_python, 
     assert source.build(source.command(bare_python), environment=environment).report["cpu"] == {"built": True}
 
 
-def test_without_ninja_there_is_a_reason(toolchain, monkeypatch):
+def test_without_ninja_there_is_a_reason(monkeypatch):
     def none(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -193,7 +186,7 @@ def test_without_ninja_there_is_a_reason(toolchain, monkeypatch):
         toolchain.find_ninja()
 
 
-def test_an_isolated_build_finds_the_torch_of_the_environment(source, toolchain, bare_python, tmp_path):
+def test_an_isolated_build_finds_the_torch_of_the_environment(source, bare_python, tmp_path):
     """pip takes site-packages off the path. This torch came there by a .pth file, others come from the base Python."""
     build = tmp_path / "build-env" / "site-packages"
     build.mkdir(parents=True)
@@ -269,7 +262,7 @@ def test_progress_is_printed_as_it_is_made(source, tmp_path):
     ],
 )
 def test_compilers_run_at_a_time_as_cores_and_memory_allow(
-    toolchain, monkeypatch, tmp_path, cores, available, limit, max_jobs, expected
+    monkeypatch, tmp_path, cores, available, limit, max_jobs, expected
 ):
     (tmp_path / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable:   {int(available * 2**20)} kB\n")
     (tmp_path / "memory.max").write_text(f"{limit}\n")
@@ -325,7 +318,7 @@ def test_architectures_are_those_named_or_those_of_the_gpus(source, tmp_path, wi
     assert code == [*expected, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
 
-def test_native_asks_torch_where_nvidia_smi_fails_and_says_where_there_is_no_gpu(toolchain, monkeypatch):
+def test_native_asks_torch_where_nvidia_smi_fails_and_says_where_there_is_no_gpu(monkeypatch):
     answers = {"nvidia-smi": "", sys.executable: "9.0 8.9 9.0\n"}
     monkeypatch.setenv("LEANOPS_CUDA_ARCHS", "native")
     monkeypatch.setattr(toolchain, "ask", lambda name, *rest: answers[name])
@@ -339,13 +332,13 @@ def test_native_asks_torch_where_nvidia_smi_fails_and_says_where_there_is_no_gpu
         toolchain.cuda_archs()
 
 
-def test_what_is_asked_of_the_gpu_s_torch_is_valid_on_a_machine_without_one(toolchain):
+def test_what_is_asked_of_the_gpu_s_torch_is_valid_on_a_machine_without_one():
     done = subprocess.run([sys.executable, "-c", toolchain.CAPABILITIES], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"(\d+\.\d+ ?)*\n", done.stdout)
 
 
-def test_asking_a_program_that_fails_gives_nothing(toolchain, tmp_path):
+def test_asking_a_program_that_fails_gives_nothing(tmp_path):
     fails = program(tmp_path / "nvidia-smi", "#!/bin/sh\necho 9.0\nexit 9\n")
     assert toolchain.ask(str(fails)) == ""
     assert toolchain.ask(str(tmp_path / "absent")) == ""

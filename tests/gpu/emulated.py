@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from native.build import ROOT, Object, build
+from native.build import ROOT, build, object_of
 
 from leanops.common import nvrtc
 
@@ -20,7 +20,7 @@ def build_emulator() -> ctypes.CDLL:
     """The emulator with the kernels that every family adds in ``tests/FAMILY/emulator.cpp``."""
     flags = (*_FLAGS.split(), "-Icsrc", "-Itests/gpu", "-Wno-unknown-pragmas")
     sources = [ROOT / "tests/gpu/emulator/emulator.cpp", *sorted(ROOT.glob("tests/*/emulator.cpp"))]
-    objects = [Object(source, flags) for source in sources]
+    objects = [object_of(source, flags) for source in sources]
     return ctypes.CDLL(str(build("emulator", objects, ["-shared"], ".so")))
 
 

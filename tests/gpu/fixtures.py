@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import shutil
 from typing import Any
 
 import pytest
 import torch
 from gpu.driver import Dispatched
 from gpu.emulated import Emulator, build_emulator
-from native.build import compiler
+from native.build import toolchain
 
 from leanops import _native
 from leanops.common import nvrtc
@@ -33,8 +32,10 @@ def backend(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="session")
 def emulator_library() -> ctypes.CDLL:
-    if not shutil.which(compiler()[0]):
-        pytest.skip("no C++ compiler to build the emulator with")
+    try:
+        toolchain.find_cxx()
+    except toolchain.Unavailable as error:
+        pytest.skip(str(error))
     return build_emulator()
 
 

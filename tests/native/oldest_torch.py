@@ -1,19 +1,20 @@
 """Compiles what includes torch's headers with those of the oldest torch that the package promises to build with.
 
-They come from PyPI: the smallest of its wheels has the headers of all.
+They come from the smallest of torch's wheels, whose headers are those of every other.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from native.build import ROOT, toolchain
+
 SMALLEST = ("--platform", "macosx_11_0_arm64", "--python-version", "3.12", "--implementation", "cp")
 
 
@@ -37,13 +38,14 @@ def headers() -> Path:
 
 def main() -> int:
     include = headers() / "torch" / "include"
-    target = re.search(r'STABLE_ABI = "(.*)"', (ROOT / "setup.py").read_text())
-    assert target
-    common = ["-std=c++17", target[1], "-Icsrc", "-isystem", include, "-isystem", include / "torch/csrc/api/include"]
-    commands = [["c++", "-fsyntax-only", *common, source] for source in sorted(ROOT.glob("csrc/*/*_cpu.cpp"))]
-    if nvcc := shutil.which("nvcc"):
-        device = [nvcc, "-DUSE_CUDA", "-arch=compute_90", "-G", "--ptx", "-o", "/dev/null", *common]
+    common = ["-std=c++17", *toolchain.torch_include_flags(include)]
+    host = [*toolchain.find_cxx(), "-fsyntax-only", *common]
+    commands = [[*host, source] for source in sorted(ROOT.glob("csrc/*/*_cpu.cpp"))]
+    try:
+        device = [toolchain.find_nvcc(), "-DUSE_CUDA", "-arch=compute_90", "-G", "--ptx", "-o", "/dev/null", *common]
         commands += [[*device, source] for source in sorted(ROOT.glob("csrc/*/*_cuda.cu"))]
+    except toolchain.Unavailable as error:
+        print(f"the CUDA files are left out: {error}")
     with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(lambda c: subprocess.run(list(map(str, c)), cwd=ROOT, capture_output=True), commands))
     for command, result in zip(commands, done, strict=True):
