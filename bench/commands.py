@@ -79,7 +79,7 @@ def _settings(options: argparse.Namespace, ops: Sequence[str] = (), case: str = 
 
 def bench(options: argparse.Namespace) -> int:
     settings = _settings(options, options.ops, options.case)
-    plan.plan(settings)  # a mistake in the arguments is found before anything is written
+    jobs = plan.plan(settings)  # a mistake in the arguments is found before anything is written
     writers: Writers[OperatorResults] = {
         "json": report.write_json,
         "csv": report.write_operators_csv,
@@ -88,7 +88,7 @@ def bench(options: argparse.Namespace) -> int:
     }
     task = Task(
         name="bench",
-        run=lambda shown: runner.run(settings, shown, sys.argv),
+        run=lambda shown: runner.run(jobs, settings, shown, sys.argv),
         show=report.print_operators,
         writers=writers,
         usual=("json", "html"),
@@ -101,7 +101,7 @@ def bench(options: argparse.Namespace) -> int:
 
 def step(options: argparse.Namespace) -> int:
     settings = replace(_settings(options), size=options.size)
-    mezo_step.plan(settings)
+    pairs = mezo_step.plan(settings)
     writers: Writers[StepResults] = {
         "json": report.write_json,
         "csv": report.write_steps_csv,
@@ -110,7 +110,7 @@ def step(options: argparse.Namespace) -> int:
     }
     task = Task(
         name="mezo-step",
-        run=lambda shown: mezo_step.run(settings, shown, sys.argv),
+        run=lambda shown: mezo_step.run(pairs, settings, shown, sys.argv),
         show=report.print_steps,
         writers=writers,
         usual=("json", "html"),

@@ -186,9 +186,10 @@ def plan(settings: Settings) -> list[tuple[str, int]]:
     return [(dtype, count) for dtype in settings.dtypes for count in settings.threads or (fingerprint.cores(),)]
 
 
-def run(settings: Settings, progress: Progress, command: Sequence[str] = ()) -> StepResults:
-    """Every dtype and thread count."""
-    pairs = plan(settings)
+def run(
+    pairs: Sequence[tuple[str, int]], settings: Settings, progress: Progress, command: Sequence[str] = ()
+) -> StepResults:
+    """Measure each dtype and thread count of ``pairs``, which :func:`plan` makes from the settings."""
     before, rounds = torch.get_num_threads(), 3 if settings.quick else 7
     options, tokens = SIZES[settings.size]
     progress.start(len(pairs))

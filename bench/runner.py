@@ -17,17 +17,21 @@ from leanops.autotune import fingerprint
 from leanops.autotune.measure import Clock
 from leanops.bench import memory, roofline
 from leanops.bench.measurement import REFERENCE_ALONE, Dispatch, Measurement
-from leanops.bench.plan import Job, Settings, plan
+from leanops.bench.plan import Job, Settings
 from leanops.bench.progress import Progress
 from leanops.bench.results import OperatorResults, Row, header
 from leanops.bench.schedule import NOT_REACHED, QUICK_S, Forecast, choose, headlines
 
 
 def run(
-    settings: Settings, progress: Progress, command: Sequence[str] = (), clock: Clock | None = None
+    jobs: Sequence[Job],
+    settings: Settings,
+    progress: Progress,
+    command: Sequence[str] = (),
+    clock: Clock | None = None,
 ) -> OperatorResults:
-    """The whole benchmark. ``clock`` tells the time; the device's where None."""
-    session = Session(settings, progress, clock)
+    """Measure the jobs that :func:`leanops.bench.plan.plan` made of the settings, by the device's clock or another."""
+    session = Session(jobs, settings, progress, clock)
     before = torch.get_num_threads()
     try:
         session.measure()
@@ -37,11 +41,10 @@ def run(
 
 
 class Session:
-    def __init__(self, settings: Settings, progress: Progress, clock: Clock | None = None) -> None:
-        self.settings, self.progress = settings, progress
+    def __init__(self, jobs: Sequence[Job], settings: Settings, progress: Progress, clock: Clock | None = None) -> None:
+        self.jobs, self.settings, self.progress = jobs, settings, progress
         self.device = torch.device(settings.device)
         self.clock = clock or Clock(self.device)
-        self.jobs = plan(settings)
         self.effort = roofline.Effort.of(settings.quick)
         self.rooflines: dict[int, roofline.Roofline] = {}
         self.roofline_s = 0.0  # what measuring the machine took, the last time

@@ -14,7 +14,7 @@ import pytest
 from leanops.bench import cli, measurement, mezo_step, plan, runner
 from leanops.bench.convergence import summary
 from leanops.bench.convergence.results import TrainingResults
-from leanops.bench.results import Gate, OperatorResults, load
+from leanops.bench.results import Gate, OperatorResults, StepCase, load
 
 PUBLISHED = Path(__file__).parents[2] / "docs" / "results" / "cpu" / "bench.json"
 
@@ -129,6 +129,17 @@ def captured(arguments):
         patch.setattr(plan, "plan", stop)
         cli.main(["bench", *arguments])
     return found
+
+
+@pytest.mark.parametrize("command", ["bench zo_noise_", "mezo-step"])
+def test_a_run_is_planned_once(command, folder, monkeypatch):
+    planned = []
+    for module in (plan, mezo_step):
+        monkeypatch.setattr(module, "check_wanted", lambda *_: planned.append(1))
+    monkeypatch.setattr(runner.Session, "measure", lambda _: None)
+    monkeypatch.setattr(mezo_step, "measure", lambda *_, **__: StepCase("float32", "gaussian", 1, 1, 1, 0.0, []))
+    assert cli.main([*command.split(), "--dtype", "fp32", "--json", "-"]) == 0
+    assert len(planned) == 1
 
 
 def test_what_is_named_twice_is_measured_once():

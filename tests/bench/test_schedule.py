@@ -123,7 +123,7 @@ def simulate(patch, machine, **options):
         patch.setattr(info, "serving", lambda *_: "reference")
     settings = Settings(quick=True, threads=(1, 2), **options)
     count = Count()
-    results = runner.run(settings, count, clock=machine)
+    results = runner.run(plan.plan(settings), settings, count, clock=machine)
     assert count.done <= count.total
     return results, taken
 
