@@ -146,7 +146,7 @@ class Measurement:
         row, spec = self.row, self.job.spec
         copies = self._copies(args)
         turns = Turns(self.clock)
-        turns.add(spec.name, rotating([_call(self.job, a) for a in copies]))
+        turns.add(spec.name, rotating([_timed(self.job, a) for a in copies]))
         self.least_s = limit.spent + LEAST_ROUNDS * turns.round_s
         for peer in peers:
             result = PeerResult(peer.label, peer.origin, error=peer_errors.get(peer.name))
@@ -158,7 +158,7 @@ class Measurement:
                 turns.drop(peer.label)
                 result.available, result.reason = False, (str(error).strip() or repr(error)).split("\n")[0]
             else:
-                turns.passes[peer.label] = passes = peer.times(args)
+                turns.passes[peer.label] = passes = peer.times(spec.bind(*args))
                 result.reason = f"1 pass of {passes} timed" if passes > 1 else ""
             row.peers.append(result)
         least, most = self.settings.rounds
@@ -191,7 +191,7 @@ class Measurement:
         needed = (LEAST_ROUNDS + 1) * turns.round_s + (PACKAGE_S if peer.origin == "package" else 0.0)
         if not main and needed > limit.left:
             raise Unavailable(NO_TIME)
-        seconds = turns.add(peer.label, rotating([peer.make(a) for a in copies]))
+        seconds = turns.add(peer.label, rotating([peer.make(self.job.spec.bind(*a)) for a in copies]))
         if not (main and self.settings.quick) and seconds > self.settings.peer_limit_s:
             raise Unavailable(f"one call takes {seconds:.1f} s, over {self.settings.peer_limit_s:g} s")
         if main:
@@ -238,17 +238,17 @@ class Measurement:
         """The time of a call with next to no work: the dispatcher, the checks and the kernel's own entry."""
         key = (self.job.spec.name, self.job.dtype, self.job.threads)
         if key not in self.dispatch:
-            call = Timed("dispatch", _call(self.job, self.job.subject.tiny(self.device, self.job.dtype)))
+            call = Timed("dispatch", _timed(self.job, self.job.subject.tiny(self.device, self.job.dtype)))
             clock = Clock(torch.device("cpu"))  # the host's time, also where the device works on
             inner, _ = calibrate(clock, call)
             self.dispatch[key] = median([clock(call, inner) / inner for _ in range(9)]).value
         return self.dispatch[key]
 
 
-def _call(job: Job, args: Args) -> Callable[[], object]:
-    """What is timed."""
-    if job.subject.call is not None:
-        return job.subject.call(args)
+def _timed(job: Job, args: Args) -> Callable[[], object]:
+    """The function whose time is the row's."""
+    if job.subject.timed is not None:
+        return job.subject.timed(job.spec.bind(*args))
     op = job.spec.op
     return lambda: op(*args)
 

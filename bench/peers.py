@@ -1,8 +1,9 @@
-"""What an operator is measured against, described by family.
+"""What each operator is measured against.
 
 A :class:`Subject` holds what a benchmark needs to know of an operator beyond its OpSpec: peers over the same inputs,
-where to look whether the result is right, inputs that are all dispatch, and cases on real weights. A family adds
-its subjects in a file ``peers_<family>.py`` that :func:`subjects` finds; an operator without one is measured alone.
+the parts of a result that are checked, inputs with next to no work, and cases on real weights. A family adds its
+subjects in a file ``peers_<family>.py``, which :func:`subjects` finds. An operator without a subject is measured
+without peers.
 """
 
 from __future__ import annotations
@@ -20,25 +21,26 @@ from torch.utils._pytree import tree_map_only
 
 from leanops import _registry, bench
 from leanops._registry import Case, OpSpec
+from leanops.common.call import flat
 
-Args = tuple[Any, ...]
+Args = tuple[Any, ...]  # an operator's positional arguments
 
 
 @dataclass(frozen=True)
 class Peer:
     """Another way to do the work.
 
-    ``origin`` is ``"torch"``, ``"package"`` (the real one, installed) or ``"re-expressed"`` (written here from the
-    published formula). ``make`` builds a call over the operator's arguments; it raises :class:`Unavailable` with the
-    reason where that cannot be, :class:`OtherInputs` where it should not be. A call stands for ``times(args)`` of
-    itself where one pass of many is timed.
+    ``origin`` is ``"torch"``, ``"package"`` (the published package, installed) or ``"re-expressed"`` (written here from
+    the published formula). ``make(call)`` returns a function that does the work of the operator's call. It raises
+    :class:`Unavailable` with the reason where the peer cannot run, and :class:`OtherInputs` where the peer is not meant
+    for these inputs. Where the function does one pass of many, its time is multiplied by ``times(call)``.
     """
 
     name: str
     origin: str
-    make: Callable[[Args], Callable[[], object]]
-    times: Callable[[Args], int] = lambda args: 1
-    same_result: bool = False  # the call returns what the operator returns, so its error is shown too
+    make: Callable[[Any], Callable[[], object]]
+    times: Callable[[Any], int] = lambda call: 1
+    same_result: bool = False  # the function returns what the operator returns, so its error is shown too
 
     @property
     def label(self) -> str:
@@ -50,37 +52,45 @@ class Unavailable(Exception):
 
 
 class OtherInputs(Unavailable):
-    """A peer does other work than these inputs ask for, so a row over them need not mention it."""
+    """A peer is not meant for these inputs. Their row does not mention it."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A part of a result small enough for the reference: the reference's arguments, taken before the operator runs,
-    and where the same values lie in the operator's arguments and result."""
+    """A part of a result that is small enough for the reference.
 
-    reference_args: Args
-    actual: Callable[[Any], list[Tensor]]  # given what the operator returned
-    wanted: Callable[[list[Tensor]], list[Tensor]] = lambda results: results  # what of the reference's results counts
+    ``reference_call`` is a call over that part alone, on copies of what the operator writes. ``actual(returned)`` finds
+    the part in what the operator wrote or returned. ``wanted(results)`` picks those of the reference's results that
+    are compared.
+    """
+
+    reference_call: Any
+    actual: Callable[[Any], list[Tensor]]
+    wanted: Callable[[list[Tensor]], list[Tensor]] = lambda results: results
 
 
 @dataclass(frozen=True)
 class Subject:
-    """``tiny`` makes arguments with next to no work; ``probes`` picks what the accuracy gate compares;
-    ``cases`` yields further benchmark cases; ``unavailable_cases`` names those that cannot run, with the reason.
-    ``call`` makes what is timed, where users and peers do not call an operator but what is built on it, ``called``."""
+    """What a benchmark knows of an operator beyond its OpSpec.
+
+    ``probes(call)`` picks the parts of a result that the accuracy gate compares. ``tiny(device, dtype)`` makes
+    arguments with next to no work. ``cases()`` are further benchmark cases; ``unavailable_cases()`` maps the names of
+    cases that cannot run to the reason. ``timed(call)`` makes the function that is timed where users do not call the
+    operator itself; ``timed_name`` names what they call.
+    """
 
     name: str
     peers: tuple[Peer, ...]
-    probes: Callable[[Args], list[Probe]]
+    probes: Callable[[Any], list[Probe]]
     tiny: Callable[[torch.device, torch.dtype], Args]
     cases: Callable[[], Sequence[Case]] = tuple
     unavailable_cases: Callable[[], dict[str, str]] = dict
-    call: Callable[[Args], Callable[[], object]] | None = None
-    called: str = ""
-    quick: Callable[[str], bool] = lambda case: True  # whether a case belongs to a run of two minutes
-    headline: tuple[str, ...] = ()  # the case that --quick shows on any machine, then cheaper ones in its place
-    small: Case | None = None  # in place of these on a machine for which all of them are too slow
-    reference_limit: float = 1 << 18  # elements x seeds: beyond this the reference is too slow to be timed
+    timed: Callable[[Any], Callable[[], object]] | None = None
+    timed_name: str = ""
+    quick: Callable[[str], bool] = lambda case: True  # whether --quick measures a case of this name
+    headline: tuple[str, ...] = ()  # names of the case that --quick shows first, and of cheaper substitutes
+    small: Case | None = None  # the last substitute, for a machine on which all of these are too slow
+    reference_limit: float = 1 << 18  # elements x seeds: above this the reference is too slow to be timed
 
     def bench_cases(self, spec: OpSpec) -> dict[str, Case]:
         return {case.name: case for case in (*spec.cases, *self.cases()) if case.bench}
@@ -93,16 +103,16 @@ class Subject:
 
 
 def wanted(label: str, parts: Sequence[str] | None) -> bool:
-    """Whether a peer takes part: where one of the parts stands in its label, or where ``parts`` is None."""
+    """Whether a peer takes part: its label contains one of the parts, or ``parts`` is None."""
     return parts is None or any(part.lower() in label.lower() for part in parts)
 
 
 def check_wanted(parts: Sequence[str] | None, labels: Iterable[str]) -> None:
-    """Refuse a part that stands in none of the labels."""
+    """Raise a ValueError for a part that no label contains."""
     labels = list(dict.fromkeys(labels))
     if unknown := [part for part in parts or () if not any(wanted(label, (part,)) for label in labels)]:
-        there = f"there are {'; '.join(labels)}" if labels else "there are none"
-        raise ValueError(f"--peers: no peer named {', '.join(unknown)}; {there}")
+        known = f"there are {'; '.join(labels)}" if labels else "there are none"
+        raise ValueError(f"--peers: no peer named {', '.join(unknown)}; {known}")
 
 
 _subjects: dict[str, Subject] = {}
@@ -113,7 +123,7 @@ def add(subject: Subject) -> None:
 
 
 def subjects() -> dict[str, Subject]:
-    """Every subject by the name of its operator, those with a case for benchmarks, in the operators' order."""
+    """The subject of every operator that has a case for benchmarks, by name, in the operators' order."""
     for module in pkgutil.iter_modules(bench.__path__, "leanops.bench."):
         if module.name.startswith("leanops.bench.peers_"):
             importlib.import_module(module.name)
@@ -125,18 +135,18 @@ def subjects() -> dict[str, Subject]:
 
 
 def results(spec: OpSpec, args: Args, returned: Any) -> list[Tensor]:
-    """What a call wrote or returned."""
+    """The tensors that a call wrote or returned."""
     if spec.mutates:
         return spec.mutated(args)
     return [returned] if isinstance(returned, Tensor) else list(returned)
 
 
 def alone(spec: OpSpec) -> Subject:
-    """An operator of which no more is known than its OpSpec: no peers, and the gate compares the whole result."""
+    """The subject of an operator without one of its family: no peers, and the gate compares the whole result."""
 
-    def probes(args: Args) -> list[Probe]:
-        before = tree_map_only(Tensor, Tensor.clone, args)
-        return [Probe(before, lambda returned: results(spec, args, returned))]
+    def probes(call: Any) -> list[Probe]:
+        before = tree_map_only(Tensor, Tensor.clone, call)
+        return [Probe(before, lambda returned: results(spec, flat(call), returned))]
 
     def tiny(device: torch.device, dtype: torch.dtype) -> Args:
         case = next((c for c in spec.cases if not c.bench), spec.cases[0])

@@ -14,10 +14,11 @@ from leanops._registry import Case
 from leanops.bench.peers import Args, OtherInputs, Peer, Probe, Subject, Unavailable, add
 from leanops.bench.weights import minilm, minilm_file
 from leanops.optim import SM3
+from leanops.sm3.calls import Step
 from leanops.sm3.cases import Options, step_case, step_inputs
 from leanops.sm3.reference import BLOCK, axes_of
 
-_PIECE = 4096  # elements of a tensor that one probe compares, where rows allow
+_PIECE = 4096  # elements of a tensor that one probe compares; more where a single row has more
 _SLICE = 1 << 18  # elements of the largest slice whose maximum a probe compares
 
 _MINILM = "minilm-weights-fp32"
@@ -27,14 +28,13 @@ class Optimizer(Protocol):
     def step(self) -> object: ...
 
 
-# --- where the gate looks ---------------------------------------------------------------------------------------------
+# --- the parts that the gate compares ---------------------------------------------------------------------------------
 
 
-def _rows(args: Args, j: int) -> Iterator[Probe]:
-    """The start, the middle and the end of a tensor, cut along its first axis: all that a shard gives by itself."""
-    params, grads, covers, momenta, scales, lr, seed, grad_scale, found_inf, ids, offsets, *rest = args
-    sizes = axes_of(params[j].shape)
-    row = params[j].numel() // sizes[0]
+def _rows(call: Step, j: int) -> Iterator[Probe]:
+    """The start, the middle and the end of tensor j, cut along its first axis: a shard has all that they need."""
+    sizes = axes_of(call.params[j].shape)
+    row = call.params[j].numel() // sizes[0]
     length = max(1, _PIECE // row)
     middle = sizes[0] // 2 // BLOCK * BLOCK if len(sizes) == 1 else sizes[0] // 2  # int8 blocks of a vector stay whole
     for start in sorted({0, middle, max(0, (sizes[0] - length) // BLOCK * BLOCK if row == 1 else sizes[0] - length)}):
@@ -44,63 +44,85 @@ def _rows(args: Args, j: int) -> Iterator[Probe]:
         def part(tensors: Sequence[Tensor], start: int = start, stop: int = stop) -> list[Tensor]:
             return [tensors[j].view(sizes)[start:stop]] if tensors else []
 
-        def factors(start: int = start, stop: int = stop, blocks: Any = blocks) -> list[Tensor]:
-            return [scales[j][blocks] if scales[j].numel() else scales[j]] if scales else []
+        def scales(blocks: Any = blocks) -> list[Tensor]:
+            if not call.scales:
+                return []
+            return [call.scales[j][blocks] if call.scales[j].numel() else call.scales[j]]
 
         def actual(
-            _: Any, start: int = start, stop: int = stop, part: Any = part, factors: Any = factors
+            _: Any, start: int = start, stop: int = stop, part: Any = part, scales: Any = scales
         ) -> list[Tensor]:
-            return [*part(params), covers[j][start:stop], *part(momenta), *factors()]
+            return [*part(call.params), call.covers[j][start:stop], *part(call.momenta), *scales()]
 
         def wanted(results: list[Tensor], rows: int = stop - start) -> list[Tensor]:
             return [results[0], results[1][:rows], *results[2:]]
 
-        cover = torch.cat([covers[j][start:stop], covers[j][sizes[0] :]])
-        copies = ([t.clone() for t in part(tensors)] for tensors in (params, grads))
-        state = ([t.clone() for t in tensors] for tensors in (part(momenta), factors()))
-        numbers = (lr, seed, grad_scale, found_inf, [ids[j]], [offsets[j] + start * row])
-        yield Probe((*copies, [cover], *state, *numbers, *rest), actual, wanted)
+        reference = call._replace(
+            params=_clones(part(call.params)),
+            grads=_clones(part(call.grads)),
+            covers=[torch.cat([call.covers[j][start:stop], call.covers[j][sizes[0] :]])],
+            momenta=_clones(part(call.momenta)),
+            scales=_clones(scales()),
+            tensor_ids=[call.tensor_ids[j]],
+            offsets=[call.offsets[j] + start * row],
+        )
+        yield Probe(reference, actual, wanted)
 
 
-def _slices(args: Args, j: int) -> Iterator[Probe]:
-    """Maxima over whole slices of every other axis; no momentum and no rounding takes part in them."""
-    params, grads, covers, _, _, lr, seed, grad_scale, found_inf, _, _, _, beta, eps, decay, decoupled, up, _ = args
-    sizes = axes_of(params[j].shape)
-    axes = covers[j].split(list(sizes))
+def _clones(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.clone() for t in tensors]
+
+
+def _slices(call: Step, j: int) -> Iterator[Probe]:
+    """Maxima of tensor j over whole slices of every axis but the first. Momentum and rounding do not change them."""
+    sizes = axes_of(call.params[j].shape)
+    axes = call.covers[j].split(list(sizes))
+    options = call.options._replace(momentum=0.0, stochastic_rounding=False)
     for k in range(1, len(sizes)):
-        if (size := params[j].numel() // sizes[k]) > _SLICE:
+        if (size := call.params[j].numel() // sizes[k]) > _SLICE:
             continue
         length = min(max(1, _PIECE // size), sizes[k])
         start, before = sizes[k] - length, sum(sizes[:k])
-        cut = (t[j].narrow(k, start, length).clone() for t in (params, grads))
-        cover = torch.cat([a[start:] if i == k else a for i, a in enumerate(axes)])
-        numbers = (lr, seed, grad_scale, found_inf, [0], [0], 0.0, beta, eps, decay, decoupled, up, False)
+        reference = call._replace(
+            params=[call.params[j].narrow(k, start, length).clone()],
+            grads=[call.grads[j].narrow(k, start, length).clone()],
+            covers=[torch.cat([a[start:] if i == k else a for i, a in enumerate(axes)])],
+            momenta=[],
+            scales=[],
+            tensor_ids=[0],
+            offsets=[0],
+            options=options,
+        )
         yield Probe(
-            (*([t] for t in cut), [cover], [], [], *numbers),
-            lambda _, a=before + start, b=before + sizes[k]: [covers[j][a:b]],  # type: ignore[misc]
+            reference,
+            lambda _, a=before + start, b=before + sizes[k]: [call.covers[j][a:b]],  # type: ignore[misc]
             lambda results, a=before, b=before + length: [results[1][a:b]],  # type: ignore[misc]
         )
 
 
-def _probes(args: Args) -> list[Probe]:
-    params = args[0]
+def _probes(call: Step) -> list[Probe]:
+    """Parts of the first tensor, of the last, and of every eighth part of the list."""
+    params = call.params
     picked = sorted({0, len(params) - 1, *range(0, len(params), max(1, len(params) // 8))}) if params else []
-    return [probe for j in picked if params[j].numel() for find in (_rows, _slices) for probe in find(args, j)]
+    return [probe for j in picked if params[j].numel() for find in (_rows, _slices) for probe in find(call, j)]
 
 
 # --- other optimizers -------------------------------------------------------------------------------------------------
 
 
-def _optimizer(build: Callable[[list[torch.nn.Parameter], Args], Optimizer]) -> Callable[[Args], Callable[[], object]]:
+Build = Callable[[list[torch.nn.Parameter], Step], Optimizer]
+
+
+def _optimizer(build: Build) -> Callable[[Step], Callable[[], object]]:
     """An optimizer's step over the operator's parameters and gradients, its state allocated and its code compiled."""
 
-    def make(args: Args) -> Callable[[], object]:
-        params = [torch.nn.Parameter(p) for p in args[0]]
-        for p, g in zip(params, args[1], strict=True):
+    def make(call: Step) -> Callable[[], object]:
+        params = [torch.nn.Parameter(p) for p in call.params]
+        for p, g in zip(params, call.grads, strict=True):
             p.grad = g
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            optimizer = build(params, args)
+            optimizer = build(params, call)
             optimizer.step()
         return optimizer.step
 
@@ -114,39 +136,44 @@ def _package(name: str, install: str) -> Any:
         raise Unavailable(f"{name.split('.')[0]} cannot be imported (pip install {install}): {error}") from None
 
 
-def _int8(args: Args) -> None:
-    if not args[3] or args[3][0].dtype != torch.int8:
+def _momentum_dtype(call: Step) -> torch.dtype | None:
+    return call.momenta[0].dtype if call.momenta else None
+
+
+def _require_int8(call: Step) -> None:
+    if _momentum_dtype(call) != torch.int8:
         raise OtherInputs("int8 momentum only")
 
 
-def _own(params: list[torch.nn.Parameter], args: Args) -> Optimizer:
-    lr, momentum, beta, eps, decay, decoupled, maximize, stochastic = (args[5], *args[11:])
+def _own(params: list[torch.nn.Parameter], call: Step) -> Optimizer:
+    options = call.options
     return SM3(
-        params, float(lr), momentum, beta, eps, decay, decoupled=decoupled, maximize=maximize,
-        momentum_dtype=args[3][0].dtype if args[3] else None, stochastic_rounding=stochastic,
+        params, float(call.lr), options.momentum, options.beta, options.eps, options.weight_decay,
+        decoupled=options.decoupled, maximize=options.maximize, momentum_dtype=_momentum_dtype(call),
+        stochastic_rounding=options.stochastic_rounding,
     )  # fmt: skip
 
 
-def _adamw(params: list[torch.nn.Parameter], args: Args) -> Optimizer:
+def _adamw(params: list[torch.nn.Parameter], call: Step) -> Optimizer:
     return torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0, fused=True)
 
 
-def _sm3(params: list[torch.nn.Parameter], args: Args) -> Optimizer:
+def _sm3(params: list[torch.nn.Parameter], call: Step) -> Optimizer:
     rules = _package("pytorch_optimizer", "pytorch-optimizer")
-    momentum, beta, eps = args[11:14]
-    # its beta of 0 is the sum of squares
-    optimizer: Optimizer = rules.SM3(params, lr=1e-4, momentum=momentum, beta=0.0 if beta == 1 else beta, eps=eps)
+    options = call.options
+    beta = 0.0 if options.beta == 1 else options.beta  # its beta of 0 is the sum of squares
+    optimizer: Optimizer = rules.SM3(params, lr=1e-4, momentum=options.momentum, beta=beta, eps=options.eps)
     return optimizer
 
 
-def _torchao(params: list[torch.nn.Parameter], args: Args) -> Optimizer:
-    _int8(args)
+def _torchao(params: list[torch.nn.Parameter], call: Step) -> Optimizer:
+    _require_int8(call)
     optimizer: Optimizer = _package("torchao.optim", "torchao").AdamW8bit(params, lr=1e-4, weight_decay=0.0)
     return optimizer
 
 
-def _bitsandbytes(params: list[torch.nn.Parameter], args: Args) -> Optimizer:
-    _int8(args)
+def _bitsandbytes(params: list[torch.nn.Parameter], call: Step) -> Optimizer:
+    _require_int8(call)
     rules = _package("bitsandbytes", "bitsandbytes").optim
     optimizer: Optimizer = rules.AdamW8bit(params, lr=1e-4, weight_decay=0.0)
     return optimizer
@@ -187,8 +214,8 @@ add(
         ),
         probes=_probes,
         tiny=_tiny,
-        call=_optimizer(_own),
-        called="leanops.optim.SM3",
+        timed=_optimizer(_own),
+        timed_name="leanops.optim.SM3",
         cases=_minilm_cases,
         unavailable_cases=_absent,
         quick=lambda case: False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,14 @@ from leanops._registry import Case
 from leanops.bench.peers import Args, OtherInputs, Peer, Probe, Subject, add
 from leanops.bench.weights import minilm, minilm_file
 from leanops.zo import columns_of
+from leanops.zo.calls import Axpy, AxpyInto, Linear, NoiseInPlace
 from leanops.zo.cases import AXPY_DISTRIBUTIONS, axpy_inputs, linear_case, noise_case
 
+AnyAxpy = Axpy | AxpyInto
+
 _PIECE = 2048  # elements of a tensor that one probe compares
-_MANY = 16  # beyond so many seeds, eager peers time one pass of them
+_PIECE_OF_MANY = 64  # the same with many seeds
+_MANY = 16  # with more seeds than this, eager peers time one pass of them
 
 
 # --- real weights -----------------------------------------------------------------------------------------------------
@@ -51,68 +55,68 @@ def _minilm_absent() -> dict[str, str]:
 # --- noise ------------------------------------------------------------------------------------------------------------
 
 
-def _noise_probes(args: Args) -> list[Probe]:
-    out, seed, tensor_id, offset, distribution = args
-    out.fill_(torch.nan)
-    flat = out.view(-1)
+def _noise_probes(call: NoiseInPlace) -> list[Probe]:
+    call.out.fill_(torch.nan)
+    flat = call.out.view(-1)
     return [
         Probe(
-            (torch.full_like(flat[a:b], torch.nan), seed, tensor_id, offset + a, distribution),
-            lambda result, a=a, b=b: [flat[a:b]],  # type: ignore[misc]
+            call._replace(out=torch.full_like(flat[start:stop], torch.nan), offset=call.offset + start),
+            lambda returned, start=start, stop=stop: [flat[start:stop]],  # type: ignore[misc]
         )
-        for a, b in _pieces(flat.numel(), _PIECE)
+        for start, stop in _pieces(flat.numel(), _PIECE)
     ]
 
 
 def _pieces(n: int, size: int) -> list[tuple[int, int]]:
-    """The start, a middle that is aligned to nothing, and the end of n elements."""
+    """The first elements of n, some from the middle at an index that is aligned to nothing, and the last."""
     if n <= 3 * size:
         return [(0, n)]
     middle = n // 2 + 5
     return [(0, size), (middle, middle + size), (n - size, n)]
 
 
-def _only(distribution: str, make: Callable[[Args], Callable[[], object]], at: int) -> Callable[[Args], Any]:
-    def build(args: Args) -> Callable[[], object]:
-        if args[at] != distribution:
+def _distribution(call: NoiseInPlace | AnyAxpy) -> str:
+    return call.distribution if isinstance(call, NoiseInPlace) else call.noise.distribution
+
+
+def _only(distribution: str, make: Callable[[Any], Callable[[], object]]) -> Callable[[Any], Callable[[], object]]:
+    """``make`` for the calls of one distribution."""
+
+    def checked(call: Any) -> Callable[[], object]:
+        if _distribution(call) != distribution:
             raise OtherInputs(f"{distribution} only")
-        return make(args)
+        return make(call)
 
-    return build
+    return checked
 
 
-def _signs(size: torch.Size, like: Tensor) -> Tensor:
-    return torch.empty(size, dtype=like.dtype, device=like.device).bernoulli_(0.5).mul_(2).sub_(1)
+def _normal_in_place(call: NoiseInPlace) -> Callable[[], object]:
+    return lambda: call.out.normal_()
+
+
+def _randn(call: NoiseInPlace) -> Callable[[], object]:
+    out = call.out
+    return lambda: torch.randn(out.shape, dtype=out.dtype, device=out.device)
+
+
+def _signs_in_place(call: NoiseInPlace) -> Callable[[], object]:
+    return lambda: call.out.bernoulli_(0.5).mul_(2).sub_(1)
+
+
+def _noise_tiny(device: torch.device, dtype: torch.dtype) -> Args:
+    return torch.empty(1, device=device, dtype=dtype), torch.tensor([1]), 0, 0, "gaussian"
 
 
 add(
     Subject(
         name="zo_noise_",
         peers=(
-            Peer("Tensor.normal_", "torch", _only("gaussian", lambda a: lambda: a[0].normal_(), 4)),
-            Peer(
-                "torch.randn",
-                "torch",
-                _only(
-                    "gaussian",
-                    lambda a: lambda: torch.randn(a[0].shape, dtype=a[0].dtype, device=a[0].device),
-                    4,
-                ),
-            ),
-            Peer(
-                "Tensor.bernoulli_, 2z - 1",
-                "torch",
-                _only("rademacher", lambda a: lambda: a[0].bernoulli_(0.5).mul_(2).sub_(1), 4),
-            ),
+            Peer("Tensor.normal_", "torch", _only("gaussian", _normal_in_place)),
+            Peer("torch.randn", "torch", _only("gaussian", _randn)),
+            Peer("Tensor.bernoulli_, 2z - 1", "torch", _only("rademacher", _signs_in_place)),
         ),
         probes=_noise_probes,
-        tiny=lambda device, dtype: (
-            torch.empty(1, device=device, dtype=dtype),
-            torch.tensor([1]),
-            0,
-            0,
-            "gaussian",
-        ),
+        tiny=_noise_tiny,
         headline=("gaussian-16M",),
         small=noise_case("gaussian-64K", (1 << 16,), "gaussian", bench=True),
     )
@@ -122,100 +126,109 @@ add(
 # --- axpy -------------------------------------------------------------------------------------------------------------
 
 
-def _axpy_probes(into: bool) -> Callable[[Args], list[Probe]]:
-    def probes(args: Args) -> list[Probe]:
-        written, tensors = (args[0], args[1]) if into else (args[0], args[0])
-        seeds, coeffs, decays, ids, offsets, distribution, rounding, sequential, *right = args[2:] if into else args[1:]
-        if into:
-            for t in written:
-                t.fill_(torch.nan)
-        size = _PIECE if len(seeds) <= _MANY else 64
-        picked = sorted({0, len(tensors) - 1, *range(0, len(tensors), max(1, len(tensors) // 8))})
-        found = []
-        for j in picked if tensors else []:
-            flat, result = tensors[j].view(-1), written[j].view(-1)
-            for a, b in _pieces(flat.numel(), size)[: 3 if size == _PIECE else 1]:
-                b = min(b, a + size) if size != _PIECE else b
-                piece = flat[a:b].clone()
-                mine = (right[0], [right[1][j]], right[2]) if distribution == "lowrank" else ()
-                rest = (distribution, rounding, sequential, *mine)
-                numbers = (seeds, coeffs, decays, [ids[j]], [offsets[j] + a], *rest)
-                reference = ([torch.full_like(piece, torch.nan)], [piece], *numbers) if into else ([piece], *numbers)
-                found.append(Probe(reference, lambda _, r=result, a=a, b=b: [r[a:b]]))  # type: ignore[misc]
-        return found
+def _written(call: AnyAxpy) -> Sequence[Tensor]:
+    return call.out if isinstance(call, AxpyInto) else call.tensors
 
+
+def _axpy_probes(call: AnyAxpy) -> list[Probe]:
+    """Pieces of the first tensor, of the last, and of every eighth part of the list."""
+    written, tensors, noise = _written(call), call.tensors, call.noise
+    if isinstance(call, AxpyInto):
+        for t in written:
+            t.fill_(torch.nan)
+    many = len(noise.seeds) > _MANY
+    picked = sorted({0, len(tensors) - 1, *range(0, len(tensors), max(1, len(tensors) // 8))})
+    probes = []
+    for j in picked if tensors else []:
+        flat, result = tensors[j].view(-1), written[j].view(-1)
+        pieces = [(0, min(flat.numel(), _PIECE_OF_MANY))] if many else _pieces(flat.numel(), _PIECE)
+        for start, stop in pieces:
+            piece = flat[start:stop].clone()
+            own_noise = noise._replace(
+                tensor_ids=[noise.tensor_ids[j]],
+                offsets=[noise.offsets[j] + start],
+                columns=None if noise.columns is None else [noise.columns[j]],
+            )
+            if isinstance(call, AxpyInto):
+                reference: AnyAxpy = AxpyInto([torch.full_like(piece, torch.nan)], [piece], own_noise)
+            else:
+                reference = Axpy([piece], own_noise)
+            probes.append(
+                Probe(reference, lambda _, r=result, start=start, stop=stop: [r[start:stop]])  # type: ignore[misc]
+            )
     return probes
 
 
-def _passes(args: Args, at: int) -> list[float]:
-    """The coefficients of the passes that a call makes: all of them, or one that stands for many."""
-    coeffs: list[float] = args[at].tolist()
+def _timed_coeffs(call: AnyAxpy) -> list[float]:
+    """The coefficients of the passes that an eager peer makes: all of them, or one that stands for many."""
+    coeffs: list[float] = call.noise.coeffs.tolist()
     return coeffs if len(coeffs) <= _MANY else coeffs[:1]
 
 
-def _times(at: int) -> Callable[[Args], int]:
-    return lambda args: len(args[at]) if len(args[at]) > _MANY else 1
+def _times(call: AnyAxpy) -> int:
+    """How many passes the passes of :func:`_timed_coeffs` stand for."""
+    return len(call.noise.coeffs) if len(call.noise.coeffs) > _MANY else 1
 
 
-def _loop(draw: Callable[[torch.Size, Tensor], Tensor], into: bool) -> Callable[[Args], Callable[[], object]]:
+def _loop(draw: Callable[[Tensor], Tensor]) -> Callable[[AnyAxpy], Callable[[], object]]:
     """MeZO's loop: for each tensor draw noise of its size, then add it."""
 
-    def make(args: Args) -> Callable[[], object]:
-        written, tensors = (args[0], args[1]) if into else (args[0], args[0])
-        coeffs = _passes(args, 3 if into else 2)
+    def make(call: AnyAxpy) -> Callable[[], object]:
+        written, tensors, coeffs = _written(call), call.tensors, _timed_coeffs(call)
+        into = isinstance(call, AxpyInto)
 
-        def call() -> None:
+        def run() -> None:
             for i, c in enumerate(coeffs):
-                for o, p in zip(written, tensors, strict=True):
-                    z = draw(p.size(), p)
+                for out, p in zip(written, tensors, strict=True):
+                    z = draw(p)
                     if into:
-                        torch.add(o if i else p, z, alpha=c, out=o)
+                        torch.add(out if i else p, z, alpha=c, out=out)
                     else:
                         p.add_(z, alpha=c)
 
-        return call
+        return run
 
     return make
 
 
-def _normal(size: torch.Size, like: Tensor) -> Tensor:
-    return torch.normal(mean=0.0, std=1.0, size=size, device=like.device, dtype=like.dtype)
+def _normal(p: Tensor) -> Tensor:
+    return torch.normal(mean=0.0, std=1.0, size=p.size(), device=p.device, dtype=p.dtype)
 
 
-def _foreach(args: Args) -> Callable[[], object]:
-    tensors, coeffs = args[0], _passes(args, 2)
+def _signs(p: Tensor) -> Tensor:
+    return torch.empty(p.size(), dtype=p.dtype, device=p.device).bernoulli_(0.5).mul_(2).sub_(1)
 
-    def call() -> None:
+
+def _foreach(call: Axpy) -> Callable[[], object]:
+    tensors, coeffs = list(call.tensors), _timed_coeffs(call)
+
+    def run() -> None:
         for c in coeffs:
             torch._foreach_add_(tensors, [torch.randn_like(p) for p in tensors], alpha=c)
 
-    return call
+    return run
 
 
-def _lozo(into: bool) -> Callable[[Args], Callable[[], object]]:
-    """LOZO's loop: for each matrix draw U, multiply by the V that is kept, and add; noise for the others."""
+def _lozo(call: AnyAxpy) -> Callable[[], object]:
+    """LOZO's loop: for each matrix draw U, multiply by the V that is kept, and add; noise for the other tensors."""
+    written, tensors, coeffs = _written(call), call.tensors, _timed_coeffs(call)
+    into, rank = isinstance(call, AxpyInto), call.noise.rank
 
-    def make(args: Args) -> Callable[[], object]:
-        written, tensors = (args[0], args[1]) if into else (args[0], args[0])
-        coeffs, rank = _passes(args, 3 if into else 2), args[-1]
+    def draw(p: Tensor, lines: int) -> Tensor:
+        return torch.randn(lines, rank, device=p.device, dtype=p.dtype)
 
-        def drawn(p: Tensor, lines: int) -> Tensor:
-            return torch.randn(lines, rank, device=p.device, dtype=p.dtype)
+    kept = [draw(p, p[0].numel()) if p.dim() >= 2 and p.numel() else None for p in tensors]
 
-        kept = [drawn(p, p[0].numel()) if p.dim() >= 2 and p.numel() else None for p in tensors]
+    def run() -> None:
+        for i, c in enumerate(coeffs):
+            for out, p, v in zip(written, tensors, kept, strict=True):
+                z = torch.randn_like(p) if v is None else (draw(p, len(p)) @ v.t()).view_as(p)
+                if into:
+                    torch.add(out if i else p, z, alpha=c, out=out)
+                else:
+                    p.add_(z, alpha=c)
 
-        def call() -> None:
-            for i, c in enumerate(coeffs):
-                for o, p, v in zip(written, tensors, kept, strict=True):
-                    z = torch.randn_like(p) if v is None else (drawn(p, len(p)) @ v.t()).view_as(p)
-                    if into:
-                        torch.add(o if i else p, z, alpha=c, out=o)
-                    else:
-                        p.add_(z, alpha=c)
-
-        return call
-
-    return make
+    return run
 
 
 def _tiled(like: Tensor) -> Tensor:
@@ -224,25 +237,21 @@ def _tiled(like: Tensor) -> Tensor:
     return drawn.repeat(-(-like.numel() // max(drawn.numel(), 1)))[: like.numel()].view(like.shape)
 
 
-def _stored(into: bool) -> Callable[[Args], Callable[[], object]]:
+def _stored(call: AnyAxpy) -> Callable[[], object]:
     """An axpy that reads its direction from memory: the floor for noise that costs nothing to make."""
+    written, tensors, coeffs = _written(call), call.tensors, _timed_coeffs(call)
+    into = isinstance(call, AxpyInto)
+    directions = [_tiled(t) for t in tensors]
 
-    def make(args: Args) -> Callable[[], object]:
-        written, tensors = (args[0], args[1]) if into else (args[0], args[0])
-        coeffs = _passes(args, 3 if into else 2)
-        directions = [_tiled(t) for t in tensors]
+    def run() -> None:
+        for i, c in enumerate(coeffs):
+            for out, p, q in zip(written, tensors, directions, strict=True):
+                if into:
+                    torch.add(out if i else p, q, alpha=c, out=out)
+                else:
+                    p.add_(q, alpha=c)
 
-        def call() -> None:
-            for i, c in enumerate(coeffs):
-                for o, p, q in zip(written, tensors, directions, strict=True):
-                    if into:
-                        torch.add(o if i else p, q, alpha=c, out=o)
-                    else:
-                        p.add_(q, alpha=c)
-
-        return call
-
-    return make
+    return run
 
 
 def _axpy_tiny(into: bool) -> Callable[[torch.device, torch.dtype], Args]:
@@ -256,25 +265,24 @@ def _axpy_tiny(into: bool) -> Callable[[torch.device, torch.dtype], Args]:
 
 
 def _quick_axpy() -> str:
+    """How the names of the cases that --quick measures end."""
     return "-16M" if isinstance(minilm_file(), str) else "-minilm-weights"
 
 
 def _axpy_subject(name: str) -> Subject:
     into = name == "zo_axpy_into_"
-    coeffs, distribution = (3, 7) if into else (2, 6)
-    times = _times(coeffs)
     peers = [
-        Peer("mezo eager", "re-expressed", _only("gaussian", _loop(_normal, into), distribution), times),
-        Peer("eager loop, bernoulli", "torch", _only("rademacher", _loop(_signs, into), distribution), times),
-        Peer("lozo eager", "re-expressed", _only("lowrank", _lozo(into), distribution), times),
-        Peer("torch.add alpha", "torch", _stored(into), times),
+        Peer("mezo eager", "re-expressed", _only("gaussian", _loop(_normal)), _times),
+        Peer("eager loop, bernoulli", "torch", _only("rademacher", _loop(_signs)), _times),
+        Peer("lozo eager", "re-expressed", _only("lowrank", _lozo), _times),
+        Peer("torch.add alpha", "torch", _stored, _times),
     ]
     if not into:
-        peers.insert(1, Peer("torch foreach", "torch", _only("gaussian", _foreach, distribution), times))
+        peers.insert(1, Peer("torch foreach", "torch", _only("gaussian", _foreach), _times))
     return Subject(
         name=name,
         peers=tuple(peers),
-        probes=_axpy_probes(into),
+        probes=_axpy_probes,
         tiny=_axpy_tiny(into),
         cases=lambda: _minilm_cases(into),
         unavailable_cases=_minilm_absent,
@@ -291,41 +299,45 @@ add(_axpy_subject("zo_axpy_into_"))
 # --- linear -----------------------------------------------------------------------------------------------------------
 
 
-def _linear_probes(args: Args) -> list[Probe]:
-    x, x_minus, weight, bias, seed, scale, tensor_id, offset, distribution = args
-    n, m = weight.shape
-    found = []
-    for a, b in _pieces(n, 8):
-        rows = (weight[a:b], None if bias is None else bias[a:b])
-        reference = (x, x_minus, *rows, seed, scale, tensor_id, offset + a * m, distribution)
-        found.append(Probe(reference, lambda result, a=a, b=b: [y[..., a:b] for y in result]))  # type: ignore[misc]
-    return found
+def _linear_probes(call: Linear) -> list[Probe]:
+    n, m = call.weight.shape
+    probes = []
+    for start, stop in _pieces(n, 8):
+        reference = call._replace(
+            weight=call.weight[start:stop],
+            bias=None if call.bias is None else call.bias[start:stop],
+            offset=call.offset + start * m,
+        )
+        probes.append(
+            Probe(
+                reference,
+                lambda returned, start=start, stop=stop: [y[..., start:stop] for y in returned],  # type: ignore[misc]
+            )
+        )
+    return probes
 
 
-def _noise_like(weight: Tensor, args: Args) -> Tensor:
-    z = torch.empty_like(weight)
-    torch.ops.leanops.zo_noise_(z, args[4], args[6], args[7], args[8])
-    return z
+def _two_linears(inside: bool) -> Callable[[Linear], Callable[[], object]]:
+    """Two plain linears over perturbed weights, which are made in the timed function or before it."""
 
-
-def _two_linears(inside: bool) -> Callable[[Args], Callable[[], object]]:
-    def make(args: Args) -> Callable[[], object]:
-        x, x_minus, weight, bias, _, scale, *_ = args
-        minus = x if x_minus is None else x_minus
+    def make(call: Linear) -> Callable[[], object]:
+        x, weight, bias, scale = call.x, call.weight, call.bias, call.scale
+        x_minus = x if call.x_minus is None else call.x_minus
 
         def perturbed() -> tuple[Tensor, Tensor]:
-            z = _noise_like(weight, args)
+            z = torch.empty_like(weight)
+            torch.ops.leanops.zo_noise_(z, call.seed, call.tensor_id, call.offset, call.distribution)
             return torch.add(weight, z, alpha=scale), torch.add(weight, z, alpha=-scale)
 
         if inside:
 
-            def call() -> object:
-                plus, less = perturbed()
-                return F.linear(x, plus, bias), F.linear(minus, less, bias)
+            def run() -> object:
+                plus, minus = perturbed()
+                return F.linear(x, plus, bias), F.linear(x_minus, minus, bias)
 
-            return call
-        plus, less = perturbed()
-        return lambda: (F.linear(x, plus, bias), F.linear(minus, less, bias))
+            return run
+        plus, minus = perturbed()
+        return lambda: (F.linear(x, plus, bias), F.linear(x_minus, minus, bias))
 
     return make
 

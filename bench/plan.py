@@ -64,8 +64,8 @@ class Job:
         if device.type == "cpu":
             key += f"/{self.threads}t"
         served = info.serving(self.spec, device.type)
-        if self.subject.called:
-            served = f"{self.subject.called} on {served}"
+        if self.subject.timed_name:
+            served = f"{self.subject.timed_name} on {served}"
         return Row(
             key=key,
             status="ok",

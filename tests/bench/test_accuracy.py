@@ -93,7 +93,7 @@ def test_probes_notice_one_wrong_element_wherever_they_look(name):
     spec, subject = _registry.spec(name), subjects()[name]
     case = next(c for c in spec.cases if not c.bench)
     args = case.make(torch.device("cpu"), torch.float32, torch.Generator().manual_seed(0))
-    probes = subject.probes(args)
+    probes = subject.probes(spec.bind(*args))
     wanted = accuracy.expected(spec, probes)
     returned = spec.op(*args)
     for probe, values in zip(probes, wanted, strict=True):

@@ -21,15 +21,17 @@ def inputs(dtype=None, momentum=0.9):
     return args
 
 
-def peer(name):
-    return next(p for p in subjects()["sm3_step_"].peers if p.name == name)
+def peer_step(name, args):
+    """The peer's step over the operator's arguments."""
+    peer = next(p for p in subjects()["sm3_step_"].peers if p.name == name)
+    return peer.make(_registry.spec("sm3_step_").bind(*args))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
 def test_pytorch_optimizer_takes_the_same_steps(dtype):
     pytest.importorskip("pytorch_optimizer", reason="needs pytorch-optimizer: pip install 'leanops[bench]'")
     args, theirs = inputs(dtype), inputs(dtype)
-    call = peer("pytorch_optimizer SM3").make(tuple(theirs))  # its first step
+    call = peer_step("pytorch_optimizer SM3", theirs)  # its first step
     for _ in range(4):
         call()
     start = [p.clone() for p in args[0]]
@@ -52,7 +54,7 @@ def test_a_peer_moves_every_parameter_and_leaves_the_gradients(name, package):
     pytest.importorskip(package, reason=f"needs {package}: pip install 'leanops[bench]'")
     args = inputs(torch.int8)
     before = [t.clone() for t in (*args[0], *args[1])]
-    call = peer(name).make(tuple(args))
+    call = peer_step(name, args)
     call()
     for now, then in zip(args[0], before, strict=False):
         assert (now != then).all()
@@ -63,4 +65,4 @@ def test_a_peer_moves_every_parameter_and_leaves_the_gradients(name, package):
 @pytest.mark.parametrize("name", ["torchao AdamW8bit", "bitsandbytes AdamW8bit"])
 def test_eight_bit_peers_stand_beside_eight_bit_momentum_only(name):
     with pytest.raises(Unavailable, match="int8 momentum only"):
-        peer(name).make(tuple(inputs(torch.float32)))
+        peer_step(name, inputs(torch.float32))
