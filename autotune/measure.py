@@ -147,7 +147,7 @@ class Clock:
 
 
 def rotating(calls: Sequence[Call]) -> Call:
-    """One call that runs the given calls in turn: the same work on more copies than a cache holds."""
+    """One call that runs the others in turn: the same work on more copies of its inputs than a cache holds."""
     if len(calls) == 1:
         return calls[0]
     turn = 0

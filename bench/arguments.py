@@ -11,16 +11,16 @@ DTYPES = {
     "fp16": "float16", "float16": "float16", "fp64": "float64", "float64": "float64",
 }  # fmt: skip
 FORMATS = {
-    "json": "results with raw samples; - writes only JSON to standard output",
-    "csv": "a line for each row and peer",
-    "html": "one file with plots, readable without a network",
+    "json": "results with every sample; - writes JSON alone to standard output",
+    "csv": "one line for each row and peer",
+    "html": "one page with plots, which needs no network",
     "svg": "the picture alone",
-    "markdown": "the table with its machine and command, as a section of Markdown",
+    "markdown": "a section with machine, command and table",
 }
 
 
 class CommandError(Exception):
-    """What the user reads as one line on standard error, with exit status 2."""
+    """An error that is printed as one line on standard error; the exit status is 2."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,7 +35,7 @@ def _words(text: str) -> tuple[str, ...]:
 def _dtypes(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(DTYPES.get(word, "") for word in _words(text)))
     if not names or "" in names:
-        raise argparse.ArgumentTypeError(f"must be of fp32, bf16, fp16 and fp64, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a list of fp32, bf16, fp16 and fp64, got {text}")
     return names
 
 
@@ -66,18 +66,18 @@ def _pattern(text: str) -> str:
     try:
         re.compile(text)
     except re.error as error:
-        raise argparse.ArgumentTypeError(f"is no regular expression: {error}") from None
+        raise argparse.ArgumentTypeError(f"must be a regular expression, got {text}: {error}") from None
     return text
 
 
 def _add_formats(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    files = parser.add_argument_group("files", "a folder that is missing is made")
+    files = parser.add_argument_group("files", "missing folders are created")
     for name in names:
         files.add_argument(f"--{name}", metavar="FILE", help=FORMATS[name])
 
 
 def _add_measuring(parser: argparse.ArgumentParser, quick: str) -> None:
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure (cpu)")
     parser.add_argument(
         "--dtype",
         type=_dtypes,
@@ -97,15 +97,15 @@ def parser(version: str) -> Parser:
     bench = commands.add_parser("bench", help="measure the operators against their peers and the roofline")
     bench.add_argument("ops", nargs="*", metavar="op", help="operators to measure (all by default)")
     _add_measuring(bench, "fewer and smaller cases, as many as two minutes allow on this machine")
-    bench.add_argument("--threads", type=_counts, default=(), help="comma-separated thread counts (1 and all)")
+    bench.add_argument("--threads", type=_counts, default=(), help="comma-separated thread counts (1 and all cores)")
     bench.add_argument(
-        "--case", type=_pattern, default="", metavar="REGEX", help="only cases whose key matches somewhere"
+        "--case", type=_pattern, default="", metavar="REGEX", help="only cases with a match in their key"
     )
     _add_formats(bench, ("json", "csv", "html", "markdown"))
 
-    step = commands.add_parser("mezo-step", help="measure a whole MeZO step beside its forward passes")
+    step = commands.add_parser("mezo-step", help="measure a whole MeZO step against its forward passes")
     _add_measuring(step, "fewer rounds")
-    step.add_argument("--threads", type=_counts, default=(), help="comma-separated thread counts (all)")
+    step.add_argument("--threads", type=_counts, default=(), help="comma-separated thread counts (all cores)")
     step.add_argument(
         "--size", choices=("37K", "1.2M", "8.3M", "101M"), default="101M", help="parameters of the transformer (101M)"
     )
@@ -114,17 +114,17 @@ def parser(version: str) -> Parser:
     training = commands.add_parser(
         "convergence",
         help="train a language model with each optimizer",
-        description="Train one language model with each optimizer. A killed run goes on to the same bits.",
+        description="Train one language model with each optimizer. A killed run continues and gives the same bits.",
     )
-    training.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    training.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to train (cpu)")
     training.add_argument("--quick", action="store_true", help="a small model for under two minutes; it proves nothing")
-    training.add_argument("--threads", type=_count, metavar="N", help="threads of each run (all; 1 with --quick)")
+    training.add_argument("--threads", type=_count, metavar="N", help="threads of each run (all cores; 1 with --quick)")
     training.add_argument(
-        "--only", type=_pattern, default="", metavar="REGEX", help="only methods whose key or label matches somewhere"
+        "--only", type=_pattern, default="", metavar="REGEX", help="only methods with a match in their key or label"
     )
     training.add_argument("--tokens", type=int, metavar="N", help="tokens that each method trains on")
-    training.add_argument("--seed", type=int, metavar="N", help="of the weights and of the order of the text (0)")
-    training.add_argument("--folder", help="where what is done lies (results/convergence)")
+    training.add_argument("--seed", type=int, metavar="N", help="seed of the weights and of the order of the text (0)")
+    training.add_argument("--folder", help="finished work, from which a killed run continues (results/convergence)")
     _add_formats(training, ("json", "html", "svg", "markdown"))
 
     agreement = commands.add_parser(
@@ -134,12 +134,16 @@ def parser(version: str) -> Parser:
     )
     _add_formats(agreement, ("json", "markdown"))
 
-    compare = commands.add_parser("compare", help="exit status 1 when a case became slower")
+    compare = commands.add_parser(
+        "compare",
+        help="compare two result files case by case",
+        description="Compare two result files case by case. The exit status is 1 when a case became slower.",
+    )
     compare.add_argument("base", metavar="BASE.json")
     compare.add_argument("new", metavar="NEW.json")
 
     info = commands.add_parser("info", help="versions, devices, and which backend serves each operator and why")
-    info.add_argument("--json", action="store_true")
+    info.add_argument("--json", action="store_true", help="the same as JSON")
 
     replay = commands.add_parser("replay", help="the weights of a run from its start weights and its log")
     replay.add_argument(

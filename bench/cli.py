@@ -15,7 +15,7 @@ from typing import Any
 from leanops.bench import terminal
 from leanops.bench.arguments import CommandError, parser
 
-# results name the commands that gave them: older ones name these
+# older results name the commands that made them so
 _RENAMED = {("bench", "mezo-step"): "mezo-step", ("bench", "convergence"): "convergence"}
 _REPLAY_LINE_S = 10.0  # seconds between two lines of progress in a file
 
@@ -146,7 +146,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _drop_output() -> None:
-    """Forget what standard output does not take: Python would try again at its end, and fail with lines of its own."""
+    """Drop text that standard output does not accept. Python would write it again at exit, and print another error."""
     try:
         print(end="", flush=True)
     except OSError:

@@ -21,20 +21,20 @@ Writers = Mapping[str, Callable[[R, str], None]]
 
 @dataclass(frozen=True)
 class Task(Generic[R]):
-    """What a measuring command does with its results, by the names of the formats."""
+    """How a measuring command runs, shows its results and writes them, in a format for each entry of ``writers``."""
 
     name: str
     run: Callable[[progress.Progress], R]
     show: Callable[[R, TextIO], None]
     writers: Writers[R]
-    usual: Sequence[str]  # formats that are written into results/ where none is asked for
+    usual: Sequence[str]  # formats that are written into results/ by default
 
     def perform(self, options: argparse.Namespace) -> R:
-        """Measure, write the files, then print: output that fails takes no result along."""
+        """Measure, write the files, then print, so that an error while printing loses no result."""
         targets = self._targets(options)
         stream = sys.stderr if options.json == "-" else sys.stdout
-        with progress.show(sys.stderr) as shown:
-            results = self.run(shown)
+        with progress.show(sys.stderr) as bar:
+            results = self.run(bar)
         try:
             for name, target in targets.items():
                 self.writers[name](results, target)
@@ -46,14 +46,14 @@ class Task(Generic[R]):
         return results
 
     def _targets(self, options: argparse.Namespace) -> dict[str, str]:
-        """The file for each format asked for, or for the usual ones; it can be written, or an error comes now."""
+        """The file of each format on the command line, or of each usual one. Raises where one cannot be written."""
         targets: dict[str, str] = {name: target for name in self.writers if (target := getattr(options, name))}
         for name, target in targets.items():
             if target == "-" and name != "json":
                 raise CommandError(f"--{name} must be a file, got -; only --json writes to standard output")
         files = [Path(target).resolve() for target in targets.values()]
-        if twice := [target for target, file in zip(targets.values(), files, strict=True) if files.count(file) > 1]:
-            raise CommandError(f"each format needs a file of its own, got {' and '.join(twice)}")
+        if repeated := [target for target, file in zip(targets.values(), files, strict=True) if files.count(file) > 1]:
+            raise CommandError(f"each format needs a file of its own, got {' and '.join(repeated)}")
         targets = targets or {name: f"results/{self.name}.{name}" for name in self.usual}
         for target in targets.values():
             _check_writable(target)
@@ -88,7 +88,7 @@ def bench(options: argparse.Namespace) -> int:
     }
     task = Task(
         name="bench",
-        run=lambda shown: runner.run(jobs, settings, shown, sys.argv),
+        run=lambda bar: runner.run(jobs, settings, bar, sys.argv),
         show=report.print_operators,
         writers=writers,
         usual=("json", "html"),
@@ -110,7 +110,7 @@ def step(options: argparse.Namespace) -> int:
     }
     task = Task(
         name="mezo-step",
-        run=lambda shown: mezo_step.run(pairs, settings, shown, sys.argv),
+        run=lambda bar: mezo_step.run(pairs, settings, bar, sys.argv),
         show=report.print_steps,
         writers=writers,
         usual=("json", "html"),
@@ -124,10 +124,10 @@ def convergence(options: argparse.Namespace) -> int:
     from leanops.bench.convergence.results import TrainingResults
     from leanops.bench.convergence.settings import Settings
 
-    given = {name: getattr(options, name) for name in ("tokens", "seed") if getattr(options, name) is not None}
-    threads = 1 if options.quick else fingerprint.cores()  # a small model gains nothing from a second
-    given |= {"threads": options.threads or threads, "device": options.device}
-    settings = Settings.quick(**given) if options.quick else Settings(**given)
+    chosen = {name: getattr(options, name) for name in ("tokens", "seed") if getattr(options, name) is not None}
+    threads = 1 if options.quick else fingerprint.cores()  # a small model is not faster with two
+    chosen |= {"threads": options.threads or threads, "device": options.device}
+    settings = Settings.quick(**chosen) if options.quick else Settings(**chosen)
     settings.check()
     experiment.chosen(options.only)
     folder = Path(options.folder or ("results/convergence-quick" if options.quick else "results/convergence"))
@@ -140,7 +140,7 @@ def convergence(options: argparse.Namespace) -> int:
     }
     task = Task(
         name="convergence",
-        run=lambda shown: experiment.run(settings, options.only, folder, shown, sys.argv),
+        run=lambda bar: experiment.run(settings, options.only, folder, bar, sys.argv),
         show=summary.print_table,
         writers=writers,
         usual=("json", "html", "svg"),
@@ -155,7 +155,7 @@ def agreement(options: argparse.Namespace) -> int:
 
     task = Task(
         name="agreement",
-        run=lambda shown: compared.run(shown, sys.argv),
+        run=lambda bar: compared.run(bar, sys.argv),
         show=compared.print_table,
         writers={"json": report.write_json, "markdown": compared.write_markdown},
         usual=(),

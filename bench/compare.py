@@ -12,7 +12,7 @@ from leanops.bench import terminal
 from leanops.bench.results import OperatorResults, load
 from leanops.bench.terminal import Entry, Line, Table
 
-VISIBLE = 1.1  # a change that a comparison should be able to see
+VISIBLE = 1.1  # the smallest change that a comparison should show
 _COLUMNS = ("case", "verdict", "new over base [95%]")
 
 
@@ -27,21 +27,21 @@ class Verdict:
 
     @property
     def blind(self) -> bool:
-        """Called the same, by an interval so wide that a change of a tenth would have been called the same, too."""
+        """Whether the interval is so wide that a change of a tenth would be called the same, too."""
         return self.verdict == "same" and self.ratio is not None and self.ratio.high > VISIBLE**2 * self.ratio.low
 
 
 def margin(base: OperatorResults, new: OperatorResults) -> float:
-    """What two runs of the same code may differ by beyond their samples' scatter.
+    """By how much two runs of the same code may differ beyond the scatter of their samples.
 
-    The larger noise floor and the larger drift of the two runs: a machine that changed speed by 5% during a run will
-    not be the same to better than 5% in another.
+    The largest noise floor or drift of the two runs: a machine whose speed changed by 5% during one run may differ by
+    5% in another.
     """
     return max(value or 0.0 for run in (base, new) for value in (run.noise_floor, run.drift))
 
 
 def compare(base: OperatorResults, new: OperatorResults) -> list[Verdict]:
-    """A verdict for every case of either file. Slower or faster: the widened interval does not hold 1."""
+    """A verdict for every case of either file. Slower and faster mean that 1 is outside of the widened interval."""
     before = {row.key: row for row in base.rows}
     after = {row.key: row for row in new.rows}
     extra = margin(base, new)

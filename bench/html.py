@@ -65,7 +65,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Group:
-    """What shares a heading on the plot of ratios."""
+    """Ratios under one heading on the plot of ratios."""
 
     name: str
     ratios: Sequence[Ratio]
@@ -85,7 +85,7 @@ def _name(case: str, row: Row | StepCase) -> str:
 
 
 def roofline_plot(rows: Sequence[Row]) -> str:
-    """A bar for each case: how much of what the machine can do."""
+    """A bar for each case: its percent of the roofline."""
     values = [row.percent_of_roofline or 0.0 for row in rows]
     top = max(100.0, *values)
     height = 30 + _STEP * len(rows)
@@ -109,7 +109,7 @@ def roofline_plot(rows: Sequence[Row]) -> str:
 
 
 def peer_groups(rows: Sequence[Row]) -> list[Group]:
-    """The peers of each row, those that could run."""
+    """The peers that could run, in a group for each row."""
     groups = []
     for row in rows:
         ratios = [
@@ -157,7 +157,7 @@ def ratio_plot(groups: Sequence[Group], title: str) -> str:
 
 
 def sample_plot(spreads: Sequence[Spread]) -> str:
-    """Every sample over its case's median: how noisy the run was."""
+    """Every sample over the median of its case, which shows the noise of the run."""
     height = 30 + _STEP * len(spreads)
     reach = 0.25
 
@@ -216,7 +216,7 @@ def facts(results: Results) -> str:
 
 
 def page(title: str, parts: list[str]) -> str:
-    """A whole file, its style within it."""
+    """A whole page, with its style."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -1,4 +1,4 @@
-"""One row in the making: the gate, then operator and peers in turns, then the row's place under the roofline."""
+"""Measures one row: the gate, then operator and peers in turns, then the percent of the roofline."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from leanops.bench.plan import Job, Settings
 from leanops.bench.results import PeerResult
 from leanops.bench.text import NO_TIME
 
-COPIES = 8  # of a small case's inputs at most, so that they do not all lie in the cache
+COPIES = 8  # at most so many copies of a small case's inputs, which together exceed the cache
 REFERENCE_ALONE = "only the reference serves this operator here (see `leanops info`); too slow at this size"
 LEAST_ROUNDS = 3
-PACKAGE_S = 10.0  # what the import of a peer's package may take
+PACKAGE_S = 10.0  # seconds kept for the import of a peer's package
 
 Dispatch = dict[tuple[str, torch.dtype, int], float]
 
@@ -54,17 +54,17 @@ class Limit:
 
 
 class Turns:
-    """The operator, first, and the peers that take part: their calls, and how long a round of them takes."""
+    """The calls that are timed in turns, the operator's first, and how long a round of them takes."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.calls: dict[str, Call] = {}
         self.inner: dict[str, int] = {}  # calls in a sample
-        self.passes: dict[str, int] = {}  # how many of its calls the operator's one call stands for
+        self.passes: dict[str, int] = {}  # how often a peer's call is needed to do the work of the operator's
         self._sample_s: dict[str, float] = {}
 
     def add(self, name: str, call: Call) -> float:
-        """Let a call take part; the seconds of one."""
+        """Add a call to the turns. Returns the seconds that one takes."""
         self.calls[name], self.passes[name] = Timed(name, call), 1
         self.inner[name], seconds = calibrate(self.clock, self.calls[name])
         self._sample_s[name] = seconds * self.inner[name]
@@ -82,21 +82,21 @@ class Turns:
 
 
 class Measurement:
-    """One row in the making."""
+    """Measures one row."""
 
     def __init__(
         self, job: Job, settings: Settings, device: torch.device, dispatch: Dispatch, clock: Clock | None = None
     ) -> None:
         self.job, self.settings, self.device, self.row = job, settings, device, job.row(device)
-        self.dispatch = dispatch  # times that are known already
+        self.dispatch = dispatch  # times that other rows have measured
         self.clock = clock or Clock(device)
-        self.least_s: float | None = None  # the row's time if only the main peer took part, in as few rounds as count
+        self.least_s: float | None = None  # seconds of the row with its main peer alone, in LEAST_ROUNDS rounds
         self.cost: _registry.Cost | None = None
         self.pattern = ""
         self.same_result: set[str] = set()  # peers that return what the operator returns
 
     def take(self, limit_s: float | None = None) -> None:
-        """Measure. Where ``limit_s`` is short only the main peer takes part, in as few rounds as count."""
+        """Measure. Where ``limit_s`` is short, only the main peer takes part, in LEAST_ROUNDS rounds."""
         try:
             self._measure(Limit(self.clock, limit_s))
         except Unavailable as reason:
@@ -126,11 +126,11 @@ class Measurement:
         row.dispatch_s = self._dispatch()
 
     def _check_size(self) -> None:
-        """Raise where memory or time do not suffice, as far as shapes alone tell."""
+        """Raise Unavailable where the shapes alone show that memory or time do not suffice."""
         args = without_memory(self.job, self.device)
         if args is None:
             return
-        # a stored direction and a temporary as large as the inputs, and what the maker itself takes
+        # the inputs, a stored direction and a temporary of their size, and 1 GiB for making the inputs
         needed, available = 3 * roofline.tensor_bytes(args) + (1 << 30), fingerprint.memory_available(self.device)
         if needed > available:
             raise Unavailable(f"needs about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available")
@@ -154,7 +154,7 @@ class Measurement:
                 self._invite(peer, copies, turns, limit)
             except OtherInputs:
                 continue
-            except Exception as error:  # whatever another package raises, the run goes on
+            except Exception as error:  # an error in another package must not end the run
                 turns.drop(peer.label)
                 result.available, result.reason = False, (str(error).strip() or repr(error)).split("\n")[0]
             else:
@@ -186,7 +186,7 @@ class Measurement:
                 result.ratio, result.ratio_low, result.ratio_high = ratio.value, ratio.low, ratio.high
 
     def _invite(self, peer: Peer, copies: list[Args], turns: Turns, limit: Limit) -> None:
-        """Let a peer take part. The first that can is the main one; another must leave time for the rounds."""
+        """Add a peer to the turns. The first that can run is the main one. Others must leave time for the rounds."""
         main = len(turns.calls) == 1
         needed = (LEAST_ROUNDS + 1) * turns.round_s + (PACKAGE_S if peer.origin == "package" else 0.0)
         if not main and needed > limit.left:
@@ -216,10 +216,10 @@ class Measurement:
         row.gflop_per_s = cost.flops / taken.value * 1e-9 if cost.flops else None
 
     def place(self, roof: roofline.Roofline) -> None:
-        """Set the row against the best way to its result that this machine has.
+        """Compare the row with the fastest way to its result on this machine.
 
-        That is what the measured rates allow, or a peer with the same result, or the row itself where it is faster
-        than both: rates that are measured before and after know nothing of the moment in between.
+        That is the time that the measured rates allow, or a peer with the same result, or the row itself where it is
+        faster than both, which is possible because the rates were measured at other moments.
         """
         row = self.row
         if row.median_s is None or self.cost is None:
@@ -235,11 +235,11 @@ class Measurement:
         row.percent_of_roofline = 100 * row.floor_s / row.median_s
 
     def _dispatch(self) -> float:
-        """The time of a call with next to no work: the dispatcher, the checks and the kernel's own entry."""
+        """Seconds of a call with next to no work: the dispatcher, the checks and the entry of the kernel."""
         key = (self.job.spec.name, self.job.dtype, self.job.threads)
         if key not in self.dispatch:
             call = Timed("dispatch", _timed(self.job, self.job.subject.tiny(self.device, self.job.dtype)))
-            clock = Clock(torch.device("cpu"))  # the host's time, also where the device works on
+            clock = Clock(torch.device("cpu"))  # the host's time; the device may still be working
             inner, _ = calibrate(clock, call)
             self.dispatch[key] = median([clock(call, inner) / inner for _ in range(9)]).value
         return self.dispatch[key]
@@ -258,7 +258,7 @@ def by_reference(job: Job, device: torch.device) -> bool:
 
 
 def elements(spec: OpSpec, args: Args) -> int:
-    """What a time is divided by: elements updated in place, else those of the largest tensor argument."""
+    """The elements that are updated in place, else those of the largest tensor argument."""
     if spec.mutates:
         return sum(t.numel() for t in spec.updated(args))
     return max((a.numel() for a in args if isinstance(a, torch.Tensor)), default=0)
@@ -274,7 +274,7 @@ def work(spec: OpSpec, args: Args) -> int:
 
 
 def without_memory(job: Job, device: torch.device) -> Args | None:
-    """The case's arguments without their memory; None where the maker reads its data."""
+    """The case's arguments as fake tensors, which have no memory; None where the maker reads a tensor's data."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     if job.case is None:

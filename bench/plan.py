@@ -24,7 +24,7 @@ class Settings:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     threads: tuple[int, ...] = ()  # one and all where empty
     peers: tuple[str, ...] | None = None  # parts of names; none where empty, all where None
-    case: str = ""  # a regular expression that the key must match somewhere
+    case: str = ""  # a regular expression that must match somewhere in the key
     quick: bool = False
     size: str = "101M"  # of the transformer of mezo-step
 
@@ -38,7 +38,7 @@ class Settings:
 
     @property
     def peer_limit_s(self) -> float:
-        """A peer whose single call takes longer is left out, but for the main one."""
+        """Seconds. A peer whose single call takes longer is left out, unless it is the main one."""
         return 0.6 if self.quick else 20.0
 
 
@@ -48,7 +48,7 @@ class Job:
 
     spec: OpSpec
     subject: Subject
-    case: Case | None  # None: it cannot run, for the reason given
+    case: Case | None  # None where the case cannot run; then there is a reason
     name: str
     dtype: torch.dtype
     threads: int
@@ -78,13 +78,13 @@ class Job:
         )
 
     def small(self) -> Job:
-        """The same operator on an input that is small enough for any machine."""
+        """A job of the same operator on an input that is small enough for any machine."""
         case = self.subject.small_case(self.spec)
         return replace(self, case=case, name=case.name, reason="")
 
 
 def device_of(name: str) -> torch.device:
-    """The device of this name, where there is one."""
+    """The device of this name. Raises a ValueError where the machine has none."""
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no CUDA device")

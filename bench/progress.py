@@ -12,7 +12,7 @@ class Progress(Protocol):
     def start(self, total: int) -> None: ...
     def step(self, text: str) -> None: ...
     def skip(self, count: int) -> None:
-        """Count steps that are left out."""
+        """Count steps as done that are left out."""
 
 
 class Lines:

@@ -28,7 +28,7 @@ _STEP_CSV = ("name", "median_s", "ratio", "ratio_low", "ratio_high")
 
 
 def cells(row: Row) -> list[str]:
-    """The row's columns; of a row that is not ``ok`` its status instead of any time."""
+    """The texts of the row's columns. A row that is not ``ok`` shows its status and no time."""
     head = [row.case, text.SHORT.get(row.dtype, row.dtype), str(row.threads)]
     if row.status != "ok":
         return [*head, row.status, *[""] * 5, text.gate(row), "", ""]
@@ -47,7 +47,7 @@ def cells(row: Row) -> list[str]:
 
 
 def by_operator(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows that are shown; :func:`text.skipped` tells of the others in one line."""
+    """The rows that are shown, by operator. :func:`text.skipped` counts the others in one line."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if row.status != "skipped":
@@ -93,14 +93,14 @@ def print_steps(results: StepResults, stream: TextIO) -> None:
 
 
 def write_text(target: str, content: str) -> None:
-    """Write a file in UTF-8, whatever the terminal's encoding, in a folder that is made where it is missing."""
+    """Write a file in UTF-8, whatever the terminal's encoding. A missing folder is created."""
     path = Path(target)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content, encoding="utf-8")
 
 
 def write_json(results: Results, target: str) -> None:
-    """One JSON object into a file, or onto standard output for ``-``; null for a number that is not finite."""
+    """Write one JSON object into a file, or to standard output for ``-``. A number that is not finite is null."""
     content = json.dumps(results.to_json(), indent=None if target == "-" else 1, allow_nan=False) + "\n"
     if target == "-":
         sys.stdout.write(content)

@@ -26,7 +26,7 @@ def _positive(value: float) -> bool:
 
 @dataclass(frozen=True)
 class Gate:
-    """``error`` is the largest absolute difference, over the largest value; ``bound`` is what it may be.
+    """``error`` is the largest absolute difference over the largest value; it must not exceed ``bound``.
 
     A file holds null for an error that is not finite.
     """
@@ -95,7 +95,7 @@ class BackendState:
 
 @dataclass(kw_only=True)
 class Results:
-    """What the results of every command hold. ``fingerprint`` names all that a time depends on."""
+    """The fields of every command's results. ``fingerprint`` names all that a time depends on."""
 
     SCHEMA: ClassVar[str]
 
@@ -112,14 +112,14 @@ class Results:
 
     @property
     def software(self) -> dict[str, str]:
-        """Versions of what was installed."""
+        """The versions of the installed packages."""
         return {name: version for name, version in self.fingerprint["software"].items() if version}
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": self.SCHEMA, **to_json(self)}
 
     def check(self) -> None:
-        """Raise a ValueError for numbers that no run gives and that arithmetic would stumble over."""
+        """Raise a ValueError for numbers that no run gives and that later arithmetic cannot use."""
 
 
 @dataclass(kw_only=True)
@@ -129,7 +129,7 @@ class OperatorResults(Results):
     settings: dict[str, Any] = field(default_factory=dict)
     roofline: list[Roofline]
     noise_floor: float | None = None
-    drift: float | None = None  # None where the machine was measured once only
+    drift: float | None = None  # None where the machine was measured only once
     peak_how: str = ""
     rows: list[Row]
 

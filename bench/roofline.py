@@ -16,7 +16,7 @@ from leanops.autotune import fingerprint
 from leanops.autotune.measure import Clock, calibrate
 from leanops.common.dtypes import dtype_name
 
-# how the bytes of an operator move, and so which measured bandwidth bounds them
+# the ways in which bytes move, each with a bandwidth of its own that bounds an operator
 FILL, IN_PLACE, COPY, READ, TRIAD = "fill", "in-place add", "copy", "read", "triad"
 _SHORT = ("bfloat16", "float16")
 _SAMPLE_S = 5e-3
@@ -64,7 +64,7 @@ class Roofline:
         return {way: self.gemm[name] for way, name in ways.items() if name in self.gemm}
 
     def best(self, other: Roofline) -> Roofline:
-        """The better of two measurements, rate by rate: what a neighbour slowed down is no ceiling."""
+        """The better of two measurements, rate by rate: a rate that another process slowed is no ceiling."""
 
         def better(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
             return {name: max(a[name], b[name]) for name in a}
@@ -85,13 +85,13 @@ def tensor_bytes(values: Any) -> int:
     return sum(map(tensor_bytes, values)) if isinstance(values, (list, tuple)) else 0
 
 
-def pattern(cost: Cost, held: int, mutates: bool) -> str:
-    """How the least bytes move, where the arguments hold ``held`` bytes."""
+def pattern(cost: Cost, argument_bytes: int, mutates: bool) -> str:
+    """The way in which the bytes of ``cost`` move."""
     if cost.read == 0:
         return FILL
     if cost.written < cost.read // 8:
         return READ
-    return IN_PLACE if mutates and held < cost.read + cost.written else COPY
+    return IN_PLACE if mutates and argument_bytes < cost.read + cost.written else COPY
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Effort:
 
     samples: int = 7
     limit_s: float = 3.0
-    caches: int = 4  # last-level caches that an array is large
+    caches: int = 4  # size of an array, in last-level caches
 
     @classmethod
     def of(cls, quick: bool) -> Effort:

@@ -47,7 +47,7 @@ class Session:
         self.clock = clock or Clock(self.device)
         self.effort = roofline.Effort.of(settings.quick)
         self.rooflines: dict[int, roofline.Roofline] = {}
-        self.roofline_s = 0.0  # what measuring the machine took, the last time
+        self.roofline_s = 0.0  # seconds of the last measurement of the machine
         self.drifts: list[float] = []
         self.measurements: list[Measurement] = []
         self.dispatch: Dispatch = {}
@@ -67,11 +67,11 @@ class Session:
             if self.rooflines and self.left < 2 * self.roofline_s:
                 break
             self._measure_machine(threads)
-            here = [job for job in waiting if job.threads == threads]
+            jobs = [job for job in waiting if job.threads == threads]
             if self.settings.quick and len(self.rooflines) == 1:
-                shown = self._headlines(here)
-                here = [job for job in here if job not in shown]
-            self._in_rising_cost(here)
+                taken = self._headlines(jobs)
+                jobs = [job for job in jobs if job not in taken]
+            self._in_rising_cost(jobs)
             waiting = [job for job in waiting if job.threads != threads]
         self._skip(waiting)
         for threads in self.rooflines:
@@ -85,7 +85,7 @@ class Session:
         self.rooflines[threads] = self._roofline(threads)
 
     def _measure_machine_again(self, threads: int) -> None:
-        """How far the machine has drifted; the better of two measurements is the ceiling."""
+        """Measure the machine's drift during the run, and keep the better of the two measurements as the ceiling."""
         if self.end - self.clock.now() < self.roofline_s:
             self.progress.skip(1)
             return
@@ -103,19 +103,19 @@ class Session:
         return found
 
     def _headlines(self, jobs: Iterable[Job]) -> list[Job]:
-        """A row for every operator in every dtype, whatever the machine; those that were measured."""
+        """Measure a row for every operator in every dtype, on any machine. Returns the jobs that were taken."""
         ladders = headlines(list(jobs), substitutes=not self.settings.case)
-        shown: list[Job] = []
+        taken: list[Job] = []
         while ladders:
             chosen = choose(ladders, self._seconds, self.left)
             group, job = min(chosen.items(), key=lambda item: self._seconds(item[1]))
             spare = max(self.left - sum(map(self._seconds, chosen.values())), 0.0) / len(chosen)
             ladder = ladders.pop(group)
             for candidate in ladder[ladder.index(job) :]:
-                shown.append(candidate)
+                taken.append(candidate)
                 if self._take(candidate, self._seconds(candidate) + spare).status != "skipped":
                     break
-        return shown
+        return taken
 
     def _in_rising_cost(self, jobs: Iterable[Job]) -> None:
         waiting = list(jobs)
@@ -136,7 +136,7 @@ class Session:
         measurement = Measurement(job, self.settings, self.device, self.dispatch, self.clock)
         self.measurements.append(measurement)
         if job not in self.jobs:
-            self.progress.skip(-1)  # a small case in a headline's place is not among the planned ones
+            self.progress.skip(-1)  # progress counts the planned case that this small one replaces
         self.progress.step(measurement.row.key)
         measurement.take(limit_s)
         if measurement.least_s is not None:
@@ -152,7 +152,7 @@ class Session:
         self.progress.skip(len(jobs))
 
     def rows(self) -> list[Row]:
-        """In the order of the plan; a small case only where no other has a result in its operator and dtype."""
+        """The rows in the order of the plan. A small case is left out where its group has another result."""
         order = {job.row(self.device).key: i for i, job in enumerate(self.jobs)}
         operators = list(dict.fromkeys(job.spec.name for job in self.jobs))
         rows = [measurement.row for measurement in self.measurements]

@@ -1,8 +1,8 @@
 """In which order rows are measured, and which of them fit into the two minutes of ``--quick`` on any machine.
 
 With one thread count first: the headline row of every operator in every dtype, each with its share of the time that is
-left; then the other cases in rising cost; then the same with the other thread counts. What a row will cost is guessed
-from its shapes and the machine's rates, and corrected by the rows that were measured.
+left; then the other cases in rising cost; then the same with the other thread counts. The seconds of a row are guessed
+from its shapes and the machine's rates, and the guess is corrected by the rows that were measured.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from leanops.bench.measurement import LEAST_ROUNDS, by_reference, without_memory
 from leanops.bench.plan import Group, Job
 from leanops.bench.roofline import Roofline
 
-QUICK_S = 100.0  # seconds after which --quick is done; starting and writing come on top
+QUICK_S = 100.0  # seconds that --quick measures; starting Python and writing files come on top
 NOT_REACHED = "not reached within the two minutes of --quick"
 
-_ELEMENT_S = 20e-9  # an eager peer's time for an element, on a core that adds in place at _USUAL
-_REFERENCE_S = 500e-9
-_USUAL = 10e9  # bytes a second
+_USUAL = 10e9  # bytes a second of an in-place add at which the next two times hold; also flops a second of a product
+_ELEMENT_S = 20e-9  # an eager peer's seconds for an element
+_REFERENCE_S = 500e-9  # the reference's seconds for an element
 _PEER_CALLS = LEAST_ROUNDS + 2  # gate, calibration, rounds
 _OWN_CALLS = 2 * LEAST_ROUNDS + 4  # the same with two turns a round, inputs, peak memory
-_LEAST_S = 0.2  # what a row costs beyond its calls
-_PRIOR_S = 3.0  # seconds of rows that were guessed right, before any is measured
+_LEAST_S = 0.2  # seconds that a row takes beyond its calls
+_PRIOR_S = 3.0  # weight of the guess: it counts as so many seconds of rows that were guessed right
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a call has to do."""
+    """The work of a call."""
 
     bytes: int
     flops: int
@@ -62,7 +62,7 @@ class Forecast:
         return self._loads[key]
 
     def seconds(self, job: Job, roof: Roofline) -> float:
-        """Infinite for a case that the reference alone would have to serve at a size that it is too slow for."""
+        """Infinite where only the reference serves a case that is too large for it."""
         load = self.load(job)
         referenced = by_reference(job, self.device)
         if referenced and load.work > job.subject.reference_limit:
@@ -70,12 +70,12 @@ class Forecast:
         return _LEAST_S + self._guess(load, roof, referenced) * self._correction(job.group)
 
     def learn(self, job: Job, roof: Roofline, least_s: float) -> None:
-        """Correct what follows by what a row took at least."""
+        """Correct the later guesses by the least time that a row took."""
         guess = self._guess(self.load(job), roof, by_reference(job, self.device))
         self._rows.append((job.group, max(least_s - _LEAST_S, 0.0), guess))
 
     def _correction(self, group: Group) -> float:
-        """Measured over guessed seconds, of the group's rows where there are any; a few seconds say little."""
+        """Measured over guessed seconds of the group's rows, else of all rows; few seconds change it little."""
         rows = [row for row in self._rows if row[0] == group] or self._rows
         return (_PRIOR_S + sum(row[1] for row in rows)) / (_PRIOR_S + sum(row[2] for row in rows))
 
@@ -94,7 +94,7 @@ class Forecast:
 
 
 def headlines(jobs: Sequence[Job], substitutes: bool) -> dict[Group, list[Job]]:
-    """For every operator and dtype the case to show, then cheaper ones in its place, the cheapest last."""
+    """For every operator and dtype the case to show, then its substitutes, the cheapest last."""
     groups: dict[Group, list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.group, []).append(job)
@@ -109,7 +109,11 @@ def headlines(jobs: Sequence[Job], substitutes: bool) -> dict[Group, list[Job]]:
 
 
 def choose(ladders: Mapping[Group, Sequence[Job]], seconds: Callable[[Job], float], left_s: float) -> dict[Group, Job]:
-    """The first of each ladder; where all of them take longer than ``left_s``, cheaper ones for the dearest."""
+    """A job of each ladder, the first where time allows.
+
+    While the chosen jobs take longer than ``left_s`` together, the dearest that has a cheaper job behind it in its
+    ladder is replaced by that job.
+    """
     chosen = {group: ladder[0] for group, ladder in ladders.items()}
     while sum(map(seconds, chosen.values())) > left_s:
         cheaper = {

@@ -60,13 +60,13 @@ def peer(result: PeerResult) -> str:
 
 
 def notes(row: Row) -> list[str]:
-    """What stands below a row: its reason, then its peers, but for those that :func:`skipped` counts."""
+    """The lines below a row: its reason, then its peers, without those that :func:`skipped` counts."""
     peers = [peer(result) for result in row.peers if result.available or result.reason != NO_TIME]
     return ([row.reason] if row.reason else []) + peers
 
 
 def skipped(rows: Sequence[Row]) -> str:
-    """What has no row of its own, by reason; empty where everything has one."""
+    """A line that counts the rows and peers without a result, by reason; empty where there are none."""
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if row.status == "skipped":

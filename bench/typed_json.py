@@ -1,4 +1,4 @@
-"""JSON of dataclasses, and dataclasses of JSON; what does not fit is named with its place in the file."""
+"""Dataclasses to JSON and back. An error names the entry of the file that does not fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true
 
 
 def to_json(value: Any) -> Any:
-    """What ``json.dumps`` takes; null for a number that is not finite, since JSON has no word for it."""
+    """The value as ``json.dumps`` takes it. A number that is not finite becomes null: JSON has no word for it."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
@@ -25,9 +25,9 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: type[_T], value: Any, place: str = "") -> _T:
-    """A value of the type ``kind`` (a dataclass, or what its fields hold) from what ``json.loads`` gave.
+    """A value of the type ``kind``, a dataclass or a type of its fields, from the result of ``json.loads``.
 
-    Fields that the JSON lacks take their defaults; names that the dataclass lacks are left out.
+    Fields that the JSON lacks take their defaults. Names that the dataclass lacks are ignored.
 
     Raises:
         ValueError: a value is of another type, or a field without a default is absent.
@@ -55,7 +55,7 @@ def _read(kind: Any, value: Any, place: str) -> Any:
     if kind is Any:
         return value
     accepted = (int, float) if kind is float else (kind,)
-    if type(value) not in accepted:  # true is no number
+    if type(value) not in accepted:  # bools are excluded
         raise misfit(place, _NAMES[kind], value)
     return value
 
@@ -74,11 +74,11 @@ def _read_sequence(origin: type, inner: tuple[Any, ...], value: Any, place: str)
 def _read_dataclass(kind: type, value: Any, place: str) -> Any:
     if not isinstance(value, dict):
         raise misfit(place, "an object", value)
-    hints, given = typing.get_type_hints(kind), {}
+    hints, values = typing.get_type_hints(kind), {}
     for field in dataclasses.fields(kind):
         inner = f"{place}.{field.name}" if place else field.name
         if field.name in value:
-            given[field.name] = _read(hints[field.name], value[field.name], inner)
+            values[field.name] = _read(hints[field.name], value[field.name], inner)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            given[field.name] = _read(hints[field.name], None, inner)  # the error says what it must be
-    return kind(**given)
+            values[field.name] = _read(hints[field.name], None, inner)  # the error says what it must be
+    return kind(**values)

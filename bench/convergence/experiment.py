@@ -1,8 +1,8 @@
 """``leanops convergence``: one language model trained by each method, from the same weights on the same bytes.
 
-A Llama of 10.8M parameters learns the standard library's source text byte by byte. For each method, in a process of its
-own: peak memory, then the learning rate, then the run. What is done lies in a folder, from which a run that was killed
-goes on to the same bits.
+A Llama of 10.8M parameters learns the standard library's source text byte by byte. A process for each method measures
+peak memory, then chooses the learning rate, then trains. Finished work is kept in a folder, from which a killed run
+continues and gives the same bits.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def chosen(only: str) -> list[Method]:
     try:
         matches = re.compile(only).search
     except re.error as error:
-        raise ValueError(f"convergence: --only is no regular expression: {error}") from None
+        raise ValueError(f"convergence: --only must be a regular expression, got {only}: {error}") from None
     found = [m for m in METHODS if matches(m.key) or matches(m.label)]
     if not found:
         raise ValueError(f"convergence: --only matches none of {', '.join(m.key for m in METHODS)}, got {only}")
@@ -50,7 +50,7 @@ def chosen(only: str) -> list[Method]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Whole or not at all, whenever the process is killed."""
+    """Write a file so that a killed process leaves the whole new content or what was there before."""
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
         file.write(content)
@@ -60,7 +60,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def identity(settings: Settings, text: corpus.Text) -> dict[str, Any]:
-    """What two parts of one run must have in common."""
+    """All that must be the same when a run is continued."""
     import leanops.optim
 
     here, optim = Path(__file__).parent, Path(leanops.optim.__file__).parent
@@ -74,11 +74,11 @@ def identity(settings: Settings, text: corpus.Text) -> dict[str, Any]:
     mark["software"] = {**mark["software"], "transformers": fingerprint.package_version("transformers")}
     schema = TrainingResults.SCHEMA
     whole = {"schema": schema, "settings": asdict(settings), "text": asdict(text.facts()), "fingerprint": mark}
-    return dict(json.loads(json.dumps(whole)))  # as it is read back
+    return dict(json.loads(json.dumps(whole)))  # lists for tuples, as a file gives them back
 
 
 def claim(folder: Path, wanted: dict[str, Any]) -> None:
-    """Make the folder this run's, or see that it is."""
+    """Write the identity of this run into an empty folder, or check that the folder's run has the same one."""
     path = folder / "run.json"
     if not path.exists():
         if any(p.name != "lock" for p in folder.iterdir()):
@@ -99,7 +99,7 @@ def claim(folder: Path, wanted: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """Keeps a second run out of the folder. The descriptor is handed to the worker, which may outlive this process."""
+    """Keeps a second run out of the folder. The worker gets the descriptor, since it may outlive this process."""
     descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
     try:
         if sys.platform != "win32":
@@ -125,10 +125,10 @@ def units(settings: Settings) -> int:
 
 
 def work(folder: Path, method: Method, settings: Settings, progress: Progress, lock: int, checkpoint_s: float) -> None:
-    """One method, in a process of its own."""
+    """Train one method in a process of its own."""
     own = folder / method.key
     own.mkdir(exist_ok=True)
-    log, said = own / "log.txt", 0
+    log, units_done = own / "log.txt", 0
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     with log.open("w") as errors:
         process = subprocess.Popen(
@@ -144,7 +144,7 @@ def work(folder: Path, method: Method, settings: Settings, progress: Progress, l
             assert process.stdout is not None
             for line in process.stdout:
                 progress.step(f"{method.label}: {line.strip()}")
-                said += 1
+                units_done += 1
             status = process.wait()
         finally:
             if process.poll() is None:
@@ -153,7 +153,7 @@ def work(folder: Path, method: Method, settings: Settings, progress: Progress, l
     if status or not (own / "train.json").exists():
         last = (log.read_text().strip().splitlines() or ["no message"])[-1]
         raise ValueError(f"convergence: {method.key} ended with status {status}: {last} (see {log})")
-    for _ in range(units(settings) - said):
+    for _ in range(units(settings) - units_done):
         progress.step(f"{method.label}: stopped early")
 
 
@@ -165,7 +165,7 @@ def run(
     argv: Sequence[str] = (),
     checkpoint_s: float = CHECKPOINT_S,
 ) -> TrainingResults:
-    """Do what is not in the folder yet; the results are all that is."""
+    """Train the chosen methods that the folder lacks. The results are of all methods in the folder."""
     settings.check()
     methods = chosen(only)
     before = torch.get_num_threads()
@@ -188,15 +188,15 @@ def run(
 
 
 def collect(folder: Path, wanted: dict[str, Any], argv: Sequence[str] = ()) -> TrainingResults:
-    """The results of all methods that are done in the folder."""
+    """The results of all methods that the folder has."""
     rows = [result(folder / m.key, m) for m in METHODS if (folder / m.key / "train.json").exists()]
     good = {row.key: row for row in rows if not row.diverged}
     for row in rows:
-        row.against = _beside(row, good, BASELINE)
-        row.against_adafactor = _beside(row, good, "adafactor")
+        row.against = _against(row, good, BASELINE)
+        row.against_adafactor = _against(row, good, "adafactor")
     settings = Settings.load(folder)
     device = torch.device(settings.device)
-    usual = [row.forward_backward_s for row in rows if row.all_train and row.forward_backward_s]
+    same_work = [row.forward_backward_s for row in rows if row.all_train and row.forward_backward_s]
     serving = {spec.name: info.serving(spec, device.type) for spec in _registry.specs()}
     return TrainingResults(
         **{**header(device, argv), "fingerprint": wanted["fingerprint"]},
@@ -208,7 +208,7 @@ def collect(folder: Path, wanted: dict[str, Any], argv: Sequence[str] = ()) -> T
         parameters=rows[0].parameters if rows else None,
         baseline=BASELINE,
         peak_how=memory.HOW[device.type],
-        drift=max(usual) / min(usual) - 1 if usual else None,
+        drift=max(same_work) / min(same_work) - 1 if same_work else None,
         rows=rows,
     )
 
@@ -224,7 +224,7 @@ def result(own: Path, method: Method) -> TrainingRow:
     optimizer = np.asarray([part for _, part in train["seconds"]])
     tail = train["losses"][-max(1, len(train["losses"]) // 20) :]
     tokens = train["tokens_per_step"]
-    quick, slow = (float(tokens / np.quantile(steps, q)) for q in (0.25, 0.75))
+    fast, slow = (float(tokens / np.quantile(steps, q)) for q in (0.25, 0.75))
     return TrainingRow(
         key=method.key,
         label=method.label,
@@ -243,7 +243,7 @@ def result(own: Path, method: Method) -> TrainingRow:
         test_windows=train["test_windows"],
         seconds=[(whole, part) for whole, part in train["seconds"]],
         tokens_per_s=float(tokens / np.median(steps)),
-        tokens_per_s_quartiles=(slow, quick),
+        tokens_per_s_quartiles=(slow, fast),
         optimizer_s=float(np.median(optimizer)),
         forward_backward_s=float(np.median(steps - optimizer)),
         peak_bytes=_read(own / "memory.json")["peak_bytes"],
@@ -253,7 +253,7 @@ def result(own: Path, method: Method) -> TrainingRow:
     )
 
 
-def _beside(row: TrainingRow, good: dict[str, TrainingRow], key: str) -> Against | None:
+def _against(row: TrainingRow, good: dict[str, TrainingRow], key: str) -> Against | None:
     comparable = key in good and row.key in good and row.key not in (BASELINE, key)
     return against(row, good[key]) if comparable else None
 

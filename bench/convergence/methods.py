@@ -18,7 +18,7 @@ from leanops.optim import LISA, SM3, HalfFineTuning
 
 
 class Selection(Protocol):
-    """What LISA and HalfFineTuning have in common: it is told of each step, after the optimizer's."""
+    """The methods that LISA and HalfFineTuning share. ``step()`` follows each step of the optimizer."""
 
     def step(self) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...

@@ -13,7 +13,7 @@ from leanops.bench.report import write_text
 
 Axis = Callable[[float], float]
 
-# colours that differ for colour-blind eyes too; dashes for what they do not tell apart
+# colours that colour-blind readers can tell apart, with dashes where two are close
 _COLOURS = {
     "adamw": ("var(--ink)", ""), "adafactor": ("#8a8f98", "7 4"), "sm3-fp32": ("#0072b2", ""),
     "sm3-bf16": ("#3aa6e0", "2 3"), "sm3-int8": ("#009e73", "9 3"), "sm3-none": ("#c4649b", ""),
@@ -28,13 +28,8 @@ svg.convergence text { fill: var(--ink); font: 12px system-ui, sans-serif; }
 svg.convergence .soft { fill: var(--soft); } svg.convergence .head { font-weight: 600; }
 svg.convergence .line { stroke: var(--line); fill: none; }
 """
-_WIDTH, _HEIGHT, _LEFT, _PLOT, _TALL = (
-    1080,
-    880,
-    60,
-    740,
-    340,
-)  # pixels: picture, left margin, a panel's width and height
+# pixels: the picture's width and height, its left margin, a panel's width and height
+_WIDTH, _HEIGHT, _LEFT, _PLOT, _TALL = 1080, 880, 60, 740, 340
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", kind: str = "") -> str:
@@ -82,7 +77,7 @@ def curves(results: TrainingResults, top: float) -> list[str]:
     s, rows = results.settings, [row for row in results.rows if row.curve]
     values = [value for row in rows for _, value in row.curve]
     low = min(values) - 0.05
-    # the first points are alike and tower over the rest; a curve that leaves the panel runs along its edge
+    # the first points, much higher and alike, set no limit; a curve that leaves the panel runs along its edge
     high = max(value for row in rows for _, value in row.curve[1:] or row.curve)
     high = max(min(high, low + 4), low + 0.1) + 0.05
     last = s.tokens / 1e3
@@ -164,8 +159,8 @@ def render(results: TrainingResults) -> str:
     parts += [f"<li>{escape(line)}</li>" for line in summary.facts(results)]
     parts += ["</ul>", f'<div class="scroll">{svg(results)}</div>']
     parts.append(_table([summary.cells(row) for row in results.rows], summary.COLUMNS))
-    if told := summary.verdicts(results):
-        parts.append("<h2>Beside AdamW</h2><ul>" + "".join(f"<li>{escape(line)}</li>" for line in told) + "</ul>")
+    if verdicts := summary.verdicts(results):
+        parts.append("<h2>Beside AdamW</h2><ul>" + "".join(f"<li>{escape(line)}</li>" for line in verdicts) + "</ul>")
     parts.append("<h2>How the rates were chosen</h2>")
     parts.append(_table(trials, ("method", "rate", "steps", "validation bits/byte", "")))
     parts += ["<h2>Fingerprint</h2>", html.facts(results)]

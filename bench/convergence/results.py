@@ -11,7 +11,7 @@ from leanops.bench.results import Results
 
 @dataclass
 class Trial:
-    """One learning rate in one round of tuning; no bits where it diverged."""
+    """One learning rate in one round of tuning. ``validation_bits`` is None where it diverged."""
 
     round: int
     lr: float
@@ -47,7 +47,7 @@ class TrainingRow:
     all_train: bool
     lr: float
     rates: list[float]
-    edge: bool  # the rate lies at an end of its grid
+    edge: bool  # the rate is the lowest or the highest of its grid
     tuning: list[Trial]
     diverged: int | None  # at which step
     parameters: int

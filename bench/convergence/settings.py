@@ -1,4 +1,4 @@
-"""What a training run depends on, besides machine, software and text."""
+"""The settings of a training run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ class Settings:
     warmup: float = 0.1  # of the steps, linear
     floor: float = 0.1  # of the peak rate, where the cosine ends
     clip: float = 1.0  # global norm of the gradients
-    rounds: tuple[tuple[int, int], ...] = ((8, 5), (4, 2))  # (a run's part, rates that take part), round by round
+    rounds: tuple[tuple[int, int], ...] = (
+        (8, 5),
+        (4, 2),
+    )  # of tuning: (run's steps over a trial's, number of rates)
     draws: int = 15  # of blocks or matrices in a run, for the methods that select
     points: int = 20  # of the validation curve
     curve_windows: int = 24
@@ -38,13 +41,13 @@ class Settings:
     memory_steps: int = 12
 
     @classmethod
-    def quick(cls, **given: Any) -> Settings:
+    def quick(cls, **changes: Any) -> Settings:
         """The same path through the code with a small model and few steps. It proves nothing."""
         small = {
             "tokens": 8192, "hidden": 64, "intermediate": 160, "layers": 4, "heads": 4, "context": 64, "points": 8,
             "curve_windows": 8, "tuning_windows": 8, "test_windows": 32, "memory_steps": 3,
         }  # fmt: skip
-        return cls(**(small | given))
+        return cls(**(small | changes))
 
     @classmethod
     def load(cls, folder: Path) -> Settings:
@@ -60,7 +63,7 @@ class Settings:
         return self.hidden < Settings.hidden or self.steps < 200
 
     def points_of(self, steps: int) -> list[int]:
-        """After which steps the validation loss is taken."""
+        """The steps after which the validation loss is measured."""
         return sorted({-(-steps * (i + 1) // self.points) for i in range(self.points)})
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""The convergence benchmark's results as a table, as Markdown, and in words: where SM3 loses and where it wins."""
+"""The convergence benchmark's results as a table, as Markdown, and as sentences: where SM3 loses and where it wins."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ CLOSE = 0.02  # times, and shares of memory, that differ by less are called the 
 
 
 def _meaning(low: float, high: float, same: float = 0.0) -> str:
-    """Of a difference where more is worse, by its interval; within ``same`` of 0 it says nothing."""
+    """What the interval of a difference means, where more is worse. An interval within ``same`` of 0 means nothing."""
     return "worse" if low > same else "better" if high < -same else "not told apart"
 
 
 def loss_difference(versus: Against | None) -> str:
-    """Signed, with its interval and what the sign means."""
+    """The signed difference with its interval and the meaning of its sign."""
     if versus is None:
         return ""
     low, high = versus.test_bits_low, versus.test_bits_high
@@ -68,7 +68,7 @@ def cells(row: TrainingRow) -> list[str]:
 
 
 def facts(results: TrainingResults) -> list[str]:
-    """Machine, model, text and procedure; the figures' reach."""
+    """Machine, model, text and procedure, and what the figures do not cover."""
     s, source = results.settings, results.text
     machine = results.processor + (f", {s.threads} threads" if s.device == "cpu" else "")
     versions = ", ".join(f"{name} {version}" for name, version in results.software.items())
@@ -99,7 +99,7 @@ def facts(results: TrainingResults) -> list[str]:
 
 
 def verdict(row: TrainingRow, drift: float | None) -> str:
-    """In what the method is worse than the baseline, in what better, and in what the run cannot tell."""
+    """A sentence: what the method is worse in than the baseline, what it is better in, and what the run cannot tell."""
     versus = row.against
     if versus is None:
         return f"{row.label} diverged at step {row.diverged}: it loses to AdamW."
@@ -114,8 +114,8 @@ def verdict(row: TrainingRow, drift: float | None) -> str:
         lists[_meaning(share, share, CLOSE)].append(f"peak memory ({versus.peak_bytes / 2**20:+.0f} MiB)")
     meaning = _meaning(versus.state_bytes, versus.state_bytes)
     lists[meaning].append(f"optimizer bytes ({100 * versus.state_ratio:.3g}% of AdamW's)")
-    told = [f"{meaning} in {', '.join(items)}" for meaning, items in lists.items() if items]
-    sentence = f"{row.label}, beside AdamW: {'; '.join(told)}."
+    parts = [f"{meaning} in {', '.join(items)}" for meaning, items in lists.items() if items]
+    sentence = f"{row.label}, beside AdamW: {'; '.join(parts)}."
     if row.against_adafactor is not None:
         sentence += f" Held-out loss beside Adafactor's: {loss_difference(row.against_adafactor)}."
     return sentence

@@ -2,7 +2,7 @@
 
     python -m leanops.bench.convergence.worker FOLDER METHOD CHECKPOINT_SECONDS
 
-Each line on standard output is one unit of progress. What is done is in FOLDER/METHOD, each file whole or absent.
+Each line on standard output is one unit of progress. Finished work is in FOLDER/METHOD, each file whole or absent.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EVALUATION_BATCH = 8
 
 
 class Stopped(Exception):
-    """Asked to end before the work was done."""
+    """The process was asked to end before the work was done."""
 
 
 def make_model(settings: Settings) -> nn.Module:
@@ -78,7 +78,7 @@ def evaluate(model: nn.Module, windows: Tensor, device: str) -> list[float]:
 
 
 class Training:
-    """Model, optimizer and selection of one method on their way through ``steps`` steps, and what was seen on it."""
+    """A run of ``steps`` steps of one method: model, optimizer and selection, and the losses and times so far."""
 
     def __init__(self, settings: Settings, method: Method, text: corpus.Text, lr: float, steps: int) -> None:
         self.settings, self.lr, self.steps = settings, lr, steps
@@ -123,7 +123,7 @@ class Training:
         batch = self.batches(self.step).to(self.settings.device)
         start = self._clock()
         loss = bits(self.model, batch)
-        # the gradient is that of nats, the usual unit: clipping and rates mean what they mean elsewhere
+        # the gradient of the loss in nats, the usual unit, so that clipping and rates mean what they usually do
         (loss * math.log(2)).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_([p for p in self.parameters if p.grad is not None], self.settings.clip)
         between = self._clock()
@@ -137,13 +137,14 @@ class Training:
         self.state_bytes = max(self.state_bytes, state_bytes(self.optimizer))
         self.step += 1
 
-    def look(self, count: int) -> float:
+    def validation_loss(self, count: int) -> float:
         """Bits a byte of the validation text, over ``count`` windows."""
         windows = corpus.spread(self.validation, self.settings.context, count)
         each = evaluate(self.model, windows, self.settings.device)
         return sum(each) / len(each)
 
-    def look_at_test(self) -> list[float]:
+    def test_losses(self) -> list[float]:
+        """Bits a byte of each window of the held-out text."""
         windows = corpus.spread(self.test, self.settings.context, self.settings.test_windows)
         return evaluate(self.model, windows, self.settings.device)
 
@@ -197,7 +198,7 @@ class Worker:
         return Training(settings or self.settings, self.method, self.text, lr, steps)
 
     def memory(self) -> None:
-        """First, while the process is fresh: the peak of a few steps, weights and all."""
+        """Measure the peak of a few steps with all that they hold, while the process is fresh."""
         path, s = self.own / "memory.json", self.settings
         if path.exists():
             self.say("memory: kept")
@@ -210,14 +211,14 @@ class Worker:
                 self._not_stopped()
                 training.advance()
 
-        # what torch and transformers load or allocate at first use is not the method's
+        # a small run first: what torch and transformers allocate at first use does not belong to the method
         steps(replace(s, hidden=32, intermediate=64, layers=4, heads=2, memory_steps=2))
         peak = memory.peak_bytes(lambda: steps(s), torch.device(s.device))
         self._write(path, {"peak_bytes": peak, "steps": s.memory_steps})
         self.say("memory: " + ("not known here" if peak is None else f"peak {peak / 2**20:.0f} MiB"))
 
     def tune(self) -> float:
-        """Rounds of trials, each over the first batches of the run with a whole schedule; the best go on."""
+        """Rounds of trials, each over the first batches of the run with a whole schedule. Returns the best rate."""
         rates = self.method.rates
         for number, (part, count) in enumerate(self.settings.rounds):
             rates = rates[:count]
@@ -235,7 +236,7 @@ class Worker:
             while not training.done:
                 self._not_stopped()
                 training.advance()
-            found = None if training.diverged else training.look(self.settings.tuning_windows)
+            found = None if training.diverged else training.validation_loss(self.settings.tuning_windows)
             if found is not None and not math.isfinite(found):
                 found = None
             self._write(path, {"round": number, "lr": lr, "steps": steps, "validation_bits": found})
@@ -245,7 +246,7 @@ class Worker:
         return value
 
     def train(self, lr: float) -> None:
-        """The run itself, from its checkpoint where there is one."""
+        """The run itself, continued from its checkpoint where there is one."""
         s = self.settings
         path = self.own / "checkpoint.pt"
         training = self.training(lr, s.steps)
@@ -257,7 +258,7 @@ class Worker:
         while not training.done:
             training.advance()
             if training.step in points and not training.diverged:
-                training.curve.append([training.step, training.look(s.curve_windows)])
+                training.curve.append([training.step, training.validation_loss(s.curve_windows)])
                 self.say(f"{training.step} of {s.steps} steps, {training.curve[-1][1]:.3f} bits a byte")
             stopped = self.stop()
             if stopped or time.monotonic() - saved >= self.checkpoint_s:
@@ -270,7 +271,7 @@ class Worker:
             **seen,
             "diverged": training.step if training.diverged else None,
             "losses": [x if math.isfinite(x) else None for x in training.losses],
-            "test_windows": None if training.diverged else training.look_at_test(),
+            "test_windows": None if training.diverged else training.test_losses(),
             "parameters": sum(p.numel() for p in training.parameters),
             "tokens_per_step": s.batch * s.context,
         }
@@ -286,7 +287,7 @@ class Worker:
 
 
 def prepare(settings: Settings) -> None:
-    """Whatever makes two processes give the same bits."""
+    """Let two processes give the same bits."""
     torch.set_num_threads(settings.threads)
     if settings.device != "cpu":
         torch.use_deterministic_algorithms(True)
@@ -294,21 +295,21 @@ def prepare(settings: Settings) -> None:
 
 
 def main(folder: str, key: str, checkpoint_s: str) -> int:
-    parent, asked = os.getppid(), []
+    parent, signals = os.getppid(), []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: asked.append(1))
+        signal.signal(number, lambda *_: signals.append(1))
     lines = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no progress
+    os.dup2(2, 1)  # what libraries print goes into the log
     method = {m.key: m for m in METHODS}[key]
 
     def stop() -> bool:
-        return bool(asked) or os.getppid() != parent  # asked to, or nobody reads on
+        return bool(signals) or os.getppid() != parent  # the parent process was killed
 
     def say(text: str) -> None:
         try:
             print(text, file=lines)
         except BrokenPipeError:
-            asked.append(1)
+            signals.append(1)
 
     prepare(Settings.load(Path(folder)))
     worker = Worker(Path(folder), method, float(checkpoint_s), say, stop)

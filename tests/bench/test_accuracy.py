@@ -209,10 +209,10 @@ def test_a_rate_is_measured_in_bounded_time_however_slow_the_product(monkeypatch
 
 
 def test_how_bytes_move_decides_which_bandwidth_bounds():
-    assert roofline.pattern(Cost(read=0, written=8), held=8, mutates=True) == roofline.FILL
-    assert roofline.pattern(Cost(read=8, written=8), held=8, mutates=True) == roofline.IN_PLACE
-    assert roofline.pattern(Cost(read=8, written=8), held=16, mutates=True) == roofline.COPY
-    assert roofline.pattern(Cost(read=800, written=8), held=800, mutates=False) == roofline.READ
+    assert roofline.pattern(Cost(read=0, written=8), argument_bytes=8, mutates=True) == roofline.FILL
+    assert roofline.pattern(Cost(read=8, written=8), argument_bytes=8, mutates=True) == roofline.IN_PLACE
+    assert roofline.pattern(Cost(read=8, written=8), argument_bytes=16, mutates=True) == roofline.COPY
+    assert roofline.pattern(Cost(read=800, written=8), argument_bytes=800, mutates=False) == roofline.READ
 
 
 def test_the_ceiling_is_the_better_of_two_measurements_and_drift_is_their_ratio():

@@ -40,11 +40,11 @@ def one_line_error(status, out, error):
     ("arguments", "message"),
     [
         (["bench", "zo_nothing"], "no operator named zo_nothing; there are "),
-        (["bench", "--dtype", "int8"], "argument --dtype: must be of fp32, bf16, fp16 and fp64, got int8"),
-        (["bench", "--dtype", ","], "argument --dtype: must be of fp32, bf16, fp16 and fp64, got ,"),
+        (["bench", "--dtype", "int8"], "argument --dtype: must be a list of fp32, bf16, fp16 and fp64, got int8"),
+        (["bench", "--dtype", ","], "argument --dtype: must be a list of fp32, bf16, fp16 and fp64, got ,"),
         (["bench", "--threads", "two"], "argument --threads: must be numbers, 1 or more, got two"),
         (["bench", "--threads", "1,0"], "argument --threads: must be numbers, 1 or more, got 1,0"),
-        (["bench", "--case", "("], "no regular expression"),
+        (["bench", "--case", "("], "argument --case: must be a regular expression, got (: missing )"),
         (["bench", "--case", "matches nothing at all"], "no case matches"),
         (["bench", "--device", "tpu"], "invalid choice: 'tpu'"),
         (["bench", "--json", "."], "is a folder"),
@@ -87,18 +87,18 @@ def test_an_output_that_takes_no_more_is_no_traceback(unbuffered, tmp_path):
 def test_info_says_who_serves_each_operator_and_why_a_backend_is_absent(tmp_path):
     done = leanops("info", "--json", cwd=tmp_path, LEANOPS_DISABLE="cpu")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["backends"]["cpu"] == {
+    found = json.loads(done.stdout)
+    assert found["backends"]["cpu"] == {
         "loaded": False,
         "state": "absent",
         "detail": "switched off by LEANOPS_DISABLE",
     }
-    assert told["operators"]["zo_axpy_"]["cpu"] == "reference"
+    assert found["operators"]["zo_axpy_"]["cpu"] == "reference"
     for name in ("cpu", "cuda", "triton", "nvrtc"):
-        assert told["backends"][name]["detail"]
-    assert told["software"]["torch"]
-    assert told["cpu"]["name"]
-    assert told["cpu"]["cores"] >= 1
+        assert found["backends"][name]["detail"]
+    assert found["software"]["torch"]
+    assert found["cpu"]["name"]
+    assert found["cpu"]["cores"] >= 1
     plain = leanops("info", cwd=tmp_path, LEANOPS_DISABLE="cpu")
     assert plain.returncode == 0
     assert "absent: switched off by LEANOPS_DISABLE" in plain.stdout

@@ -129,8 +129,8 @@ def without(name):
 def test_a_damaged_file_is_named_with_its_entry_before_anything_is_printed(content, message, damaged, tmp_path, capsys):
     paths = {name: tmp_path / f"{name}.json" for name in ("base", "new")}
     for name, path in paths.items():
-        given = content if name == damaged else with_(fingerprint={"cpu": {"name": "b"}})
-        path.write_bytes(given if isinstance(given, bytes) else json.dumps(given).encode())
+        written = content if name == damaged else with_(fingerprint={"cpu": {"name": "b"}})
+        path.write_bytes(written if isinstance(written, bytes) else json.dumps(written).encode())
     assert cli.main(["compare", *map(str, paths.values())]) == 2
     out, error = capsys.readouterr()
     assert out == ""

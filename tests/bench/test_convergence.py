@@ -1,4 +1,4 @@
-"""The training benchmark: the same text and batches for all, the same bits after a kill, and honest words."""
+"""The training benchmark: equal text and batches for all methods, equal bits after a kill, and plain verdicts."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def train(training, until):
     while training.step < until:
         training.advance()
         if training.step % 3 == 0:
-            training.curve.append([training.step, training.look(4)])
+            training.curve.append([training.step, training.validation_loss(4)])
     return training
 
 
@@ -128,7 +128,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_gives_the_same_bits(key, text, tmp
         assert mine.keys() == theirs.keys()
         for name, value in mine.items():
             assert torch.equal(value, theirs[name]), f"{part}{name}"
-    assert resumed.look_at_test() == whole.look_at_test()
+    assert resumed.test_losses() == whole.test_losses()
 
 
 def test_every_method_starts_from_the_same_weights_and_sees_the_same_batches(text):
@@ -178,23 +178,23 @@ def test_state_bytes_count_shared_memory_once_and_whatever_nests():
 
 def worker_of(tmp_path, settings=TINY, key="adamw"):
     experiment.write_atomically(tmp_path / "run.json", json.dumps({"settings": dataclasses.asdict(settings)}).encode())
-    said = []
-    return worker.Worker(tmp_path, BY_KEY[key], 0.0, said.append, lambda: False), said
+    lines = []
+    return worker.Worker(tmp_path, BY_KEY[key], 0.0, lines.append, lambda: False), lines
 
 
 def test_tuning_takes_the_best_on_and_a_diverged_rate_last(tmp_path, monkeypatch):
-    one, _ = worker_of(tmp_path, dataclasses.replace(TINY, rounds=((6, 4), (3, 2))))
+    adamw, _ = worker_of(tmp_path, dataclasses.replace(TINY, rounds=((6, 4), (3, 2))))
     found = {(0, 3e-4): 5.0, (0, 1e-3): None, (0, 3e-3): 4.0, (0, 1e-2): 4.5, (1, 3e-3): 3.5, (1, 1e-2): 3.0}
     asked = []
-    monkeypatch.setattr(one, "_trial", lambda n, lr, steps: asked.append((n, lr, steps)) or found[n, lr])
-    assert one.tune() == 1e-2
+    monkeypatch.setattr(adamw, "_trial", lambda n, lr, steps: asked.append((n, lr, steps)) or found[n, lr])
+    assert adamw.tune() == 1e-2
     assert asked == [(0, 3e-4, 2), (0, 1e-3, 2), (0, 3e-3, 2), (0, 1e-2, 2), (1, 3e-3, 4), (1, 1e-2, 4)]
 
 
 def test_a_run_that_diverges_ends_and_says_so(tmp_path):
-    one, said = worker_of(tmp_path)
-    one.memory()
-    one.train(1e18)
+    adamw, lines = worker_of(tmp_path)
+    adamw.memory()
+    adamw.train(1e18)
     result = json.loads((tmp_path / "adamw" / "train.json").read_text())
     assert 0 < result["diverged"] <= 12
     assert result["losses"][-1] is None
@@ -202,7 +202,7 @@ def test_a_run_that_diverges_ends_and_says_so(tmp_path):
     row = experiment.result(tmp_path / "adamw", BY_KEY["adamw"])
     assert row.test_bits is None
     assert "diverged at step" in " ".join(summary.cells(row))
-    assert said
+    assert lines
 
 
 # --- the whole run ----------------------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def test_a_worker_that_fails_is_one_line_with_its_last_words(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "("], "no regular expression"),
+        (["--only", "("], "argument --only: must be a regular expression, got (: missing )"),
         (["--only", "lion"], "--only matches none of adamw, adafactor, sm3-fp32"),
         (["--tokens", "100"], "--tokens must be at least 8192, got 100"),
         (["--threads", "1,2"], "--threads: must be one number"),
@@ -390,37 +390,37 @@ def row(label="SM3", loss=3.0, peak=100 << 20, state=100, step=0.1, windows=16):
     )  # fmt: skip
 
 
-def beside(own, base):
+def compared(own, base):
     return dataclasses.replace(own, against=experiment.against(own, base))
 
 
 def test_losing_is_said_plainly_and_with_its_sign():
     base = row("AdamW")
-    worse = beside(row(loss=3.05, peak=120 << 20, state=200, step=0.2), base)
-    told = summary.verdict(worse, drift=0.0)
+    worse = compared(row(loss=3.05, peak=120 << 20, state=200, step=0.2), base)
+    sentence = summary.verdict(worse, drift=0.0)
     lost = "held-out loss (+0.050 bits/byte), tokens/s (-50.0%), peak memory (+20 MiB), optimizer bytes (200% of"
-    assert told.startswith(f"SM3, beside AdamW: worse in {lost}")
-    assert "better" not in told
-    assert "told apart" not in told
+    assert sentence.startswith(f"SM3, beside AdamW: worse in {lost}")
+    assert "better" not in sentence
+    assert "told apart" not in sentence
     assert summary.loss_difference(worse.against).startswith("+0.050 [")
     assert summary.loss_difference(worse.against).endswith("worse")
-    better = beside(row(loss=2.95, peak=80 << 20, state=50, step=0.05), base)
-    told = summary.verdict(better, drift=0.0)
-    assert "worse" not in told
-    assert "better in held-out loss (-0.050 bits/byte), tokens/s (+100.0%), peak memory (-20 MiB)" in told
-    assert "50% of AdamW's" in told
+    better = compared(row(loss=2.95, peak=80 << 20, state=50, step=0.05), base)
+    sentence = summary.verdict(better, drift=0.0)
+    assert "worse" not in sentence
+    assert "better in held-out loss (-0.050 bits/byte), tokens/s (+100.0%), peak memory (-20 MiB)" in sentence
+    assert "50% of AdamW's" in sentence
     better.against_adafactor = experiment.against(better, row("Adafactor", loss=2.9))
-    told = summary.verdict(better, drift=0.0)
-    assert "beside Adafactor's: +0.050 [+0.050, +0.050] worse." in told
+    sentence = summary.verdict(better, drift=0.0)
+    assert "beside Adafactor's: +0.050 [+0.050, +0.050] worse." in sentence
 
 
 def test_what_is_within_the_noise_is_called_the_same():
     base = row("AdamW")
-    own = beside(row(state=50, step=0.104), base)
+    own = compared(row(state=50, step=0.104), base)
     own.against = dataclasses.replace(own.against, test_bits=0.001, test_bits_low=-0.01, test_bits_high=0.01)
-    told = summary.verdict(own, drift=0.06)
-    assert "not told apart in held-out loss (+0.001 bits/byte), tokens/s (-3.8%), peak memory (+0 MiB)." in told
-    assert "better in optimizer bytes (50%" in told
+    sentence = summary.verdict(own, drift=0.06)
+    assert "not told apart in held-out loss (+0.001 bits/byte), tokens/s (-3.8%), peak memory (+0 MiB)." in sentence
+    assert "better in optimizer bytes (50%" in sentence
     assert summary.loss_difference(own.against).endswith("not told apart")
 
 

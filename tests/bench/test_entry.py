@@ -1,4 +1,4 @@
-"""What fails before the package is there to say it is one line, too."""
+"""An error in the import of the package is one line, as every other error of the command."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """``--quick`` shows a row of every operator in every dtype in two minutes, on machines that this one is not.
 
-A machine is simulated by its clock: a call takes what its bytes, operations and elements cost there, and so does all
-else that a row needs (inputs, the gate, a peer's import). What runs for real is small.
+A machine is simulated by its clock, which counts the seconds that the bytes, operations and elements of a call take
+there, and what else a row needs: its inputs, the gate, the import of a peer. Only small inputs are computed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ START_S = 12.0  # Python and torch start, files are written
 
 @dataclass
 class Machine(Clock):
-    """What it costs there, in seconds."""
+    """The seconds that work costs on a machine."""
 
     bandwidth: float = 3e9
     gemm: dict[str, float] = field(default_factory=lambda: {"float32": 20e9, "bfloat16": 1e9})
