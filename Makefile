@@ -47,17 +47,17 @@ format-check: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/mypy -p leanops
 
-# the generic suites with each instruction set below the machine's own, which `make test` runs, and with no library at all
+# the generic suites with each lesser instruction set, and without the library; `make test` runs the machine's own
 LESSER := from leanops import _native; sets = ["baseline", "avx2", "avx512"]; print(*sets[:sets.index(_native.cpu_isa())])
 isa: $(VENV)/.installed
 	sets=$$($(BIN)/python -c '$(LESSER)') || exit 1; for isa in $$sets; do LEANOPS_CPU_ISA=$$isa $(PYTEST) $(PARALLEL) tests/ops/test_numerics.py tests/ops/test_fuzz.py || exit 1; done
 	LEANOPS_DISABLE=cpu $(PYTEST) $(PARALLEL) tests/ops/test_numerics.py -k agree
 
-# with bounds and undefined behaviour; `make exhaustive` adds races between threads
+# memory errors and undefined behaviour; `make exhaustive` adds races between threads
 sanitize: $(VENV)/.installed
 	$(BIN)/python tests/native/sanitize.py address,undefined
 
-# csrc against the headers of the oldest torch that is promised
+# csrc against the headers of the oldest torch that the package supports
 oldest: $(VENV)/.installed
 	$(BIN)/python tests/native/oldest_torch.py
 

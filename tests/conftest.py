@@ -38,19 +38,23 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return True if on_device and not torch.cuda.is_available() else None
 
 
-_TOGETHER = ("test_build.py", "test_cli.py", "test_convergence.py")  # what they build, they build once
-_LONG = ("test_interpreted.py", "test_build.py", "test_finetune_minilm.py")  # first, or the last worker waits for them
+_TOGETHER = ("test_build.py", "test_cli.py", "test_convergence.py")  # in one process each, which builds once
+_LONG = (
+    "test_interpreted.py",
+    "test_build.py",
+    "test_finetune_minilm.py",
+)  # begun first, since they take longest
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item, names: tuple[str, ...]) -> str | None:
+    def listed(item: pytest.Item, names: tuple[str, ...]) -> str | None:
         return next((name for name in names if name in (item.path.name, item.path.parent.name)), None)
 
     for item in items:
-        if group := place(item, _TOGETHER):
+        if group := listed(item, _TOGETHER):
             item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: place(item, _LONG) is None)
+    items.sort(key=lambda item: listed(item, _LONG) is None)
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ def spawn(job: Callable[..., None], *arguments: Any, world: int = WORLD) -> None
 
 
 class Counted:
-    """Counts the all-reduces that pass, and the numbers in them."""
+    """Records the number of elements of each all-reduce."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []

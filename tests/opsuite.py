@@ -85,25 +85,25 @@ def backends(spec: OpSpec, device: torch.device) -> Iterator[tuple[str, Callable
         yield name, partial(spec.run, name)
 
 
-def assert_same_bits(got: Sequence[Tensor], want: Sequence[Tensor], what: str = "") -> None:
-    assert len(got) == len(want)
-    for i, (g, w) in enumerate(zip(got, want, strict=True)):
-        assert g.dtype == w.dtype, f"{what} output {i}: {g.dtype} != {w.dtype}"
-        assert g.shape == w.shape, f"{what} output {i}: {g.shape} != {w.shape}"
-        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[g.element_size()]
-        same = g.contiguous().view(integer) == w.contiguous().view(integer).to(g.device)
-        same |= g.isnan() & w.isnan().to(g.device)
+def assert_same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor], what: str = "") -> None:
+    assert len(actual) == len(expected)
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.dtype == e.dtype, f"{what} output {i}: {a.dtype} != {e.dtype}"
+        assert a.shape == e.shape, f"{what} output {i}: {a.shape} != {e.shape}"
+        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+        same = a.contiguous().view(integer) == e.contiguous().view(integer).to(a.device)
+        same |= a.isnan() & e.isnan().to(a.device)
         if not same.all():
             bad = (~same).nonzero()
-            at = tuple(bad[0].tolist())
+            index = tuple(bad[0].tolist())
             raise AssertionError(
-                f"{what} output {i}: {len(bad)} of {g.numel()} differ, first at {at}: {g[at]} != {w[at]}"
+                f"{what} output {i}: {len(bad)} of {a.numel()} differ, first at {index}: {a[index]} != {e[index]}"
             )
 
 
-def error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+def error(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """Root of the summed squares of all differences from float64 results."""
-    return math.sqrt(sum(float((g.double() - w.double()).square().sum()) for g, w in zip(got, exact, strict=True)))
+    return math.sqrt(sum(float((a.double() - e.double()).square().sum()) for a, e in zip(actual, exact, strict=True)))
 
 
 def norm(values: Sequence[Tensor]) -> float:
@@ -118,7 +118,7 @@ def policy_bound(spec: OpSpec, args: Sequence[Any], dtype: torch.dtype, magnitud
 def assert_agrees(
     spec: OpSpec,
     args: Sequence[Any],
-    got: Sequence[Tensor],
+    actual: Sequence[Tensor],
     dtype: torch.dtype,
     what: str = "",
     *,
@@ -127,12 +127,12 @@ def assert_agrees(
     """Exact operators give the reference's bits; others stay within the policy, and (with ``yardstick``) within twice
     the error that plain PyTorch makes in the same dtype. float64 has no wider reference to measure that error with."""
     if spec.exact:
-        assert_same_bits(got, run_reference(spec, args), what)
+        assert_same_bits(actual, run_reference(spec, args), what)
         return
     exact = run_reference(spec, args, widen=True)
-    assert [g.shape for g in got] == [w.shape for w in exact]
-    assert all(g.dtype == dtype for g in got)
-    seen = error(got, exact)
+    assert [a.shape for a in actual] == [e.shape for e in exact]
+    assert all(a.dtype == dtype for a in actual)
+    seen = error(actual, exact)
     absolute = tree_map_only(Tensor, lambda t: t.abs() if t.is_floating_point() else t, args)
     magnitude = max(norm(exact), norm(run_reference(spec, absolute, widen=True)))
     bound = policy_bound(spec, args, dtype, magnitude)

@@ -1,4 +1,4 @@
-"""Rules of the house that a reader relies on: layers, absolute imports, 64-bit indices."""
+"""Rules that every file keeps: absolute imports, named devices, 64-bit indices."""
 
 from __future__ import annotations
 
@@ -6,57 +6,30 @@ import ast
 import re
 from pathlib import Path
 
-import pytest
-
 from leanops import info
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"autotune": "leanops.autotune", "pyops": "leanops", "optim": "leanops.optim", "bench": "leanops.bench"}
-LAYERS = ["autotune", "pyops", "optim", "bench"]  # each imports only from itself and from those before it
+PACKAGES = {"autotune": "leanops.autotune", "pyops": "leanops", "optim": "leanops.optim", "bench": "leanops.bench"}
 FAMILIES = [p.name for p in (ROOT / "pyops").iterdir() if (p / "specs.py").exists()]
 
 
-def imports(path: Path) -> list[tuple[str, list[str], int]]:
+def imports(path: Path) -> list[tuple[str, int]]:
+    """(module, leading dots) of every import."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found += [(alias.name, [], 0) for alias in node.names]
+            found += [(alias.name, 0) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found.append((node.module or "", [alias.name for alias in node.names], node.level))
+            found.append((node.module or "", node.level))
     return found
 
 
-def layer_of(module: str, names: list[str]) -> str | None:
-    if module.split(".")[0] != "leanops":
-        return None
-    second = [*module.split("."), *names, ""][1]
-    return second if second in LAYERS else "pyops"
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-def test_a_layer_imports_only_from_those_before_it(layer):
-    files = list((ROOT / layer).rglob("*.py"))
-    assert files
-    for path in files:
-        for module, names, _ in imports(path):
-            used = layer_of(module, names)
-            assert used is None or LAYERS.index(used) <= LAYERS.index(layer), f"{path}: imports {module} {names}"
-
-
 def test_imports_are_absolute_and_never_of_a_top_level_folder():
-    for path in [p for folder in (*LAYERS, "tests", "docs") for p in (ROOT / folder).rglob("*.py")]:
-        for module, _, level in imports(path):
-            assert level == 0, f"{path}: relative import of {module}"
-            assert module.split(".")[0] not in LAYERS, f"{path}: imports {module}; write {FOLDERS.get(module)}"
-
-
-def test_no_family_imports_a_private_name_of_another():
-    for family in FAMILIES:
-        for path in (ROOT / "pyops" / family).rglob("*.py"):
-            for module, names, _ in imports(path):
-                other = re.match(r"leanops\.(\w+)", module)
-                if other and other[1] in FAMILIES and other[1] != family:
-                    assert not any(n.startswith("_") for n in names), f"{path}: {module} {names}"
+    for path in [p for folder in (*PACKAGES, "tests", "docs") for p in (ROOT / folder).rglob("*.py")]:
+        for module, dots in imports(path):
+            assert dots == 0, f"{path}: relative import of {module}"
+            top, *rest = module.split(".")
+            assert top not in PACKAGES, f"{path}: imports {module}; write {'.'.join([PACKAGES[top], *rest])}"
 
 
 def test_no_tensor_is_made_on_the_default_device():

@@ -109,8 +109,8 @@ def test_without_its_libraries_the_package_works_and_says_why(tmp_path, disabled
     assert json.loads(values) == lo.zo_noise(3, 1).tolist()
 
 
-def test_where_a_library_serves_nothing_stands_before_its_kernels(tmp_path):
-    """The reference alone carries the warning of its first use, and nothing of it where a kernel serves."""
+def test_no_warning_stands_before_the_kernels_of_a_library(tmp_path):
+    """The warning of a first use belongs to the reference. A call that a kernel serves does not pass it."""
     out = run(
         """
         import torch, leanops
@@ -132,8 +132,8 @@ def test_an_unknown_backend_in_leanops_disable_is_an_error(tmp_path):
         except ValueError as error:
             print(error)
         """
-    told = run(code, tmp_path, LEANOPS_DISABLE="cpu, cuad")
-    assert told == "leanops: LEANOPS_DISABLE must name backends of cpu, cuda, triton, nvrtc, got cuad\n"
+    printed = run(code, tmp_path, LEANOPS_DISABLE="cpu, cuad")
+    assert printed == "leanops: LEANOPS_DISABLE must name backends of cpu, cuda, triton, nvrtc, got cuad\n"
 
 
 def test_each_cuda_operator_gets_the_first_backend_that_has_it(tmp_path):

@@ -1,4 +1,4 @@
-"""Runs of MeZO with all that a log has to tell: a schedule, a frozen phase, a skipped step, one of length 0."""
+"""Runs of MeZO with all that a log records: a schedule, a frozen phase, a skipped step, a step with lr 0."""
 
 from __future__ import annotations
 

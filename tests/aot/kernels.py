@@ -1,4 +1,4 @@
-"""What ``tests/FAMILY/aot.py`` tells of a family's kernels for GPUs, in a constant ``KERNELS``."""
+"""The description of a family's kernels for GPUs. ``tests/FAMILY/aot.py`` holds it in the constant ``KERNELS``."""
 
 from __future__ import annotations
 

@@ -111,9 +111,9 @@ def _dominators(blocks: dict[int, Block], predecessors: dict[int, list[int]]) ->
     order: list[int] = []
     stack, seen = [entry], {entry}
     while stack:
-        at = stack.pop()
-        order.append(at)
-        for s in blocks[at].successors:
+        node = stack.pop()
+        order.append(node)
+        for s in blocks[node].successors:
             if s not in seen:
                 seen.add(s)
                 stack.append(s)
@@ -142,10 +142,10 @@ def _natural_loops(blocks: dict[int, Block]) -> list[tuple[int, set[int]]]:
                 continue
             body, stack = {header, b}, [b]
             while stack:
-                at = stack.pop()
-                if at == header:
+                node = stack.pop()
+                if node == header:
                     continue
-                for p in predecessors[at]:
+                for p in predecessors[node]:
                     if p not in body:
                         body.add(p)
                         stack.append(p)
@@ -163,14 +163,14 @@ def _path(blocks: dict[int, Block], header: int, body: set[int]) -> list[str]:
         stack = [(root, iter(blocks[root].successors))]
         seen.add(root)
         while stack:
-            at, successors = stack[-1]
+            node, successors = stack[-1]
             for s in successors:
                 if s in body and s != header and s not in seen:
                     seen.add(s)
                     stack.append((s, iter(blocks[s].successors)))
                     break
             else:
-                order.append(at)
+                order.append(node)
                 stack.pop()
 
     visit(header)

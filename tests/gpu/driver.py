@@ -20,8 +20,7 @@ from leanops.common.call import flat
 
 
 class Dispatched:
-    """The operators as the dispatcher finds them, which is the CUDA library where it is loaded. As launchers in Python,
-    they take calls."""
+    """The operators through the dispatcher, which calls the CUDA library. They take calls, as Python's launchers do."""
 
     def __getattr__(self, name: str) -> Callable[[Any], Any]:
         return lambda call: getattr(torch.ops.leanops, name)(*flat(call))

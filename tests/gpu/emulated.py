@@ -25,12 +25,12 @@ def build_emulator() -> ctypes.CDLL:
 
 
 class Emulator:
-    """Has the signatures of ``nvrtc.launch`` and ``nvrtc.processors``, for CPU tensors."""
+    """``launch`` and ``processors`` of :mod:`leanops.common.nvrtc`, for CPU tensors."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         self.launches: list[str] = []
-        self.order = 0  # of blocks and threads: 0 as numbered, 1 backwards, others mixed
+        self.order = 0  # of blocks and threads: 0 forwards, 1 backwards, another number is the seed of a mixed order
 
     def launch(self, kernel: nvrtc.Kernel, like: torch.Tensor, grid: int, arguments: Sequence[Any]) -> None:
         assert grid > 0, "a launch of no blocks is an error on the device"

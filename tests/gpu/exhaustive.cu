@@ -1,5 +1,5 @@
-// Checks the square roots and quotients of csrc/common/device.cuh that skip the compiler's range tests against those
-// that do not: square roots of every value that Box-Muller can give, and of every mantissa at each end of the range;
+// Compares the square roots and quotients of csrc/common/device.cuh, which skip the compiler's range tests, with the
+// compiler's: square roots of every value that Box-Muller can give, and of every mantissa at each end of the range;
 // quotients of as many mantissas and exponents as a hash of 2^24 threads gives.
 #include <cstdio>
 
@@ -10,7 +10,7 @@ using namespace leanops;
 __device__ bool differ(float a, float b) { return as_bits(a) != as_bits(b); }
 
 __global__ void roots(unsigned long long* wrong) {
-  const u32 k = blockIdx.x * blockDim.x + threadIdx.x;  // 24 bits
+  const u32 k = blockIdx.x * blockDim.x + threadIdx.x;  // [65536 blocks, 256 threads]
   const float t = -2.0f * logf((float)(k + 1) * 0x1p-24f);
   const float zero = k & 1 ? -0.0f : 0.0f;
   // the argument itself and, for its neighbourhood, every mantissa in four binades
@@ -35,9 +35,9 @@ __device__ u32 mix(u32 x) {
   return x ^ (x >> 16);
 }
 
-// b between 2^-50 and 2^64, as the square root of what lies between 2^-100 and 2^127, and a whose quotient is normal.
+// Divisors b in [2^-50, 2^64), where the square roots of [2^-100, 2^127) lie, and dividends a with a normal quotient.
 __global__ void divisions(unsigned long long* wrong) {
-  const u32 k = blockIdx.x * blockDim.x + threadIdx.x;
+  const u32 k = blockIdx.x * blockDim.x + threadIdx.x;  // [65536 blocks, 256 threads]
   for (u32 turn = 0; turn < 16; ++turn) {
     const u32 h = mix(16 * k + turn), g = mix(h + 0x9e3779b9u);
     const float b = as_float((77 + (h >> 9) % 114) << 23 | (g & 0x7fffffu));

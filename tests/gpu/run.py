@@ -2,13 +2,13 @@
 
     python3 tests/gpu/run.py [STEP ...] [--within SECONDS] [--out FOLDER]
 
-Runs every step, or those named, whatever fails; the exit status is 1 where something did. What several calls ran stands
-in one folder: a log of each command, results.json, machine.json. The first call, and the first after a change, builds
-the package for this machine's GPU alone, beside whatever is installed.
+Runs every step, or the steps that are named. A failure ends no other step; the exit status is then 1. All calls write
+into one folder: a log of each command, results.json, machine.json. The first call, and the first after a change, builds
+the package for this machine's GPU alone, in a folder of its own.
 
-Uses the Python that runs it, which needs torch, numpy, setuptools>=77, ninja, pytest, pytest-xdist, pytest-benchmark,
-hypothesis and rich; triton, cupy, and expecttest for torch's own suite of optimizers are used where they are installed.
-Of the CUDA toolkit: nvcc and compute-sanitizer.
+The Python that runs it needs torch, numpy, setuptools>=77, ninja, pytest, pytest-xdist, pytest-benchmark, hypothesis
+and rich. Triton, cupy, and expecttest for torch's own suite of optimizers are used where they are installed. The CUDA
+toolkit must have nvcc and compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def for_a_gpu(folder: Path) -> list[Path]:
 
 
 class Run:
-    """One command after the other, each with its log and its result, whatever the ones before it did."""
+    """Runs commands one after another, each with its log and its result. A failure does not end the run."""
 
     def __init__(self, out: Path, within: float = float("inf")) -> None:
         self.out = out
@@ -90,7 +90,7 @@ class Run:
     def _code(self, log: int, command: list[str], seconds: float) -> int:
         if seconds <= 0:
             return 124
-        try:  # a process group, since pytest and the sanitizer start processes of their own
+        try:  # in a process group, since pytest and the sanitizer start processes of their own
             process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=self.environment, cwd=self.out, preexec_fn=os.setpgrp
             )
@@ -142,12 +142,12 @@ def build(run: Run) -> None:
     options = ["--no-build-isolation", "--no-deps", "--no-index", "--verbose", "--target", SITE]
     if run("build", PYTHON, "-m", "pip", "install", *options, ROOT):
         STAMP.write_text(_sources())
-    run("library", PYTHON, "-c", LOADED)  # what cannot be built is left out of a build, which then succeeds
+    run("library", PYTHON, "-c", LOADED)  # the build succeeds without a library that cannot be built
     run("info", PYTHON, "-m", "leanops.bench.cli", "info")
 
 
 def exhaustive(run: Run) -> None:
-    """Arithmetic without range tests against the compiler's: square roots of every mantissa, quotients of many."""
+    """Square roots of every mantissa and many quotients, without range tests, compared with the compiler's."""
     program = run.out / "exhaustive"
     source = ROOT / "tests" / "gpu" / "exhaustive.cu"
     compile_it = [_tool("nvcc"), "-std=c++17", f"-arch=sm_{_arch()}", f"-I{ROOT / 'csrc'}", "-o", program, source]
@@ -157,7 +157,7 @@ def exhaustive(run: Run) -> None:
 
 
 def _pytest(run: Run, name: str, *arguments: str | Path) -> None:
-    workers = max(1, min(8, (os.cpu_count() or 1) // 2))  # most of the time goes to compilers, with one thread each
+    workers = max(1, min(8, (os.cpu_count() or 1) // 2))  # compilers, with one thread each, take most of the time
     run.environment["OMP_NUM_THREADS"] = "2"
     try:
         common = ["-q", "-rs", "-p", "no:cacheprovider", f"--rootdir={ROOT}", "-c", ROOT / "pyproject.toml"]
@@ -235,8 +235,8 @@ STEPS: dict[str, Callable[[Run], None]] = {
 }
 
 
-def _said(*command: str) -> str:
-    """What a program prints; nothing where it is not installed."""
+def _output_of(*command: str) -> str:
+    """What a program prints; empty where it is not installed."""
     found = shutil.which(command[0])
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() if found else ""
 
@@ -247,8 +247,8 @@ def describe() -> dict[str, str]:
 
     facts = {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": str(torch.version.cuda)}
     facts["device"] = torch.cuda.get_device_name()
-    facts["driver"] = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
-    facts["commit"] = _said("git", "rev-parse", "HEAD") or "unknown"
+    facts["driver"] = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
+    facts["commit"] = _output_of("git", "rev-parse", "HEAD") or "unknown"
     for package in ("triton", "cupy", "numpy"):
         try:
             facts[package] = __import__(package).__version__

@@ -1,4 +1,4 @@
-"""tests/gpu/run.py without a GPU: what fails is told and stops nothing, and the steps leave nothing out."""
+"""tests/gpu/run.py without a GPU: a failure is reported and ends nothing, and the steps run every test for a GPU."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(gpu, "built", lambda run: True)
 
 
-def test_what_fails_stops_nothing_and_is_told_at_the_end(tmp_path, machine, monkeypatch, capfd):
+def test_a_failure_is_reported_at_the_end_and_ends_nothing(tmp_path, machine, monkeypatch, capfd):
     steps = {
         "broken": lambda run: run("broken", PYTHON, "-c", "print('why'); raise SystemExit(3)"),
         "absent": lambda run: run("absent", tmp_path / "nowhere"),
@@ -70,7 +70,7 @@ def test_what_fails_stops_nothing_and_is_told_at_the_end(tmp_path, machine, monk
     }
 
 
-def test_what_runs_out_of_time_ends_with_all_that_it_started(tmp_path):
+def test_a_command_out_of_time_ends_with_the_processes_it_started(tmp_path):
     child = f"import subprocess; print('began', flush=True); subprocess.run(['sleep', '60.{os.getpid()}'])"
     run = gpu.Run(tmp_path, within=3)
     assert not run("long", PYTHON, "-c", child)
@@ -90,7 +90,7 @@ def test_a_build_without_the_cuda_library_fails(commands, tmp_path, monkeypatch)
     assert "the CUDA library is not loaded" in (tmp_path / "out" / "library.log").read_text()
 
 
-def test_what_was_built_from_other_sources_is_built_again(tmp_path, monkeypatch):
+def test_a_change_of_the_sources_is_built_again(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "STAMP", tmp_path / "sources")
     monkeypatch.setattr(gpu, "LOADED", "")
     run = gpu.Run(tmp_path)

@@ -1,4 +1,5 @@
-"""Runs the torch-free cores under ASan with UBSan, and under TSan, on every instruction set of this machine;
+"""Runs the torch-free cores under ASan with UBSan, and under TSan, with every instruction set of this machine.
+
 AVX-512 is emulated where the processor lacks it.
 
     python tests/native/sanitize.py [address,undefined] [thread]
@@ -27,7 +28,7 @@ def run(driver: Path, kernels: str) -> subprocess.CompletedProcess[str]:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "TSAN_OPTIONS": "halt_on_error=1",
     }
-    # GCC 12's TSan refuses the layouts of kernels that randomise more address bits: none are randomised
+    # GCC 12's TSan fails on Linux kernels that randomise more address bits: switch the randomisation off
     fixed = ["setarch", "-R"] if shutil.which("setarch") else []
     return subprocess.run([*fixed, str(driver), kernels], env={**os.environ, **options}, capture_output=True, text=True)
 

@@ -27,7 +27,7 @@ def test_every_intrinsic_of_the_kernels_is_compared(native):
 
 
 def operands(rows: int) -> tuple[np.ndarray, ...]:
-    """Three operands of random bits, of numbers near one another, and of special values, and masks.    [rows, 16]"""
+    """Three operands of random bits, of ordinary numbers and of special values, [rows, 16] each, and masks, [rows]."""
     rng = np.random.default_rng(rows)
     special = np.array([int(word, 16) for word in SPECIAL.split()], np.uint32)
 
@@ -50,12 +50,14 @@ def test_each_emulated_intrinsic_is_the_processors(native):
     every_pair = np.arange(2**16, dtype=np.uint32).reshape(-1, 16)  # as 16-bit numbers: each of them twice
     a[: len(every_pair)] = every_pair | every_pair[::-1] << 16
     for name in native.avx512.intrinsics():
-        want, got = (
+        expected, emulated = (
             native.avx512.intrinsic(kernels, name, *(x.view(np.uint8) for x in (a, b, c)), masks).view(np.uint32)
             for kernels in ("avx512", EMULATED)
         )
-        same = want == got
+        same = expected == emulated
         if name.split("(")[0].removeprefix("_mm512_") in ARITHMETIC:
-            same |= np.isnan(want.view(np.float32)) & np.isnan(got.view(np.float32))
+            same |= np.isnan(expected.view(np.float32)) & np.isnan(emulated.view(np.float32))
         row = int(np.argmin(same.all(1)))
-        assert same.all(), f"{name} of {a[row]}, {b[row]}, {c[row]}, {masks[row]:x}: {got[row]}, not {want[row]}"
+        assert same.all(), (
+            f"{name} of {a[row]}, {b[row]}, {c[row]}, {masks[row]:x}: {emulated[row]}, not {expected[row]}"
+        )

@@ -1,4 +1,4 @@
-"""LEANOPS_CPU_ISA forces an instruction set, and a value that cannot be followed is said so."""
+"""LEANOPS_CPU_ISA forces an instruction set. A set that this processor lacks, or an unknown one, is an error."""
 
 from __future__ import annotations
 

@@ -71,13 +71,13 @@ T* global(u64 address) {
   return (T*)address;
 }
 template <class V>
-void store_aligned(V* at, const V& x) {
-  require((u64)at % sizeof(V) == 0, "a store at an address that is not a multiple of its size");
-  *at = x;
+void store_aligned(V* out, const V& x) {
+  require((u64)out % sizeof(V) == 0, "a store at an address that is not a multiple of its size");
+  *out = x;
 }
-inline void store(vec16* at, const vec16& x) { store_aligned(at, x); }
-inline void store(vec8* at, const vec8& x) { store_aligned(at, x); }
-inline void store(u32* at, u32 x) { store_aligned(at, x); }
+inline void store(vec16* out, const vec16& x) { store_aligned(out, x); }
+inline void store(vec8* out, const vec8& x) { store_aligned(out, x); }
+inline void store(u32* out, u32 x) { store_aligned(out, x); }
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 inline float mul(float a, float b) { return a * b; }
 inline float add(float a, float b) { return a + b; }
@@ -133,13 +133,13 @@ inline u32 warp_max(u32 x) {
   const unsigned* words = emulator::launch.exchange(x, "warp_max");
   return *std::max_element(words, words + 32);
 }
-inline void atomic_max(u32* at, u32 x) {
+inline void atomic_max(u32* shared_by_blocks, u32 x) {
   emulator::launch.maybe_hand_over();
-  *at = std::max(*at, x);
+  *shared_by_blocks = std::max(*shared_by_blocks, x);
 }
-inline u32 load_shared_by_blocks(const u32* at) {
+inline u32 load_shared_by_blocks(const u32* address) {
   emulator::launch.maybe_hand_over();
-  return *at;
+  return *address;
 }
 inline u32 arrive(u32* counter) {
   emulator::launch.maybe_hand_over();

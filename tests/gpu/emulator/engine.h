@@ -1,7 +1,7 @@
-// A CUDA launch on one CPU thread: the threads of a block are coroutines that hand over where they wait for
-// one another, and at atomics. A value read across threads without a barrier is so seen to be wrong, a
-// barrier that some thread never reaches is reported, and blocks run in any order: one after another,
-// backwards, or mixed.
+// A CUDA launch on one CPU thread. The threads of a block are coroutines. They hand over at barriers, at
+// exchanges within a warp, and at atomics, so a value that is read across threads without a barrier is wrong
+// here, too. A barrier that some thread never reaches is reported. Blocks run one after another, backwards,
+// or mixed.
 #pragma once
 
 #include <ucontext.h>
@@ -33,7 +33,7 @@ inline std::map<std::string, Kernel>& kernels() {
   return all;
 }
 
-struct Meeting {  // of a warp's or of a block's threads
+struct Meeting {  // a point where the threads of a warp or of a block wait for one another
   int arrived = 0;
   unsigned generation = 0;
   const char* what = nullptr;
@@ -56,11 +56,11 @@ struct Block {
   std::unique_ptr<std::max_align_t[]> shared;
 };
 
-enum Order { FORWARD = 0, BACKWARD = 1 };  // others: mixed, by this seed
+enum Order { FORWARD = 0, BACKWARD = 1 };  // any other number is the seed of a mixed order
 
 class Launch {
  public:
-  // 0: every thread has returned. 2: some wait for what never comes.
+  // 0: every thread has returned. 2: a thread waits for ever.
   int run(const Kernel& kernel, unsigned grid, unsigned block, void** arguments, unsigned order) {
     kernel_ = &kernel;
     arguments_ = arguments;
@@ -89,20 +89,20 @@ class Launch {
     }
   }
 
-  void meet(Meeting& at, int size, const char* what) {
-    if (at.arrived == 0) at.what = what;
-    if (at.what != what) fail("threads wait for different things");
-    const unsigned generation = at.generation;
+  void meet(Meeting& meeting, int size, const char* what) {
+    if (meeting.arrived == 0) meeting.what = what;
+    if (meeting.what != what) fail("threads wait for different things");
+    const unsigned generation = meeting.generation;
     ++moves_;
-    if (++at.arrived == size) {
-      at.arrived = 0;
-      ++at.generation;
+    if (++meeting.arrived == size) {
+      meeting.arrived = 0;
+      ++meeting.generation;
       return;
     }
-    while (at.generation == generation) hand_over();
+    while (meeting.generation == generation) hand_over();
   }
   void barrier() { meet(block_->all, (int)block_->threads.size(), "barrier"); }
-  // Every lane's word, once all have given theirs.
+  // The words of all 32 lanes, once every lane has arrived.                                           -> [32]
   const unsigned* exchange(unsigned word, const char* what) {
     Meeting& warp = block_->warps[threadIdx.x / 32];
     unsigned* words = warp.words[warp.generation % 2];
@@ -145,7 +145,7 @@ class Launch {
     }
   }
 
-  // Every thread of the block as far as it gets.
+  // Run every thread of the block until it waits or returns.
   void sweep(Block& b) {
     std::vector<unsigned> order(b.threads.size());
     for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
@@ -174,7 +174,7 @@ class Launch {
   unsigned order_ = FORWARD;
   std::mt19937 random_;
   bool failed_ = false;
-  size_t moves_ = 0;  // arrivals and returns: a round without any is a deadlock
+  size_t moves_ = 0;  // arrivals and returns; a round without one is a deadlock
   std::vector<Block> blocks_;
   Block* block_ = nullptr;
   Thread* thread_ = nullptr;
