@@ -1,11 +1,11 @@
 """Triton kernels of the zeroth-order family, and their launchers, which take the operators' calls.
 
-A program takes one tile of consecutive *logical* indices, aligned to its size, so that a tile never shares a Philox
-block with another, whatever a shard's offset. The tensors of a call lie in a table on the device: one launch serves a
-whole model.
+A program takes one tile: TILE consecutive *logical* indices, which are indices in the whole tensor and not in a shard.
+The first one is a multiple of TILE, so no two tiles share a Philox block, whatever a shard's offset. The tensors of a
+call lie in a table on the device: one launch serves a whole model.
 """
 
-# Triton reads annotations of kernels as types of its own
+# Triton reads annotations of kernels as its own types
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from leanops.zo.triton_noise import accumulate, noise
 
 
 def tile_of(dtype: torch.dtype, distribution: str, terms: int) -> int:
-    """Elements of a tile; 128 threads make 16 or, where registers allow, 32 of them each."""
+    """Elements of a tile: 16 for each of 128 threads, or 32 where registers allow."""
     return 4096 if distribution == "rademacher" and dtype != torch.float64 and terms == 1 else 2048
 
 
@@ -40,40 +40,48 @@ _DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: 
 
 @triton.jit
 def _tile(
-    out, source, at, numel, logical, tensor_id, seeds, coeffs, decays, terms, decay_count, seed, coeff, decay,
+    out, source, start, numel, logical, tensor_id, seeds, coeffs, decays, terms, decay_count, seed, coeff, decay,
     IN_ORDER: tl.constexpr, INLINE: tl.constexpr, NOISE: tl.constexpr, DTYPE: tl.constexpr, WORK: tl.constexpr,
     IS_RADEMACHER: tl.constexpr, STOCHASTIC: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    index = at + tl.arange(0, TILE)
-    inside = (index >= 0) & (index < numel)
+    """Update the tile whose element 0 has index ``start`` in its tensor and ``logical`` in the whole tensor.
+
+    IN_ORDER: round after every term. INLINE: one term, with its numbers in ``seed``, ``coeff`` and ``decay``.
+    NOISE: write z alone. MASKED: the tile reaches beyond the tensor, so ``start`` may be negative.
+    """
+    index = start + tl.arange(0, TILE)  # [TILE]
+    inside = (index >= 0) & (index < numel)  # [TILE]
     rounding_seed = seed if INLINE else tl.load(seeds)
     if NOISE:
-        acc = noise(rounding_seed, logical, tensor_id, TILE, IS_RADEMACHER).to(WORK)
+        acc = noise(rounding_seed, logical, tensor_id, TILE, IS_RADEMACHER).to(WORK)  # [TILE]
     else:
         if MASKED:
-            acc = widen(tl.load(source + index, mask=inside, other=0.0), WORK)
+            acc = widen(tl.load(source + index, mask=inside, other=0.0), WORK)  # [TILE]
         else:
-            acc = widen(tl.load(source + index), WORK)
+            acc = widen(tl.load(source + index), WORK)  # [TILE]
         if INLINE:
-            acc = acc * (1.0 - decay).to(WORK)
-            acc = accumulate(acc, coeff.to(WORK), noise(seed, logical, tensor_id, TILE, IS_RADEMACHER))
+            acc = acc * (1.0 - decay).to(WORK)  # [TILE]
+            c = coeff.to(WORK)
+            z = noise(seed, logical, tensor_id, TILE, IS_RADEMACHER)  # [TILE]
+            acc = accumulate(acc, c, z)  # [TILE]
         else:
             if not IN_ORDER:
-                acc = acc * (1.0 - tl.load(decays)).to(WORK)
+                acc = acc * (1.0 - tl.load(decays)).to(WORK)  # [TILE]
             for k in range(terms):
                 term_seed = tl.load(seeds + k)
                 c = tl.load(coeffs + k).to(WORK)
                 if IN_ORDER:
                     d = tl.load(decays + tl.where(decay_count > 1, k, 0))
-                    acc = acc * (1.0 - d).to(WORK)
-                acc = accumulate(acc, c, noise(term_seed, logical, tensor_id, TILE, IS_RADEMACHER))
+                    acc = acc * (1.0 - d).to(WORK)  # [TILE]
+                z = noise(term_seed, logical, tensor_id, TILE, IS_RADEMACHER)  # [TILE]
+                acc = accumulate(acc, c, z)  # [TILE]
                 if IN_ORDER:
-                    acc = widen(round_to(acc, term_seed, logical, tensor_id, DTYPE, STOCHASTIC, TILE), WORK)
-    rounded = round_to(acc, rounding_seed, logical, tensor_id, DTYPE, STOCHASTIC and not IN_ORDER, TILE)
+                    acc = widen(round_to(acc, term_seed, logical, tensor_id, DTYPE, STOCHASTIC, TILE), WORK)  # [TILE]
+    rounded = round_to(acc, rounding_seed, logical, tensor_id, DTYPE, STOCHASTIC and not IN_ORDER, TILE)  # [TILE]
     if MASKED:
-        tl.store(out + index, rounded, mask=inside)
+        tl.store(out + index, rounded, mask=inside)  # [TILE]
     else:
-        tl.store(out + index, rounded)
+        tl.store(out + index, rounded)  # [TILE]
 
 
 @triton.jit(do_not_specialize=["tensors", "terms", "decay_count", "seed", "coeff_bits", "decay_bits"])
@@ -83,6 +91,7 @@ def update(
     IN_ORDER: tl.constexpr, INLINE: tl.constexpr, NOISE: tl.constexpr, DTYPE: tl.constexpr, WORK: tl.constexpr,
     IS_RADEMACHER: tl.constexpr, STOCHASTIC: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
+    """One tile of one tensor of ``table``, whose rows are ``plan.Row``s. ALIGNED: a whole tile starts on 16 bytes."""
     tile = tl.program_id(0).to(tl.int64)
     row = find_row(table, tensors, tile, 7, 4)  # out, in, offset, numel, first tile, tensor id, columns
     out = tl.load(row).to(tl.pointer_type(DTYPE))
@@ -91,23 +100,23 @@ def update(
     numel = tl.load(row + 3)
     tensor_id = tl.load(row + 5)
     logical = (offset // TILE + tile - tl.load(row + 4)) * TILE
-    at = logical - offset
+    start = logical - offset
     seed = seed.to(tl.int64)
     coeff = coeff_bits.to(tl.int64).to(tl.float64, bitcast=True)
     decay = decay_bits.to(tl.int64).to(tl.float64, bitcast=True)
-    if (at >= 0) & (at + TILE <= numel):
-        if ALIGNED:  # at is then a multiple of 16 bytes from the base
+    if (start >= 0) & (start + TILE <= numel):
+        if ALIGNED:
             out = tl.multiple_of(out, 16)
             source = tl.multiple_of(source, 16)
-            at = tl.multiple_of(at, 16)
+            start = tl.multiple_of(start, 16)
         _tile(
-            out, source, at, numel, logical, tensor_id, seeds, coeffs, decays, terms, decay_count, seed, coeff, decay,
-            IN_ORDER, INLINE, NOISE, DTYPE, WORK, IS_RADEMACHER, STOCHASTIC, TILE, False,
+            out, source, start, numel, logical, tensor_id, seeds, coeffs, decays, terms, decay_count,
+            seed, coeff, decay, IN_ORDER, INLINE, NOISE, DTYPE, WORK, IS_RADEMACHER, STOCHASTIC, TILE, False,
         )  # fmt: skip
     else:
         _tile(
-            out, source, at, numel, logical, tensor_id, seeds, coeffs, decays, terms, decay_count, seed, coeff, decay,
-            IN_ORDER, INLINE, NOISE, DTYPE, WORK, IS_RADEMACHER, STOCHASTIC, TILE, True,
+            out, source, start, numel, logical, tensor_id, seeds, coeffs, decays, terms, decay_count,
+            seed, coeff, decay, IN_ORDER, INLINE, NOISE, DTYPE, WORK, IS_RADEMACHER, STOCHASTIC, TILE, True,
         )  # fmt: skip
 
 
@@ -115,25 +124,26 @@ _tables: OrderedDict[tuple[Any, ...], tuple[Tensor, int, bool]] = OrderedDict()
 
 
 def _table(pairs: Sequence[Pair], tile: plan.Tile, device: torch.device) -> tuple[Tensor, int, bool]:
-    """(table on the device, tiles, whether whole tiles lie on 16-byte boundaries). Kept for the next step's call."""
+    """(table on the device, tiles, whether whole tiles start on 16 bytes), from a cache of the last 64 tables."""
     rows, tiles = plan.table(pairs, tile)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (tuple(rows), pairs[0].target.dtype, tile, device, stream)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if not capturing and (known := _tables.pop(key, None)) is not None:  # one step each, for calls of several threads
+    if not capturing and (known := _tables.pop(key, None)) is not None:  # atomic, as the next line
         _tables[key] = known
         return known
     size = pairs[0].target.element_size()
     aligned = all(r.out % 16 == r.source % 16 == r.offset * size % 16 == 0 and r.offset % 16 == 0 for r in rows)
     value = (to_device(torch.tensor(rows, dtype=torch.int64, device="cpu"), device), tiles, aligned)
-    if not capturing:  # a graph reads its own again at every replay
+    if not capturing:  # a graph uploads its own table at every replay
         _tables[key] = value
         while len(_tables) > 64:
             _tables.popitem(last=False)
     return value
 
 
-def _there(values: Tensor, device: torch.device) -> Tensor:
+def _on_device(values: Tensor, device: torch.device) -> Tensor:
+    """The values, contiguous and on the device."""
     dense = values.contiguous()
     return dense if dense.device == device else to_device(dense, device)
 
@@ -159,7 +169,7 @@ def _launch(pairs: Sequence[Pair], call: NoiseInPlace | NoiseSum) -> None:
             float64_bits(0.0 if decays is None else float(decays[0])),
         )
     else:
-        pointers = [table if v is None else _there(v, like.device) for v in numbers]
+        pointers = [table if v is None else _on_device(v, like.device) for v in numbers]
         scalars = (0, 0, 0)
     update[(tiles,)](
         table,
@@ -183,12 +193,12 @@ def _launch(pairs: Sequence[Pair], call: NoiseInPlace | NoiseSum) -> None:
 
 
 def _launch_low_rank(pairs: Sequence[Pair], noise: NoiseSum, right_seeds: Tensor) -> None:
-    """One launch for each shape of tile."""
+    """One launch for each shape of tile and each alignment."""
     by_tile: dict[tuple[tuple[int, int], bool], list[Pair]] = {}
     for p in pairs:
         by_tile.setdefault((low_rank_tile_of(p.columns), p.columns % 8 == 0), []).append(p)
     like, terms = pairs[0].target, noise.seeds.numel()
-    pointers = [_there(v, like.device) for v in (noise.seeds, right_seeds, noise.coeffs, noise.decays)]
+    pointers = [_on_device(v, like.device) for v in (noise.seeds, right_seeds, noise.coeffs, noise.decays)]
     for ((rows, across), aligned), part in by_tile.items():
         table, tiles, _ = _table(part, (rows, across), like.device)
         low_rank_update[(tiles,)](
@@ -225,11 +235,11 @@ def zo_axpy_(call: Axpy) -> None:
 def zo_linear(call: Linear) -> tuple[Tensor, Tensor]:
     x, weight = call.x, call.weight
     with torch.cuda._DeviceGuard(x.get_device()):
-        if x.dtype == torch.float64:  # for tests alone: tensor cores of this type are not worth a kernel
+        if x.dtype == torch.float64:  # only tests use it: not worth a kernel
             z = torch.empty_like(weight, memory_format=torch.contiguous_format)
             zo_noise_(NoiseInPlace(z, call.seed, call.tensor_id, call.offset, call.distribution))
             minus = x if call.x_minus is None else call.x_minus
             plus_minus = ((x, weight + call.scale * z), (minus, weight - call.scale * z))
             y_plus, y_minus = (torch.nn.functional.linear(a, w, call.bias) for a, w in plus_minus)
             return y_plus, y_minus
-        return linear(call._replace(seed=_there(call.seed, x.device)))
+        return linear(call._replace(seed=_on_device(call.seed, x.device)))

@@ -1,10 +1,10 @@
-"""zo_linear in Triton: z is made where it is used, W is read once for both results.
+"""zo_linear in Triton. A program makes the z of its tile, and reads the tile of W once for both results.
 
-With one x: A = x W^T and B = x z^T in fp32, y± = A ± c B + b. With two: y± = x± (W ± c z)^T, each tile of W ± c z
-rounded to the weight's type, as a weight written to memory would be.
+With one x: A = x W^T and B = x z^T in fp32, y± = A ± c B + b.
+With two: y± = x± (W ± c z)^T + b. Each tile of W ± c z is rounded to the weight's dtype, as perturbed weights are.
 """
 
-# Triton reads annotations of kernels as types of its own
+# Triton reads annotations of kernels as its own types
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leanops.common.triton import INTERPRETED, in_order, narrow, philox, widen
+from leanops.common.triton import INTERPRETED, in_order, narrow, philox, select_word, widen
 from leanops.zo.calls import Linear
 from leanops.zo.triton_noise import GAUSSIAN, RADEMACHER, box_muller, noise_at, signs
 
@@ -22,71 +22,76 @@ from leanops.zo.triton_noise import GAUSSIAN, RADEMACHER, box_muller, noise_at, 
 @triton.jit
 def _z(seed, rows, column, m, offset, tensor_id, IS_RADEMACHER: tl.constexpr, ALIGNED: tl.constexpr, N: tl.constexpr,
        K: tl.constexpr):  # fmt: skip
-    """z of weight rows ``rows`` and columns ``column`` .. + K - 1."""
+    """z [N, K] of the weight's rows ``rows`` [N] and its K columns from ``column`` on.
+
+    ALIGNED: the start of every row is the first element of a Philox block.
+    """
     start = offset + rows * m + column  # [N]
     if not ALIGNED:
-        z = noise_at(seed, start[:, None] + tl.arange(0, K)[None, :], tensor_id, IS_RADEMACHER)
-    elif IS_RADEMACHER and K == 32:  # one word of each row's block
-        w0, w1, w2, w3 = philox(seed, start >> 7, tensor_id, RADEMACHER)
-        word = (start >> 5) & 3
-        z = signs(tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3)))
+        index = start[:, None] + tl.arange(0, K)[None, :]  # [N, K]
+        z = noise_at(seed, index, tensor_id, IS_RADEMACHER)  # [N, K]
+    elif IS_RADEMACHER and K == 32:  # 32 signs are one word of a row's block
+        w0, w1, w2, w3 = philox(seed, start >> 7, tensor_id, RADEMACHER)  # [N] each
+        z = signs(select_word((start >> 5) & 3, w0, w1, w2, w3))  # [N, K]
     elif IS_RADEMACHER:
         block = (start[:, None] >> 7) + tl.arange(0, K // 128)[None, :]  # [N, K/128]
-        w0, w1, w2, w3 = philox(seed, block, tensor_id, RADEMACHER)
-        z = tl.reshape(signs(in_order(w0, w1, w2, w3)), [N, K])
+        w0, w1, w2, w3 = philox(seed, block, tensor_id, RADEMACHER)  # [N, K/128] each
+        z = tl.reshape(signs(in_order(w0, w1, w2, w3)), [N, K])  # [N, K/128, 4, 32] -> [N, K]
     else:
         block = (start[:, None] >> 2) + tl.arange(0, K // 4)[None, :]  # [N, K/4]
-        w0, w1, w2, w3 = philox(seed, block, tensor_id, GAUSSIAN)
-        z0, z1 = box_muller(w0, w1)
-        z2, z3 = box_muller(w2, w3)
-        z = tl.reshape(in_order(z0, z1, z2, z3), [N, K])
+        w0, w1, w2, w3 = philox(seed, block, tensor_id, GAUSSIAN)  # [N, K/4] each
+        z0, z1 = box_muller(w0, w1)  # [N, K/4] each
+        z2, z3 = box_muller(w2, w3)  # [N, K/4] each
+        z = tl.reshape(in_order(z0, z1, z2, z3), [N, K])  # [N, K/4, 4] -> [N, K]
     return z
 
 
 @triton.jit
 def _product(x, w, acc):
-    """acc + x w^T."""
-    if INTERPRETED:  # whose bf16 product is wrong
-        out = acc + tl.dot(widen(x, tl.float32), tl.trans(widen(w, tl.float32)), input_precision="ieee")
+    """acc + x w^T, where x is [BLOCK_T, BLOCK_K], w is [BLOCK_N, BLOCK_K] and acc is [BLOCK_T, BLOCK_N]."""
+    if INTERPRETED:  # the interpreter's product of bf16 is wrong
+        wide_w = tl.trans(widen(w, tl.float32))  # [BLOCK_K, BLOCK_N]
+        out = acc + tl.dot(widen(x, tl.float32), wide_w, input_precision="ieee")  # [BLOCK_T, BLOCK_N]
     else:
-        out = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+        out = tl.dot(x, tl.trans(w), acc, input_precision="ieee")  # [BLOCK_T, BLOCK_N]
     return out
 
 
 @triton.jit(do_not_specialize=["scale", "tensor_id"])
 def linear_kernel(
-    x, x_minus, weight, bias, y_plus, y_minus, seed_at, scale, tensor_id: tl.int64, offset: tl.int64,
+    x, x_minus, weight, bias, y_plus, y_minus, seed_pointer, scale, tensor_id: tl.int64, offset: tl.int64,
     t: tl.int64, n: tl.int64, m: tl.int64,
     PAIR: tl.constexpr, BIAS: tl.constexpr, IS_RADEMACHER: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """A program computes BLOCK_T tokens of BLOCK_N out-features of both results."""
     tiles = tl.cdiv(n, BLOCK_N)
     program = tl.program_id(0).to(tl.int64)
     rows = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     tokens = program // tiles * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
-    seed = tl.load(seed_at)
+    seed = tl.load(seed_pointer)
     id = tensor_id.to(tl.int64)
     DTYPE = weight.dtype.element_ty
-    a = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    b = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    a = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)  # [BLOCK_T, BLOCK_N]
+    b = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)  # [BLOCK_T, BLOCK_N]
     for column in range(0, m, BLOCK_K):
         columns = column + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-        x_inside = (tokens[:, None] < t) & (columns[None, :] < m)
-        w_inside = (rows[:, None] < n) & (columns[None, :] < m)
-        x_at = tokens[:, None] * m + columns[None, :]
-        xs = tl.load(x + x_at, mask=x_inside, other=0.0)  # [BLOCK_T, BLOCK_K]
+        x_inside = (tokens[:, None] < t) & (columns[None, :] < m)  # [BLOCK_T, BLOCK_K]
+        w_inside = (rows[:, None] < n) & (columns[None, :] < m)  # [BLOCK_N, BLOCK_K]
+        x_index = tokens[:, None] * m + columns[None, :]  # [BLOCK_T, BLOCK_K]
+        x_tile = tl.load(x + x_index, mask=x_inside, other=0.0)  # [BLOCK_T, BLOCK_K]
         w = tl.load(weight + rows[:, None] * m + columns[None, :], mask=w_inside, other=0.0)  # [BLOCK_N, BLOCK_K]
         z = _z(seed, rows, column, m, offset, id, IS_RADEMACHER, ALIGNED, BLOCK_N, BLOCK_K)  # [BLOCK_N, BLOCK_K]
         if PAIR:
-            turn = scale * z
-            xm = tl.load(x_minus + x_at, mask=x_inside, other=0.0)
-            a = _product(xs, narrow(widen(w, tl.float32) + turn, DTYPE), a)
-            b = _product(xm, narrow(widen(w, tl.float32) - turn, DTYPE), b)
+            perturbation = scale * z  # [BLOCK_N, BLOCK_K]
+            x_minus_tile = tl.load(x_minus + x_index, mask=x_inside, other=0.0)  # [BLOCK_T, BLOCK_K]
+            a = _product(x_tile, narrow(widen(w, tl.float32) + perturbation, DTYPE), a)  # [BLOCK_T, BLOCK_N]
+            b = _product(x_minus_tile, narrow(widen(w, tl.float32) - perturbation, DTYPE), b)  # [BLOCK_T, BLOCK_N]
         else:
-            a = _product(xs, w, a)
-            b = _product(xs, narrow(z, DTYPE), b)
+            a = _product(x_tile, w, a)  # [BLOCK_T, BLOCK_N]
+            b = _product(x_tile, narrow(z, DTYPE), b)  # [BLOCK_T, BLOCK_N]
     if BIAS:
-        shift = widen(tl.load(bias + rows, mask=rows < n, other=0.0), tl.float32)[None, :]
+        shift = widen(tl.load(bias + rows, mask=rows < n, other=0.0), tl.float32)[None, :]  # [1, BLOCK_N]
         a += shift
         if PAIR:
             b += shift
@@ -94,17 +99,19 @@ def linear_kernel(
         plus = a
         minus = b
     else:
-        plus = a + scale * b
-        minus = a - scale * b
-    y_at = tokens[:, None] * n + rows[None, :]
-    y_inside = (tokens[:, None] < t) & (rows[None, :] < n)
-    tl.store(y_plus + y_at, narrow(plus, DTYPE), mask=y_inside)
-    tl.store(y_minus + y_at, narrow(minus, DTYPE), mask=y_inside)
+        plus = a + scale * b  # [BLOCK_T, BLOCK_N]
+        minus = a - scale * b  # [BLOCK_T, BLOCK_N]
+    y_index = tokens[:, None] * n + rows[None, :]  # [BLOCK_T, BLOCK_N]
+    y_inside = (tokens[:, None] < t) & (rows[None, :] < n)  # [BLOCK_T, BLOCK_N]
+    tl.store(y_plus + y_index, narrow(plus, DTYPE), mask=y_inside)  # [BLOCK_T, BLOCK_N]
+    tl.store(y_minus + y_index, narrow(minus, DTYPE), mask=y_inside)  # [BLOCK_T, BLOCK_N]
 
 
 def config(tokens: int, dtype: torch.dtype, distribution: str, aligned: bool, pair: bool, major: int) -> dict[str, int]:
-    """Tile shape and warps, chosen so that nothing spills. A Philox block spans 128 columns of Rademacher noise;
-    ``major`` is the device's compute capability."""
+    """Tile shape and warps with which no kernel spills. BLOCK_K 128 is one Philox block of Rademacher noise.
+
+    ``major``: first digit of the device's compute capability.
+    """
     if dtype == torch.float32:  # no tensor cores: the accumulators and both operands compete for registers
         return {
             "BLOCK_T": 16 if tokens <= 16 or pair else 32,
@@ -123,7 +130,7 @@ def config(tokens: int, dtype: torch.dtype, distribution: str, aligned: bool, pa
 
 
 def linear(call: Linear) -> tuple[Tensor, Tensor]:
-    """With the seed on the device."""
+    """``zo_linear`` in fp32, bf16 or fp16. ``call.seed`` is on the device of x."""
     x, weight, bias = call.x, call.weight, call.bias
     n, m = weight.shape
     shape = (*x.shape[:-1], n)

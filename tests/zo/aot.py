@@ -91,7 +91,7 @@ def _triton(arch: int) -> Iterable[Source]:
         for distribution in ("gaussian", "rademacher"):
             for pair in (False, True):
                 pointers = ("x", "x_minus", "weight", "bias", "y_plus", "y_minus")
-                signature = dict.fromkeys(pointers, f"*{dtype}") | {"seed_at": "*i64", "scale": "fp32"}
+                signature = dict.fromkeys(pointers, f"*{dtype}") | {"seed_pointer": "*i64", "scale": "fp32"}
                 signature |= dict.fromkeys(("tensor_id", "offset", "t", "n", "m"), "i64")
                 sizes = triton_linear.config(512, torch_types[dtype], distribution, True, pair, arch // 10)
                 options = {k: sizes.pop(k) for k in ("num_warps", "num_stages")}
