@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 
@@ -56,6 +57,7 @@ class Used(Tensor):
 class FusedBackward(Optimizer):
     """The optimizer of :func:`fuse_into_backward`: the backward pass takes its steps, and trainers may use it."""
 
+    @_disable_dynamo  # Dynamo would lose the attributes that are set before super().__init__()
     def __init__(self, optimizer_class: type[Optimizer], model_or_params: Any, options: dict[str, Any]) -> None:
         self._class, self._options = optimizer_class, options
         self._own: dict[Tensor, Optimizer] = {}  # each parameter's own optimizer
@@ -121,6 +123,7 @@ class FusedBackward(Optimizer):
 
     # --- what trainers call -------------------------------------------------------------------------------------------
 
+    @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Mark the end of a step. A gradient that the user has assigned to ``.grad`` moves its parameter now.
 
@@ -138,12 +141,14 @@ class FusedBackward(Optimizer):
                     p.grad = None
         return loss
 
+    @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set every ``.grad`` to None, as the next backward pass needs. This frees no memory."""
         for group in self.param_groups:
             for p in group["params"]:
                 p.grad = None
 
+    @_disable_dynamo
     def remove(self) -> None:
         """Remove the hooks from the parameters. Backward passes leave gradients again; the state stays."""
         for hook in self._hooks:
@@ -215,6 +220,7 @@ class FusedBackward(Optimizer):
         raise TypeError("fuse_into_backward: hooks on parameters cannot be copied or pickled; use state_dict()")
 
 
+@_disable_dynamo  # in a compiled training step the backward pass runs the hook as it is
 def _use(fused: weakref.ref[FusedBackward], name: str, p: Tensor) -> None:
     optimizer = fused()
     assert optimizer is not None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from leanops.common import seeds
@@ -101,7 +102,7 @@ class SM3(Optimizer):
     Raises:
         ValueError: an option out of its range; parameters that are complex, not dense, or sharded in another way; a
             gradient of another dtype or shape; a saved state that does not fit.
-        RuntimeError: sparse gradients; state that was made in inference mode, outside of inference mode.
+        RuntimeError: sparse gradients; a parameter without data, on the meta device; state that was made in inference mode, outside of inference mode.
         TypeError: an lr that is no number.
         No weight and no value of the state changes when an error is raised.
 
@@ -111,6 +112,7 @@ class SM3(Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf for a step
 
+    @_disable_dynamo  # Dynamo would lose the attributes that are set before super().__init__()
     def __init__(
         self,
         params: Any,

@@ -36,7 +36,7 @@ def check_step(name: str, p: Tensor, g: Tensor) -> None:
     if p.is_neg():
         raise ValueError(f"SM3: parameter {name} must not be a negated view; use its resolve_neg()")
     if p.device.type == "meta":
-        raise ValueError(f"SM3: parameter {name} must have data, got a meta tensor")
+        raise RuntimeError(f"SM3: parameter {name} must have data, got a meta tensor")
     if g.layout != torch.strided:
         kind = "sparse gradients" if g.layout == torch.sparse_coo else f"gradients of layout {g.layout}"
         raise RuntimeError(f"SM3 does not support {kind}; parameter {name} has one (nn.Embedding: pass sparse=False)")

@@ -111,6 +111,7 @@ class MeZO(Optimizer):
     Sources: MeZO (2305.17333), FZOO, LOZO (2410.07698), HiZOO (2402.15173).
     """
 
+    @_disable_dynamo  # Dynamo would lose the attributes that are set before super().__init__()
     def __init__(
         self,
         params: Any,

@@ -87,6 +87,7 @@ class SeedPool:
     Source: FedKSeed (2312.06353).
     """
 
+    @_disable_dynamo  # in a compiled function NumPy computes, not Dynamo's imitation of it, which lacks uint64
     def __init__(
         self,
         size: int = 4096,
@@ -133,6 +134,7 @@ class SeedPool:
 
     # --- learning -----------------------------------------------------------------------------------------------------
 
+    @_disable_dynamo
     def probabilities(self) -> NDArray[np.float64]:
         """[K]: the probability that :meth:`sample` draws each candidate."""
         counts = self.counts.astype(np.int64) + self.history_starts_with_zero
@@ -141,6 +143,7 @@ class SeedPool:
         p: NDArray[np.float64] = weights / weights.sum()
         return p
 
+    @_disable_dynamo
     def sample(self, n: int = 1, *, generator: np.random.Generator | int | None = None) -> list[int]:
         """n candidates, with replacement. ``generator``: NumPy's, or a number to seed one."""
         op = "SeedPool.sample"
@@ -154,6 +157,7 @@ class SeedPool:
         chosen = rng.choice(self.size, size=n, p=self.probabilities())
         return [int(k) for k in chosen]
 
+    @_disable_dynamo
     def add(self, k: int, g: float) -> None:
         """Add a scalar that was measured along candidate k, rounded to fp32. ValueError, and nothing changes, if the
         scalar or the candidate's sum is not finite in fp32."""
@@ -176,6 +180,7 @@ class SeedPool:
         if self._pairs is not None:
             self._pairs.append((k, value))
 
+    @_disable_dynamo
     def merge(self, other: SeedPool, weight: float = 1.0) -> None:
         """a <- a + weight * other's a. The other's amplitudes join the history without the weight."""
         op = "SeedPool.merge"
@@ -192,6 +197,7 @@ class SeedPool:
         self.sums, self.amplitudes, self.counts = sums, amplitudes, self.counts + other.counts
         self._pairs = None
 
+    @_disable_dynamo
     @torch.no_grad()
     def apply_(self, params: Params, lr: float, *, tensor_ids: Sequence[int] | None = None) -> None:
         r""":math:`\theta \leftarrow \theta - \eta \sum_k a_k z(s_k)` in one pass over the weights.
@@ -254,6 +260,7 @@ class SeedPool:
 
     # --- files and messages -------------------------------------------------------------------------------------------
 
+    @_disable_dynamo
     def to_bytes(self, *, history: bool = True) -> bytes:
         """The pool's state: a client's pairs at 6 bytes each, or the sums at 4 bytes a candidate (12 with the history).
 
@@ -282,6 +289,7 @@ class SeedPool:
         return _MAGIC[self.history_starts_with_zero] + struct.pack("<I", zlib.crc32(head + body)) + head + body
 
     @classmethod
+    @_disable_dynamo
     def from_bytes(cls, data: bytes) -> SeedPool:
         """The pool that :meth:`to_bytes` wrote; ValueError for anything else."""
         op = "SeedPool.from_bytes"

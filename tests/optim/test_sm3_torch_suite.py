@@ -212,7 +212,7 @@ class TestSM3(TestCase):
             opt = optim_info.optim_cls(model.parameters(), fused=True)
             for p in model.parameters():
                 p.grad = torch.rand_like(p)
-        with self.assertRaisesRegex(ValueError, "parameter 0 must have data, got a meta tensor"):
+        with self.assertRaisesRegex(RuntimeError, "parameter 0 must have data, got a meta tensor"):
             opt.step()
         opt.zero_grad(set_to_none=True)
         model.to_empty(device=device)
