@@ -102,7 +102,8 @@ class SM3(Optimizer):
     Raises:
         ValueError: an option out of its range; parameters that are complex, not dense, or sharded in another way; a
             gradient of another dtype or shape; a saved state that does not fit.
-        RuntimeError: sparse gradients; a parameter without data, on the meta device; state that was made in inference mode, outside of inference mode.
+        RuntimeError: sparse gradients; a parameter on the meta device; state that was made in inference mode, outside
+            of inference mode.
         TypeError: an lr that is no number.
         No weight and no value of the state changes when an error is raised.
 
