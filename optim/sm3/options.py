@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leanops.common import seeds, streams
-from leanops.common.checks import rate_is_one_number
+from leanops.common.checks import one_of, rate_is_one_number
 from leanops.optim.sm3.state import MOMENTUM_DTYPES, loaded_group, number
 from leanops.sm3 import StepOptions
 
@@ -43,9 +43,7 @@ def _number(name: str, value: Any) -> float:
 def momentum_dtype(group: Group) -> torch.dtype | None:
     """The dtype of the group's new momenta; None: float32. A saved group holds the dtype's name."""
     dtype: torch.dtype | None = loaded_group(group)["momentum_dtype"]
-    if dtype is not None and dtype not in MOMENTUM_DTYPES:
-        names = ", ".join(map(str, (None, *MOMENTUM_DTYPES)))
-        raise ValueError(f"SM3: momentum_dtype must be one of {names}, got {dtype}")
+    one_of("SM3", "momentum_dtype", dtype, (None, *MOMENTUM_DTYPES))
     return dtype
 
 

@@ -47,7 +47,7 @@ class Released:
         return not self._memory.expired()
 
     def alias_of_weight(self, t: Tensor) -> Tensor | None:
-        """``t`` is a view of this memory: the same view of the parameter. None if the parameter has no such view."""
+        """The view of the parameter that corresponds to ``t``, a view of this memory; None if there is none."""
         byte = t.storage_offset() * t.element_size()
         index = bisect_right(self._starts, byte) - 1
         weight = self.slots[index].local

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanops.common.checks import one_of
 from leanops.common.dtypes import dtype_name
 from leanops.optim.common.parameters import check_apart, is_sharded
 from leanops.optim.zo.directions import Seed
@@ -29,8 +30,7 @@ class Evaluator:
     """Runs the closure at the perturbed weights that an estimate asks for."""
 
     def __init__(self, mode: str, strategy: Strategy, model: nn.Module | None, same_rng: bool) -> None:
-        if mode not in MODES:
-            raise ValueError(f"MeZO: perturb must be one of {', '.join(MODES)}, got {mode!r}")
+        one_of("MeZO", "perturb", mode, MODES)
         self._mode = mode
         self._strategy = strategy
         self._model = model

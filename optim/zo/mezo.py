@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from leanops.common import seeds
-from leanops.common.checks import finite, is_integer
+from leanops.common.checks import finite, is_integer, one_of
 from leanops.optim.zo.directions import Noise
 from leanops.optim.zo.estimate import Evaluator
 from leanops.optim.zo.log import ZoLog
@@ -25,11 +25,6 @@ from leanops.optim.zo.slots import Slot, fixed_kept
 from leanops.optim.zo.step import FIELDS
 from leanops.optim.zo.variants import VARIANTS, strategy_of
 from leanops.zo import MAX_RANK, VERSION
-
-
-def _one_of(name: str, value: object, options: Collection[str]) -> None:
-    if value not in options:
-        raise ValueError(f"MeZO: {name} must be one of {', '.join(options)}, got {value!r}")
 
 
 class MeZO(Optimizer):
@@ -57,7 +52,7 @@ class MeZO(Optimizer):
         eps: ε. Published: 1e-3 for all weights, 1e-2 for LoRA, 1e-1 for prefixes.
         weight_decay: λ of a group; :func:`decay_groups` makes the usual two groups of a model.
         momentum: β in m ← β m + g z, θ ← θ - η m (no dampening).
-        directions: n.
+        directions: n, the number of directions of a step.
         distribution: of z, ``"gaussian"``, ``"rademacher"`` (less variance, and far cheaper to make; FZOO's own) or
             ``"lowrank"``, which is LOZO: Z = U Vᵀ for a parameter of two or more dimensions (rows: ``size(0)``), plain
             Gaussian for the others. U is new in every direction of every step, V every ``period`` steps.
@@ -82,8 +77,8 @@ class MeZO(Optimizer):
             (the same dropout masks), and the state advances as if one evaluation had run. A generator that the closure
             owns is not found: seed it inside the closure.
         log_file: append the log to this file as the run goes on; see :class:`ZoLog`.
-        process_group: average g over these processes. One scalar a direction is all that they exchange in a step.
-            The default is the group of a ``model`` in DistributedDataParallel, or of the mesh of DTensor parameters.
+        process_group: average g over these processes, which exchange the scalars of a step and nothing else. The
+            default is the group of a ``model`` in DistributedDataParallel, or of the mesh of DTensor parameters.
         parallel: ``"data"``: every process evaluates the same perturbation on its own data; ``"direction"``: process j
             of W evaluates directions j, j + W, ... of n >= W; ``"none"``: every process is a run of its own. Where
             torch.distributed has several processes and no group is known, all but ``"none"`` are refused.
@@ -98,10 +93,10 @@ class MeZO(Optimizer):
     ``step(closure)`` calls ``closure()`` under no_grad, two times a direction (n + 1 times in all for one_sided and
     fzoo, 2n + 1 times for hizoo), and returns the mean of the evaluations. The closure returns a scalar: a tensor of
     one element or a number. It need not be differentiable. It must not draw a new batch at each call. The first step
-    evaluates once more, to see whether the closure computes the same twice, and once or twice more where no torch
-    function is given some weight (see :mod:`leanops.optim.zo.perturb_at_use`). Every evaluation of a step starts from
-    the same buffers (running statistics) of ``model`` and of modules that the closure refers to. After the step the
-    buffers are what the last evaluation made of them.
+    evaluates once more, to see whether the closure computes the same twice. It evaluates once or twice more if some
+    weight reaches no torch function (see :mod:`leanops.optim.zo.perturb_at_use`). Every evaluation of a step starts
+    from the same buffers (running statistics) of ``model`` and of modules that the closure refers to. After the step
+    the buffers are what the last evaluation made of them.
 
     Raises:
         ValueError: bad hyperparameters; parameters that are not dense floats, that overlap, or come twice.
@@ -140,7 +135,7 @@ class MeZO(Optimizer):
     ) -> None:
         if not is_integer(directions) or directions < 1:
             raise ValueError(f"MeZO: directions must be an integer >= 1, got {directions!r}")
-        _one_of("distribution", distribution, ("gaussian", "rademacher", "lowrank"))
+        one_of("MeZO", "distribution", distribution, ("gaussian", "rademacher", "lowrank"))
         if not 0.0 < finite("MeZO", "smoothing", smoothing, 0.0) < 1.0:
             raise ValueError(f"MeZO: smoothing must be in (0, 1), got {smoothing}")
         if not isinstance(model, nn.Module | None):
@@ -149,10 +144,10 @@ class MeZO(Optimizer):
             if not is_integer(value) or not 1 <= value <= most:
                 raise ValueError(f"MeZO: {name} must be an integer in [1, {most}], got {value!r}")
         noise = Noise(distribution, int(rank), int(period)) if distribution == "lowrank" else Noise(distribution)
-        _one_of("rounding", rounding, ("nearest", "stochastic"))
-        _one_of("variant", variant, VARIANTS)
-        _one_of("momentum_mode", momentum_mode, ("recompute", "store"))
-        _one_of("on_nonfinite", on_nonfinite, ("raise", "skip"))
+        one_of("MeZO", "rounding", rounding, ("nearest", "stochastic"))
+        one_of("MeZO", "variant", variant, list(VARIANTS))
+        one_of("MeZO", "momentum_mode", momentum_mode, ("recompute", "store"))
+        one_of("MeZO", "on_nonfinite", on_nonfinite, ("raise", "skip"))
         strategy = strategy_of(
             {
                 "variant": variant,

@@ -12,9 +12,9 @@ with all parameters. They are:
   the parameter is held, and the evaluation is repeated.
 - All parameters, if a compiled function uses one in the first evaluation and ``keeps_compiled`` is set.
 
-Limits, which ``Copy`` does not have. A weight that torch functions and hidden code (or another thread) both use is not
-found; nor is a weight that hidden code uses only from a later step on. Perturbed weights have no gradients, and what a
-function writes into them (an embedding with ``max_norm``) is lost.
+Limits, which ``Copy`` does not have. Two kinds of weights are not found: those that torch functions and hidden code (or
+another thread) both use, and those that hidden code uses only from a later step on. Perturbed weights have no
+gradients, and what a function writes into them (an embedding with ``max_norm``) is lost.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanops.common.checks import one_of
 from leanops.optim.common.parameters import is_sharded
 from leanops.optim.zo.slots import Slot
 
@@ -38,8 +39,7 @@ class Reduction:
     """
 
     def __init__(self, group: Any, parallel: str, directions: int, model: nn.Module | None = None) -> None:
-        if parallel not in PARALLEL:
-            raise ValueError(f"MeZO: parallel must be one of {', '.join(PARALLEL)}, got {parallel!r}")
+        one_of("MeZO", "parallel", parallel, PARALLEL)
         if parallel == "none" and group is not None:
             raise ValueError(
                 "MeZO: parallel='none' cannot be used with a process_group, over which g would be averaged"

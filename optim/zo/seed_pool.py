@@ -17,7 +17,7 @@ from torch._compile import _disable_dynamo
 
 from leanops.common import seeds as seed_rule
 from leanops.common import streams
-from leanops.common.checks import finite, integer, integers, is_integer
+from leanops.common.checks import finite, integer, integers, is_integer, one_of
 from leanops.optim.common import parameters
 from leanops.optim.common.parameters import Params
 from leanops.optim.zo.directions import Noise, Seed
@@ -100,10 +100,8 @@ class SeedPool:
     ) -> None:
         if not is_integer(size) or not 1 <= size < 2**32:
             raise ValueError(f"SeedPool: size must be an integer in [1, 2^32), got {size!r}")
-        if distribution not in _DISTRIBUTIONS:
-            raise ValueError(f"SeedPool: distribution must be one of {', '.join(_DISTRIBUTIONS)}, got {distribution!r}")
-        if rounding not in _ROUNDINGS:
-            raise ValueError(f"SeedPool: rounding must be one of {', '.join(_ROUNDINGS)}, got {rounding!r}")
+        one_of("SeedPool", "distribution", distribution, _DISTRIBUTIONS)
+        one_of("SeedPool", "rounding", rounding, _ROUNDINGS)
         if isinstance(clip, (str, bytes)):
             raise TypeError(f"SeedPool: clip must be a number > 0, got {clip!r}, which is text")
         if not isinstance(clip, (int, float, np.integer, np.floating)) or not clip > 0:

@@ -24,7 +24,7 @@ class Slot(NamedTuple):
     name: str
     columns: int  # elements of a row; 0 for a tensor of fewer than two dimensions
     state: tuple[Tensor, ...] = ()  # of the shape of `local`: kept by the strategy, such as HiZOO's curvature
-    fixed: tuple[tuple[int, int], ...] = ()  # [first, end) in the whole tensor of runs that nothing moves or perturbs
+    fixed: tuple[tuple[int, int], ...] = ()  # [first, end) in the whole tensor: elements that never change
     twins: tuple[Tensor, ...] = ()  # other parameters with the same memory
 
 
