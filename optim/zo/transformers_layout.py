@@ -8,6 +8,7 @@ data shows how, and the names and shapes of the file confirm it.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -60,12 +61,11 @@ def layout(folder: Path, shapes: Mapping[str, Shape]) -> Layout:
         architecture = str(architectures[0])
     except (ValueError, LookupError, TypeError):
         raise NoLayout("its config.json names no architecture of transformers") from None
-    try:
-        import transformers
-    except ImportError:
-        raise NoLayout(f"the names of {architecture} may need transformers, which is not installed") from None
-    with warnings.catch_warnings(), _quiet(transformers):
-        warnings.simplefilter("ignore")
+    with _quiet():
+        try:
+            import transformers
+        except ImportError:
+            raise NoLayout(f"the names of {architecture} may need transformers, which is not installed") from None
         model = _empty_model(transformers, architecture, folder)
         revert = _revert(transformers, model, shapes)
         state = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in model.state_dict().items()}
@@ -79,10 +79,11 @@ def layout(folder: Path, shapes: Mapping[str, Shape]) -> Layout:
             ) from error
     prefix = str(getattr(model, "base_model_prefix", ""))
     in_file = {n: n if n in shapes or _other(n, prefix) in files else _other(n, prefix) for n in files}
+    converted = {in_file[n]: tuple(t.shape) for n, t in files.items()}
     groups = (
         _group(parameters, names, state, files, trace, revert, in_file) for parameters, names in _parts(files, trace)
     )
-    found = [g for g in groups if _is_in(g, shapes, files, in_file)]
+    found = [g for g in groups if all(shapes.get(n) == converted[n] for n in g.tensors)]
     known = {name for group in found for name in group.tensors}
     if other := [name for name in shapes if name in state and name not in known]:
         raise NoLayout(f"the rules of transformers for {architecture} do not lead to {other[0]}, which is in the file")
@@ -90,15 +91,16 @@ def layout(folder: Path, shapes: Mapping[str, Shape]) -> Layout:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without the messages of transformers: what matters becomes an error here."""
-    logging = transformers.utils.logging
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
+def _quiet() -> Iterator[None]:
+    """Without the warnings of transformers and of what it imports: what matters becomes an error here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        logging.set_verbosity(level)
+        logging.disable(before)
 
 
 def _empty_model(transformers: Any, architecture: str, folder: Path) -> Any:
@@ -198,9 +200,3 @@ def _group(
         return {in_file[n]: t for n, t in found.items()}
 
     return Group(shapes, {in_file[n]: views[n] for n in names}, indices)
-
-
-def _is_in(group: Group, shapes: Mapping[str, Shape], files: Mapping[str, Tensor], in_file: Mapping[str, str]) -> bool:
-    """Whether the file has the tensors of a group, in their shapes."""
-    converted = {in_file[n]: tuple(t.shape) for n, t in files.items()}
-    return all(shapes.get(n) == converted[n] for n in group.tensors)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,13 @@ MODELS = {
     "mixtral": made("MixtralForCausalLM", "MixtralConfig", **TEXT, num_local_experts=4, num_key_value_heads=2),
     "qwen2 moe": made("Qwen2MoeForCausalLM", "Qwen2MoeConfig", **TEXT, **EXPERTS, shared_expert_intermediate_size=8),
     "nomic bert": made("NomicBertForMaskedLM", "NomicBertConfig", **TEXT),
+    "dinov2": made("Dinov2Model", "Dinov2Config", **SMALL, image_size=8, patch_size=4, use_swiglu_ffn=True),
+    "llava": lambda: transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            text_config=transformers.LlamaConfig(**TEXT),
+            vision_config=transformers.CLIPVisionConfig(**SMALL, image_size=8, patch_size=4),
+        )
+    ),
     "gpt2": made("GPT2LMHeadModel", "GPT2Config", vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16),
 }
 WAYS: list[dict[str, Any]] = [
@@ -159,6 +168,57 @@ def test_a_conversion_that_transposes_or_joins(turned: bool, tmp_path: Path, mon
     memory.save_pretrained(tmp_path / "memory", max_shard_size="2KB")
     replay_file(tmp_path / "base", log, tmp_path / "out")
     assert same(loaded(tmp_path / "memory"), loaded(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_a_name_that_means_another_tensor_in_the_file(
+    original: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """input_layernorm of the model is a_norm in the file, whose input_layernorm is another norm."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import GroupWeightRename
+
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")  # fills the table
+    rule = GroupWeightRename(["a_norm", "input_layernorm"], ["input_layernorm", "post_attention_layernorm"])
+    table = conversion_mapping._checkpoint_conversion_mapping_cache
+    monkeypatch.setitem(table, "LlamaForCausalLM", [rule])
+    model = MODELS["llama"]()
+    model.save_pretrained(tmp_path / "base", save_original_format=original)
+    assert ("model.layers.0.a_norm.weight" in loaded(tmp_path / "base")) == original
+    memory = copy.deepcopy(model)
+    log = train(model, exclude=re.compile("post_attention_layernorm"))
+    replay_(memory, log)
+    memory.save_pretrained(tmp_path / "memory", save_original_format=original)
+    replay_file(tmp_path / "base", log, tmp_path / "out")
+    assert same(loaded(tmp_path / "memory"), loaded(tmp_path / "out"))
+
+
+def test_names_of_an_old_checkpoint(tmp_path: Path) -> None:
+    """BERT's file on the hub has gamma and beta."""
+    model = made("BertForMaskedLM", "BertConfig", **TEXT)()
+    model.save_pretrained(tmp_path / "base")
+    (file,) = (tmp_path / "base").glob("*.safetensors")
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+    def hub(name: str) -> str:
+        return next((name.replace(new, of) for new, of in old.items() if name.endswith(new)), name)
+
+    save_file({hub(n): t for n, t in load_file(file).items()}, file)
+    log = train(model)
+    replay_file(tmp_path / "base", log, tmp_path / "out")
+    got = loaded(tmp_path / "out")
+    assert any(n.endswith("gamma") for n in got)
+    assert all(torch.equal(got[hub(n)], p) for n, p in model.named_parameters())
+
+
+def test_the_look_at_the_rules_leaves_no_trace(tmp_path: Path) -> None:
+    MODELS["mixtral"]().save_pretrained(tmp_path)
+    shapes = {n: tuple(t.shape) for n, t in loaded(tmp_path).items()}
+    state = torch.get_rng_state()
+    before = logging.root.manager.disable
+    layout(tmp_path, shapes)
+    assert torch.equal(state, torch.get_rng_state())
+    assert logging.root.manager.disable == before
 
 
 def test_names_by_the_model_are_in_the_file_too(tmp_path: Path) -> None:
