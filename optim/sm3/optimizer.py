@@ -78,7 +78,8 @@ class SM3(Optimizer):
         maximize: step along the gradient instead of against it; ``.grad`` stays as it is.
         capturable: keep ``step`` on the parameters' device, so that nothing in a step waits for it (CUDA graphs).
         foreach, fused: accepted as by torch's optimizers, but a step always takes all tensors of a group in one call.
-            ``fused`` keeps ``step`` on the device, as in torch; both at once are refused, as in torch.
+            ``fused`` keeps ``step`` on the device and unscales gradients under GradScaler, as in torch. Both at once
+            are refused, as in torch.
         differentiable: refused.
 
     **State** of a parameter, made at its first step: ``step`` (float32, on the CPU unless capturable or fused),
@@ -87,8 +88,9 @@ class SM3(Optimizer):
     anew, and the memory of a large one is free at once. In ``state_dict()`` ``cover`` is a dict with an entry for each
     axis, ``{"0": μ_0, "1": μ_1, ...}``. ``load_state_dict`` restores every dtype bit by bit.
 
-    **GradScaler** works as with torch's fused optimizers: gradients are unscaled in the step, and a step whose
-    gradients hold an infinity changes nothing. Where ``step`` is on another device, counting it waits for the device.
+    **GradScaler** works as with torch's AdamW: it unscales the gradients before the step, so that they can be clipped,
+    and leaves out a step whose gradients hold an infinity. With ``fused=True`` the step itself unscales them, takes
+    float16 gradients too, and waits for no device; a trainer then cannot clip them.
 
     **torch.compile(optimizer.step)** has no graph breaks and does not compile anew when rate or momentum change. With
     ``fullgraph=True``, compile before you make a scheduler: it wraps ``step`` in a function that torch does not trace.
@@ -110,8 +112,6 @@ class SM3(Optimizer):
     Sources: Anil et al., "Memory-Efficient Adaptive Optimization" (1901.11150), SM3-II; averages (β < 1) as in the
     README of google-research/sm3, whose code only sums.
     """
-
-    _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf for a step
 
     @_disable_dynamo  # Dynamo would lose the attributes that are set before super().__init__()
     def __init__(
@@ -196,6 +196,12 @@ class SM3(Optimizer):
         plan.run(self, grads)
         self._plan = plan
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler leaves the gradients scaled and sets ``grad_scale`` and ``found_inf`` for a step. Trainers
+        that clip gradients refuse this, so only ``fused=True`` asks for it, as in torch."""
+        return bool(self.defaults.get("fused"))
 
     kept_by_reset = frozenset({"step"})  # it numbers the bits of stochastic rounding; no correction depends on it
 

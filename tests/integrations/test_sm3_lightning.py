@@ -64,6 +64,46 @@ def test_it_learns_with_clipping_and_a_schedule(tmp_path: Path) -> None:
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.005)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_clipping_is_refused_in_mixed_precision_only_where_adamw_refuses_it(tmp_path: Path, precision: str) -> None:
+    class Chosen(Classifier):
+        def __init__(self, kind: Any, fused: bool | None) -> None:
+            super().__init__()
+            self.kind, self.in_step = kind, fused
+
+        def configure_optimizers(self) -> Any:
+            return self.kind(self.parameters(), lr=0.01, fused=self.in_step)
+
+    for kind in (SM3, torch.optim.AdamW):
+        for fused in (None, False, True):
+            trainer = make_trainer(tmp_path, 1, gradient_clip_val=1.0, precision=precision)
+            if fused and precision == "bf16-mixed":
+                with pytest.raises(RuntimeError, match=f"{kind.__name__}, does not allow for gradient clipping"):
+                    trainer.fit(Chosen(kind, fused), make_data())
+            else:
+                trainer.fit(Chosen(kind, fused), make_data())
+                assert trainer.global_step == 4
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_gradscaler_of_lightning_leaves_out_a_step_with_an_infinity(tmp_path: Path, fused: bool | None) -> None:
+    """16-mixed, whose loss scale 2^16 is raised until a gradient is infinite."""
+    from lightning.pytorch.plugins import MixedPrecision
+
+    class Half(Classifier):
+        def configure_optimizers(self) -> Any:
+            return SM3(self.parameters(), lr=0.01, fused=fused)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=1000)
+    model = Half()
+    trainer = make_trainer(tmp_path, 1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    before = [p.detach().clone() for p in model.parameters()]
+    trainer.fit(model, make_data())
+    assert scaler.get_scale() == 2.0**122
+    assert all(map(torch.equal, before, model.parameters()))
+    assert all(float(s["step"]) == 0 for s in trainer.optimizers[0].state.values())
+
+
 def test_a_checkpoint_resumes_to_the_bits_of_an_uninterrupted_run(tmp_path: Path) -> None:
     whole, parts, resumed = Classifier(), Classifier(), Classifier()
     a = make_trainer(tmp_path, 4)

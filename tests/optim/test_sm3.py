@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -302,10 +303,10 @@ def test_sparse_gradients_are_refused_by_name_before_anything_moves() -> None:
 # --- gradient scaling -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [F32, F16])
-def test_a_scaled_step_is_the_step(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "fused"), [(F32, None), (F32, True), (F16, True)])
+def test_a_scaled_step_is_the_step(dtype: torch.dtype, fused: bool | None) -> None:
     params, others = parameters(dtype), parameters(dtype)
-    scaled, plain = SM3(params), SM3(others)
+    scaled, plain = SM3(params, fused=fused), SM3(others)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
     for step in range(4):
         set_grads(others, step, scale=0.25)
@@ -320,11 +321,27 @@ def test_a_scaled_step_is_the_step(dtype: torch.dtype) -> None:
     assert not hasattr(scaled, "grad_scale")
 
 
+def test_gradscaler_treats_it_as_it_treats_adamw() -> None:
+    """Only fused=True takes scaled gradients; the flag survives a copy."""
+    for fused in (None, False, True):
+        params, others = parameters(), parameters()
+        ours, theirs = SM3(params, fused=fused), torch.optim.AdamW(others, fused=fused)
+        flags = [getattr(opt, "_step_supports_amp_scaling", False) for opt in (ours, theirs, copy.deepcopy(ours))]
+        assert flags == [bool(fused)] * 3
+    half = parameters(F16)
+    set_grads(half, 0)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
+        scaler.step(SM3(half))
+
+
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("options", [{}, {"momentum_dtype": I8, "beta": 0.9, "weight_decay": 0.1}], ids=str)
-def test_a_step_with_an_infinity_changes_nothing(bad: float, options: dict[str, Any]) -> None:
+def test_a_step_with_an_infinity_changes_nothing(bad: float, fused: bool | None, options: dict[str, Any]) -> None:
     params = parameters()
-    opt = SM3(params, **options)
+    opt = SM3(params, fused=fused, **options)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     scaler.scale(torch.ones(()))
     for first in (True, False):  # a step that makes the state, and one that finds it
@@ -344,9 +361,10 @@ def test_a_step_with_an_infinity_changes_nothing(bad: float, options: dict[str, 
     assert scaler.get_scale() == 16.0
 
 
-def test_unscaled_gradients_may_be_clipped_before_the_step() -> None:
+@pytest.mark.parametrize("fused", [None, True])
+def test_unscaled_gradients_may_be_clipped_before_the_step(fused: bool | None) -> None:
     params, others = parameters(), parameters()
-    scaled, plain = SM3(params), SM3(others)
+    scaled, plain = SM3(params, fused=fused), SM3(others)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     set_grads(others, 1)
     for p, q in zip(params, others, strict=True):
