@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from leanops.common.checks import one_of
 from leanops.common.dtypes import dtype_name
 from leanops.optim.common.parameters import check_apart, is_sharded
+from leanops.optim.zo.closures import explain, look_for_backward
 from leanops.optim.zo.directions import Seed
 from leanops.optim.zo.forward_state import ForwardState
 from leanops.optim.zo.perturb_at_use import Scratch
@@ -38,7 +39,7 @@ class Evaluator:
         self._perturber: Perturber | None = None
         self._state: ForwardState | None = None
         self._prepared_for: tuple[int, ...] = ()  # identities of the tensors of perturber and state
-        self._compared = self._warned_of_half = False
+        self._compared = self._warned_of_half = self._looked_for_backward = False
 
     @property
     def changed_buffers(self) -> list[str]:
@@ -110,16 +111,24 @@ class Evaluator:
         values: list[Tensor | float] = []
         repeated: Repeated = None
         kind = None
+        evaluated = 0
 
         def evaluation() -> Tensor | float:
-            nonlocal kind
+            nonlocal kind, evaluated
             torch.clear_autocast_cache()  # it keeps casts of parameters until the outermost autocast ends
-            with torch.no_grad():  # for every call: a closure may leave grad enabled
-                loss = closure()
-            if isinstance(loss, Tensor):
-                kind = loss.dtype, loss.device
-            return _scalar(op, loss)
+            try:
+                with torch.no_grad():  # for every call: a closure may leave grad enabled
+                    loss = closure()
+                if isinstance(loss, Tensor):
+                    kind = loss.dtype, loss.device
+                value = _scalar(op, loss)
+            except Exception as error:
+                explain(op, error, closure, evaluated)
+                raise
+            evaluated += 1
+            return value
 
+        without_gradient = [] if self._looked_for_backward else [s.param for s in slots if s.param.grad is None]
         state.save()
         try:
             with perturber.session():
@@ -127,6 +136,9 @@ class Evaluator:
                     if i:
                         state.restore()
                     values.append(perturber.evaluate(evaluation, seed, scale, state.restore))
+                    if not self._looked_for_backward:
+                        look_for_backward(op, closure, without_gradient)
+                        self._looked_for_backward = True
                     # all processes evaluate equally often: closures may communicate
                     if i == 0 and not self._compared and self._same_rng:
                         repeated = perturber.repeated
@@ -169,12 +181,14 @@ def _warn_of_randomness(op: str, first: float, second: float, losses: list[float
     """Warn where two evaluations at the same weights differ by more than rounding, and by more than a tenth of what the
     evaluations of the step differ by."""
     difference, signal = abs(first - second), max(losses) - min(losses)
-    if difference > 1e-6 * abs(first) and not difference < 0.1 * signal:
+    one_is_finite = math.isfinite(first) != math.isfinite(second)
+    if one_is_finite or (difference > 1e-6 * abs(first) and not difference < 0.1 * signal):
         warnings.warn(
             f"{op}: two evaluations of the closure at the same weights gave {first:.9g} and {second:.9g}, while the "
             f"evaluations of this step differ by {signal:.3g}: the estimate is mostly noise. The closure draws another "
-            "batch at each call, or random numbers from a generator of its own. The global generators of torch, NumPy "
-            "and random are restored between evaluations. Seed every other generator inside the closure",
+            "batch at each call, changes its own inputs (give each call a copy), or draws random numbers from a "
+            "generator of its own. The global generators of torch, NumPy and random are restored between evaluations. "
+            "Seed every other generator inside the closure",
             stacklevel=2,
         )
 
