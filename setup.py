@@ -27,6 +27,7 @@ from toolchain import CXX_FLAGS, NVCC_FLAGS, Object, Unavailable, find_cxx, find
 FOLDERS = [p.parent for top in ("pyops", "optim", "autotune", "bench") for p in sorted(Path(top).rglob("__init__.py"))]
 PACKAGES = {".".join(("leanops", *f.parts[f.parts[0] == "pyops" :])): f.as_posix() for f in FOLDERS}
 PACKAGES["leanops_command"] = PACKAGES.pop("leanops.bench.entry")  # outside of leanops, whose import needs torch
+PACKAGES["leanops.integrations"] = PACKAGES.pop("leanops.optim.integrations")
 Library = tuple[list[Object], list[str], dict[str, object]]  # objects, flags of the link, facts for the report
 
 

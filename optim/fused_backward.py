@@ -50,7 +50,8 @@ class Used(Tensor):
             f"fuse_into_backward: the gradient of {name} was used and freed during the backward pass, so it cannot be "
             f"accumulated, clipped, scaled or read ({func}). Call zero_grad() after every backward pass, run one "
             "backward pass a step, and turn off gradient clipping and scaling (no clip_grad_norm_, max_grad_norm=0, "
-            "no GradScaler)"
+            "no GradScaler). Hugging Face's Trainer measures the norm of the gradients in any case: use "
+            "leanops.integrations.transformers.FusedTrainer, which does not"
         )
 
 
@@ -260,7 +261,9 @@ def _groups_of(model_or_params: Any) -> list[dict[str, Any]]:
     return [{"params": items}]
 
 
-def fuse_into_backward(optimizer_class: type[Optimizer], model_or_params: Any, **options: Any) -> FusedBackward:
+def fuse_into_backward(
+    optimizer_class: type[Optimizer] | None = None, model_or_params: Any = None, **options: Any
+) -> FusedBackward:
     r"""Update every parameter during the backward pass, as soon as its gradient is complete, and free the gradient.
 
     .. math::
@@ -300,14 +303,19 @@ def fuse_into_backward(optimizer_class: type[Optimizer], model_or_params: Any, *
       GradScaler's unscaling.
 
     The parameters whose gradients came first have moved by then, so a backward pass that fails leaves a step half done.
-    Hugging Face's Trainer measures the norm of the gradients even where it does not clip (5.23 with
-    ``max_grad_norm=0``); a subclass whose ``_get_grad_norm`` returns None avoids that.
+    Hugging Face's Trainer measures the norm of the gradients even where it does not clip:
+    :class:`leanops.integrations.transformers.FusedTrainer` does not, and makes the optimizer.
 
     Raises:
         ValueError: a DistributedDataParallel module; no parameters; parameters that already have a gradient or already
             move in the backward pass; an optimizer whose ``step`` needs a closure.
         TypeError: ``optimizer_class`` is no class of optimizers; ``model_or_params`` is no module and no parameters.
     """
+    if optimizer_class is None:  # as Trainer calls what it finds in optimizer_cls_and_kwargs
+        raise TypeError(
+            "fuse_into_backward: optimizer_class and model_or_params must be given, got neither. In Hugging Face's "
+            "Trainer use leanops.integrations.transformers.FusedTrainer with optimizer_cls_and_kwargs=(SM3, {...})"
+        )
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
         raise TypeError(f"fuse_into_backward: optimizer_class must be a class of optimizers, got {optimizer_class!r}")
     closure = inspect.signature(optimizer_class.step).parameters.get("closure")

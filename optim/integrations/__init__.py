@@ -1,1 +1,1 @@
-"""Callbacks and adapters for trainers."""
+"""Trainers: :mod:`leanops.integrations.transformers` for Hugging Face's, :mod:`leanops.integrations.lightning`."""

@@ -105,5 +105,7 @@ def test_a_run_after_an_interrupted_one_draws_from_all_blocks(tmp_path: Path) ->
 
 
 def test_the_callback_refuses_what_it_cannot_run() -> None:
-    with pytest.raises(TypeError, match="trainer_callback: kind must be LISA or HalfFineTuning, got <class 'list'>"):
+    with pytest.raises(
+        TypeError, match="trainer_callback: kind must be LISA, HalfFineTuning or TensorSelector, got <class 'list'>"
+    ):
         trainer_callback(list)  # type: ignore[type-var]
