@@ -22,6 +22,7 @@ from native.build import toolchain
 from leanops import _native
 
 EXAMPLE = TESTS / "example_family"
+OPTIMIZERS = ("optim", "selection", "integrations")
 PYTHON = sys.executable
 
 
@@ -29,7 +30,7 @@ PYTHON = sys.executable
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository with the family ``twice``."""
     folder: Path = tmp_path_factory.mktemp("copy")
-    absent = shutil.ignore_patterns("__pycache__", "example_family", "optim", "integrations", "bench", *FAMILIES)
+    absent = shutil.ignore_patterns("__pycache__", "example_family", *OPTIMIZERS, "bench", *FAMILIES)
     for name in ("csrc", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=absent)
     shutil.copytree(ROOT / "pyops", folder / "pyops", ignore=shutil.ignore_patterns("__pycache__"))

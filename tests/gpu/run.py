@@ -187,8 +187,9 @@ def device_nvrtc(run: Run) -> None:
 
 
 def optim(run: Run) -> None:
-    """The optimizers' tests that need a GPU."""
-    _pytest(run, "optim", "-k", "cuda", *for_a_gpu(ROOT / "tests" / "optim"))
+    """The optimizers' tests that need a GPU: what neither the device suite nor the generic suites hold."""
+    tests = [path for path in for_a_gpu(ROOT / "tests") if path.name != "test_device.py" and path.parent.name != "ops"]
+    _pytest(run, "optim", "-k", "cuda", *tests)
 
 
 def generic(run: Run) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from selecting import Net, assert_same, net
+from selection.runs import Net, assert_same, net
 from torch import Tensor, nn
 
 from leanops.optim import LISA, trainer_callback

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sm3_parameters import equal
+from sm3.parameters import equal
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 

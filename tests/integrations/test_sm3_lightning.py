@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from sm3_parameters import equal
+from sm3.parameters import equal
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 

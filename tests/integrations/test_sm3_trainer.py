@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from sm3_parameters import equal
+from sm3.parameters import equal
 
 from leanops.optim import SM3, FusedBackward, fuse_into_backward
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from sm3_parameters import equal
+from sm3.parameters import equal
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from selecting import assert_same, loss_of, net
+from selection.runs import assert_same, loss_of, net
 from torch import Tensor, nn
 from torch.optim import Optimizer
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from zo import agreement
 from zo.agreement import AXPY_DISTRIBUTIONS, CALLS, DISTRIBUTIONS, DTYPES, OFFSETS, f64, i64
-from zo_runs import VARIANTS, run, same
+from zo.runs import VARIANTS, run, same
 
 from leanops.optim import replay_
 

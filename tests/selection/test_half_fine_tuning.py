@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from selecting import LAYERS, OPTIMIZERS, Net, assert_same, backward_flops, loss_of, net, snapshot, state_bytes
+from selection.runs import LAYERS, OPTIMIZERS, Net, assert_same, backward_flops, loss_of, net, snapshot, state_bytes
 from torch import nn
 
 from leanops.optim import HalfFineTuning

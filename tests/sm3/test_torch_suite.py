@@ -1,5 +1,5 @@
 # ruff: noqa: PT009, PT027 (assertEqual of torch's TestCase compares nested states of tensors)
-"""The claims of torch's own test suite about steps, driven over SM3's entry; see ``sm3_optimizer_info``."""
+"""The claims of torch's own test suite about steps, driven over the entry of ``sm3/optimizer_info.py``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch.nn import Parameter
 
 pytest.importorskip("expecttest", reason="torch's test utilities need it: pip install 'leanops[dev]'")
-from sm3_optimizer_info import SM3_INFO, Problem, advance, all_options, sm3
+from sm3.optimizer_info import SM3_INFO, Problem, advance, all_options, sm3
 from torch.testing._internal.common_cuda import TEST_MULTIGPU
 from torch.testing._internal.common_device_type import instantiate_device_type_tests, onlyCUDA
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, TensorTracker, optim_db, optims
@@ -338,7 +338,7 @@ def test_the_page_lists_every_test_of_torchs_suite_and_what_became_of_it() -> No
     rows = re.findall(r"^\| `(test_\w+)` \| (.+?) \|$", PAGE.read_text(), re.MULTILINE)
     listed = dict(rows)
     assert len(listed) == len(rows)
-    files = Path(__file__).parent.glob("test_sm3_torch_*.py")
+    files = Path(__file__).parent.glob("test_torch_*.py")
     written = {name for file in files for name in re.findall(r"def (test_\w+)\(self", file.read_text())}
     here = {name for name, fate in listed.items() if not fate.startswith("not here: ")}
     assert here == written, here ^ written

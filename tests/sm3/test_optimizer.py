@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from sm3_parameters import equal, parameters, set_grads, snapshot
+from sm3.parameters import equal, parameters, set_grads, snapshot
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from zo_runs import HIZOO
+from zo.runs import HIZOO
 
 from leanops.optim import MeZO, ZoLog, replay_, replay_file
 

@@ -1,5 +1,5 @@
 # ruff: noqa: PT009 (assertEqual of torch's TestCase compares nested states of tensors)
-"""The claims of torch's own test suite about state and hooks, driven over SM3's entry; see ``sm3_optimizer_info``."""
+"""The claims of torch's own test suite about state and hooks, driven over the entry of ``sm3/optimizer_info.py``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim import SGD
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 pytest.importorskip("expecttest", reason="torch's test utilities need it: pip install 'leanops[dev]'")
-from sm3_optimizer_info import Problem, all_options, sm3
+from sm3.optimizer_info import Problem, all_options, sm3
 from torch.testing._internal.common_device_type import instantiate_device_type_tests, onlyCUDA
 from torch.testing._internal.common_utils import TestCase, parametrize
 

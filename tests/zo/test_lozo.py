@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from zo_runs import DTYPES, run, same
+from zo.runs import DTYPES, run, same
 
 import leanops as lo
 from leanops.common import seeds as seed_rule

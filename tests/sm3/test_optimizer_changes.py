@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from sm3_parameters import equal, parameters, set_grads, snapshot
+from sm3.parameters import equal, parameters, set_grads, snapshot
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from gloo import distributed, spawn
-from selecting import (
+from selection.models import MODELS, Adapter
+from selection.runs import (
     BLOCK_DW,
     OPTIMIZERS,
     Net,
@@ -23,7 +24,6 @@ from selecting import (
     snapshot,
     state_bytes,
 )
-from selecting_models import MODELS, Adapter
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from zo_runs import DTYPES, HIZOO
+from zo.runs import DTYPES, HIZOO
 
 from leanops.optim import MeZO, ZoLog, replay_, replay_file
 from leanops.optim.zo import hizoo

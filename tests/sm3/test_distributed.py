@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo import WORLD, Counted, distributed, spawn
-from sm3_parameters import equal
+from sm3.parameters import equal
 from torch import Tensor, nn
 
 from leanops.optim import SM3, fuse_into_backward

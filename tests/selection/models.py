@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from selecting import Net, net
+from selection.runs import Net, net
 from torch import Tensor, nn
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from zo_runs import DTYPES, VARIANTS, run, same
+from zo.runs import DTYPES, VARIANTS, run, same
 
 import leanops as lo
 from leanops.common import seeds

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from selecting import backward_flops, loss_of, net
-from selecting_models import MODELS
+from selection.models import MODELS
+from selection.runs import backward_flops, loss_of, net
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 

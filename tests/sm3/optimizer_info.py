@@ -1,7 +1,7 @@
 """SM3 as an entry of torch's own database of optimizers, ``torch.testing._internal.common_optimizers``.
 
 The wheel ships the database and its tools, not ``test/test_optim.py``; so the tests of ``TestOptimRenewed`` there are
-written anew, under their names, in ``tests/optim/test_sm3_torch_*.py``. ``docs/torch-suite.md`` lists those that are
+written anew, under their names, in ``tests/sm3/test_torch_*.py``. ``docs/torch-suite.md`` lists those that are
 left out and why.
 """
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from sm3_parameters import equal, parameters, set_grads
+from sm3.parameters import equal, parameters, set_grads
 from torch import nn
 
 from leanops.optim import SM3

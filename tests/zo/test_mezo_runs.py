@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from zo_runs import loss_of, mlp
+from zo.runs import loss_of, mlp
 
 from leanops.optim import MeZO, ZoLog, replay_
 from leanops.optim.zo import strategy

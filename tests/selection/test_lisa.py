@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from gloo import distributed, spawn
-from selecting import (
+from selection.runs import (
     BLOCK_DW,
     LAYERS,
     OPTIMIZERS,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from selecting import (
+from selection.runs import (
     LAYERS,
     assert_same,
     net,

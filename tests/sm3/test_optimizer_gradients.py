@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from sm3_parameters import equal, parameters, set_grads, snapshot
+from sm3.parameters import equal, parameters, set_grads, snapshot
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 

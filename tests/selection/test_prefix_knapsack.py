@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from selecting import brute_force
+from selection.runs import brute_force
 
 from leanops.optim import prefix_knapsack
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from zo_runs import DTYPES, HIZOO, VARIANTS, model_of, run, same, take
+from zo.runs import DTYPES, HIZOO, VARIANTS, model_of, run, same, take
 
 import leanops as lo
 from leanops.optim import LogError, MeZO, ZoLog, replay_

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
-from zo_runs import loss_of, mlp
+from zo.runs import loss_of, mlp
 
 import leanops as lo
 from leanops.common import seeds as seed_rule
