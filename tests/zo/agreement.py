@@ -1,5 +1,5 @@
-"""What every CUDA backend must do, as checks of any object with the operators as functions of their arguments, on any
-device."""
+"""Checks that every CUDA backend must pass, on any device. A backend is an object with the operators as functions of
+their arguments."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def noise(backend: Any, device: str, dtype: torch.dtype, distribution: str, offs
 
 
 def model(dtype: torch.dtype, tensors: int, device: str) -> tuple[list[torch.Tensor], list[int], list[int]]:
-    """Tensors of many sizes, some at addresses that no 16-byte access fits, some shards, the last one transposed."""
+    """Tensors of many sizes: some are not aligned to 16 bytes, some are shards, and the last one is transposed."""
     generator = torch.Generator().manual_seed(tensors)
     out, ids, offsets = [], [], []
     for i in range(tensors):
@@ -80,8 +80,9 @@ def terms_of(count: int, sequential: bool) -> tuple[torch.Tensor, torch.Tensor, 
     return seeds, coeffs, decays
 
 
-def low_rank(distribution: str, seeds: torch.Tensor, tensors: int, rank: int = 3) -> tuple[Any, ...]:
-    """Right seeds, columns and rank, if the noise has them: V shared by two terms, and matrices cut anywhere."""
+def low_rank_arguments(distribution: str, seeds: torch.Tensor, tensors: int, rank: int = 3) -> tuple[Any, ...]:
+    """Right seeds, columns and rank for "lowrank", otherwise nothing. Two terms share a V; a tensor may begin and end
+    anywhere in a row of its matrix."""
     if distribution != "lowrank":
         return ()
     widths = (0, 24, 1, 33, 256, 700, 16, 600)
@@ -103,10 +104,10 @@ def axpy(
     actual, ids, offsets = model(dtype, tensors, device)
     expected = [t.cpu().clone() for t in actual]
     rest = (ids, offsets, distribution, rounding, sequential)
-    right = low_rank(distribution, terms[0], len(actual), rank)
-    there = (right[0].to(terms_device), *right[1:]) if right else ()
-    backend.zo_axpy_(actual, *(t.to(terms_device) for t in terms), *rest, *there)
-    reference.zo_axpy_(expected, *terms, *rest, *right)
+    low_rank = low_rank_arguments(distribution, terms[0], len(actual), rank)
+    moved_low_rank = (low_rank[0].to(terms_device), *low_rank[1:]) if low_rank else ()
+    backend.zo_axpy_(actual, *(t.to(terms_device) for t in terms), *rest, *moved_low_rank)
+    reference.zo_axpy_(expected, *terms, *rest, *low_rank)
     for a, e in zip(actual, expected, strict=True):
         assert_same(a, e)
 
@@ -115,8 +116,8 @@ def writes_nothing_else(backend: Any, device: str, dtype: torch.dtype, distribut
     for start, n in ((0, 4096), (8, 4096), (3, 777), (16, 12288)):
         storage = torch.full((n + 64,), 7.0, dtype=dtype, device=device)
         part = storage[start : start + n]
-        right = (i64(2), [48], 2) if distribution == "lowrank" else ()
-        backend.zo_axpy_([part], i64(1), f64(0.5), f64(0.0), [0], [0], distribution, "nearest", False, *right)
+        low_rank = (i64(2), [48], 2) if distribution == "lowrank" else ()
+        backend.zo_axpy_([part], i64(1), f64(0.5), f64(0.0), [0], [0], distribution, "nearest", False, *low_rank)
         assert (storage[:start] == 7).all()
         assert (storage[start + n :] == 7).all()
         assert (part != 7).sum() > 0.9 * n
@@ -149,7 +150,7 @@ def special_values(backend: Any, device: str, dtype: torch.dtype) -> None:
             assert_same(actual, expected)
 
 
-@cache  # the largest takes seconds, and is the same for every backend and dtype
+@cache  # the largest takes seconds; every backend and dtype compares with the same
 def _exact_noise(n: int, m: int, offset: int, distribution: str) -> torch.Tensor:
     z = torch.empty(n, m, dtype=torch.float64)
     reference.zo_noise_(z, i64(77), 3, offset, distribution)
@@ -198,12 +199,12 @@ def empty(backend: Any, device: str) -> None:
         assert not y.isnan().any()
 
 
-# kernels of the CUDA library that no call launches: products in fp16 take another way
+# kernels of the CUDA library that no call launches: fp16 products take another path
 UNUSED_KERNELS = r"combine_kernel.*fp16"
 
 
 def every_kernel(backend: Any, device: str) -> None:
-    """Small calls that launch every CUDA kernel of the family, whose launchers take calls."""
+    """Small calls that launch every CUDA kernel of the family. ``backend`` holds its launchers, which take calls."""
     backend = unpacked(backend)
     for dtype in DTYPES:
         for distribution in AXPY_DISTRIBUTIONS:

@@ -1,4 +1,4 @@
-"""zo/1 a second time, in NumPy and from its definition alone: what the compiled kernels are compared with."""
+"""The definition zo/1 written a second time, in NumPy. Tests compare the compiled kernels with it."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def noise(seed: int, tensor_id: int, index: int, n: int, distribution: str) -> A
 
 def low_rank(left: int, right: int, tensor_id: int, index: int, n: int, columns: int, rank: int) -> Array:
     """z = U V^T at consecutive elements of a matrix.                                                 [n]"""
-    at = np.arange(index, index + n, dtype=np.int64)
+    elements = np.arange(index, index + n, dtype=np.int64)
     factors = []
-    for lines, seed, stream in ((at // columns, left, "left"), (at % columns, right, "right")):
-        low, high = int(lines.min()), int(lines.max()) + 1
-        made = noise(seed, tensor_id, low * rank, (high - low) * rank, stream).reshape(-1, rank)
-        factors.append(made[lines - low])
+    for lines, seed, stream in ((elements // columns, left, "left"), (elements % columns, right, "right")):
+        first, end = int(lines.min()), int(lines.max()) + 1
+        factor = noise(seed, tensor_id, first * rank, (end - first) * rank, stream).reshape(-1, rank)
+        factors.append(factor[lines - first])
     u, v = factors
     z = u[:, 0] * v[:, 0]
     for p in range(1, rank):

@@ -1,4 +1,4 @@
-"""What the functions take beside tensors: numbers of Python and numpy. Whatever else is refused by its name."""
+"""Arguments that are not tensors: numbers of Python and NumPy. An error about anything else names the argument."""
 
 from __future__ import annotations
 
@@ -123,12 +123,12 @@ def test_sizes_are_integers():
         low_rank(columns=4)
 
 
-def test_noise_that_ends_past_the_last_index_is_refused_under_its_own_name():
+def test_an_offset_whose_noise_ends_past_the_last_index_is_refused():
     with refused(f"zo_noise: offset must be in [0, {2**63 - 4}), got {2**63 - 2}"):
         noise(offset=2**63 - 2)
 
 
-def test_numbers_of_numpy_are_taken_as_python_s():
+def test_numpy_numbers_give_the_results_of_python_numbers():
     seeds, coeffs = np.array([5, -6]), np.array([0.1, 0.2])
     want = axpy([5, -6], [0.1, 0.2], tensor_ids=[7], offsets=[9], decay=0.5)
     assert torch.equal(axpy(seeds, coeffs, tensor_ids=np.array([7]), offsets=[np.int64(9)], decay=np.array(0.5)), want)
@@ -144,7 +144,7 @@ def test_numbers_of_numpy_are_taken_as_python_s():
     assert torch.equal(got, linear(3, 0.25, tensor_id=7, offset=9))
 
 
-def test_noise_is_made_on_the_default_device_which_is_of_no_concern_to_other_tensors():
+def test_the_default_device_says_where_noise_is_made_and_nothing_else():
     x, weight, p, q = torch.ones(2, 4), torch.ones(3, 4), torch.zeros(4), torch.zeros(4, 4)
     want = axpy(), low_rank(), lo.zo_linear(x, weight, seed=1, scale=0.5)
     with torch.device("meta"):
@@ -157,7 +157,7 @@ def test_noise_is_made_on_the_default_device_which_is_of_no_concern_to_other_ten
         assert torch.equal(got, exact)
 
 
-def test_numbers_that_a_graph_does_not_know_stay_open():
+def test_one_graph_serves_any_seed_and_offset():
     def call(p, seed, offset):
         lo.zo_axpy_(p, [seed, 2], np.ones(2), offsets=[offset])
         return p + lo.zo_noise(4, seed, offset=offset)
@@ -168,7 +168,7 @@ def test_numbers_that_a_graph_does_not_know_stay_open():
         assert torch.equal(compiled(torch.zeros(4), seed, offset), call(torch.zeros(4), seed, offset))
 
 
-def test_tensors_are_tensors():
+def test_an_argument_that_is_no_tensor_is_refused():
     for value, seen in ((None, "NoneType"), (3, "int")):
         for call, name in (
             (lambda v=value: lo.zo_axpy_(v, 1, 0.1), "zo_axpy_: tensors"),

@@ -75,7 +75,7 @@ def test_thousands_of_tensors_and_terms(backend):
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_a_side_stream_is_used(backend, distribution):
-    """Work that the side stream has yet to do must be seen by the kernel, and the kernel by later work there."""
+    """The kernel must run after earlier work on the side stream and before later work there."""
     expected = torch.zeros(1 << 20)
     agreement.reference.zo_axpy_([expected], i64(3), f64(0.5), f64(0.0), [1], [0], distribution, "nearest", False)
     side = torch.cuda.Stream()

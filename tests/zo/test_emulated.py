@@ -1,5 +1,5 @@
-"""The CUDA C++ core, thread by thread on the CPU, and the launcher that calls NVRTC's kernels: the same bits as the
-reference. What this cannot see is the device's own compiler and memory system; tests/zo/test_device.py does."""
+"""The CUDA C++ core, emulated thread by thread on the CPU, and the launcher of NVRTC's kernels: the same bits as the
+reference. tests/zo/test_device.py adds the device's own compiler and memory system."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def test_noise_has_the_bits_of_the_reference(emulator, dtype, distribution, offs
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_axpy_has_the_bits_of_the_reference(emulator, dtype, distribution, rounding, call):
     agreement.axpy(OPERATORS, "cpu", dtype, distribution, rounding, call)
-    assert sum("work" in name for name in emulator.launches) == 1  # one launch for the whole model
-    assert sum("low_rank" in name for name in emulator.launches) == (distribution == "lowrank")  # and for its matrices
+    assert sum("work" in name for name in emulator.launches) == 1  # one for all tensors
+    assert sum("low_rank" in name for name in emulator.launches) == (distribution == "lowrank")  # one for all matrices
 
 
 @pytest.mark.parametrize(("vectors", "matrices"), [(20, 1), (1, 20)])
 def test_vectors_and_matrices_have_tables_of_their_own(emulator, vectors, matrices):
-    """One lies beside the kernel's parameters, one does not."""
+    """The shorter table fits into the kernel's parameters, the longer one lies in device memory."""
     actual = [torch.ones(8 + i) for i in range(vectors + matrices)]
     expected = [t.clone() for t in actual]
     ids, offsets = list(range(len(actual))), [0] * len(actual)

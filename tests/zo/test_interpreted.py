@@ -35,7 +35,7 @@ def test_axpy_has_the_bits_of_the_reference(dtype, distribution, rounding, call)
     agreement.axpy(OPERATORS, "cpu", dtype, distribution, rounding, call)
 
 
-# ten times as slow as the others under the interpreter
+# ten times as slow as the other distributions under the interpreter
 @pytest.mark.parametrize("call", [(1, False, 3), (1, True, 3), (3, False, 2)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_low_rank_noise_has_the_bits_of_the_reference(dtype, call):
@@ -64,7 +64,7 @@ def test_rounding_of_special_values(dtype):
     agreement.special_values(OPERATORS, "cpu", dtype)
 
 
-# m and offset of whole Philox blocks, and not: two ways to make z
+# m and offset are multiples of a Philox block or not: the kernel makes z in two ways
 @pytest.mark.parametrize(("sizes", "offset"), [((12, 33, 65), 129), ((69, 70, 256), 128), ((12, 33, 68), 4)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -78,7 +78,7 @@ def test_empty_input():
 
 
 def test_a_graph_gets_a_table_of_its_own(monkeypatch):
-    """What it reads at a replay is not in the hands of the calls that come between."""
+    """Calls between the capture and a replay must not change the table that the graph reads."""
     state = SimpleNamespace(cuda_stream=7, capturing=False)
     monkeypatch.setattr(triton, "_tables", OrderedDict())
     monkeypatch.setattr(triton, "to_device", lambda words, device: words)

@@ -1,4 +1,5 @@
-"""The noise zo/1: published vectors, its distribution, its accuracy, and its independence of everything but its key."""
+"""The noise zo/1: published vectors, distribution, accuracy, no dependence on anything but its key; and the operators
+that add it."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import math
 
 import pytest
 import torch
+from common.oracle import KNOWN_PHILOX
 
 import leanops as lo
 from leanops.common import streams
@@ -13,31 +15,19 @@ from leanops.common.philox import philox
 from leanops.common.rounding import rounding_bits
 from leanops.zo import reference
 
-ALL = 0xFFFFFFFF
+LOW_32 = 0xFFFFFFFF
 N = 1 << 20
 
 
-# the three vectors that Random123 ships for philox4x32-10
-@pytest.mark.parametrize(
-    ("counter", "key", "words"),
-    [
-        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((ALL,) * 4, (ALL,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            (0xA4093822, 0x299F31D0),
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
-    ],
-)
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN_PHILOX)
 def test_philox_gives_the_published_words(counter, key, words):
-    assert tuple(int(w) for w in philox(counter, key)) == words
+    assert [int(w) for w in philox(counter, key)] == [int(word, 16) for word in words.split()]
 
 
 def test_the_signs_are_the_bits_of_philox():
     seed, tensor_id = (0x299F31D0 << 32) | 0xA4093822, 0x13198A2E
     block = 5
-    words = philox((block, 0, tensor_id, streams.RADEMACHER), (seed & ALL, seed >> 32))
+    words = philox((block, 0, tensor_id, streams.RADEMACHER), (seed & LOW_32, seed >> 32))
     z = lo.zo_noise(128, seed, tensor_id=tensor_id, offset=128 * block, distribution="rademacher")
     bits = torch.tensor([int(w) >> j & 1 for w in words for j in range(32)])
     assert torch.equal(z, 1.0 - 2.0 * bits)
@@ -118,8 +108,8 @@ def test_streams_are_uncorrelated():
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("offset", [1, 3, 127, 130, 2**31 - 3, 2**32 - 2, 2**40 + 1])
 def test_a_slice_equals_the_slice_of_the_whole(distribution, offset):
-    def z(n, at):
-        return lo.zo_noise(n, 4, tensor_id=2, offset=at, distribution=distribution)
+    def z(n, first):
+        return lo.zo_noise(n, 4, tensor_id=2, offset=first, distribution=distribution)
 
     whole = z(1000, offset)
     for start, stop in ((0, 1), (1, 700), (333, 1000), (999, 1000)):
@@ -129,21 +119,18 @@ def test_a_slice_equals_the_slice_of_the_whole(distribution, offset):
 def test_seeds_are_64_bit_patterns():
     assert torch.equal(lo.zo_noise(64, -1), lo.zo_noise(64, 2**64 - 1))
     assert not torch.equal(lo.zo_noise(64, 1), lo.zo_noise(64, 1 + 2**32))
-    for seed in (2**64, -(2**63) - 1):
-        with pytest.raises((ValueError, RuntimeError)):
-            lo.zo_noise(4, seed)
 
 
 def test_stochastic_rounding_is_unbiased_and_between_neighbours():
     for dtype, ulp in ((torch.bfloat16, 2.0**-7), (torch.float16, 2.0**-10)):
         p = torch.ones(N, dtype=dtype)
-        part = 0.3  # of the spacing above 1, added by a direction of signs
-        lo.zo_axpy_(p, 8, part * ulp, distribution="rademacher", rounding="stochastic")
+        share = 0.3  # of the spacing above 1: what the noise of signs adds
+        lo.zo_axpy_(p, 8, share * ulp, distribution="rademacher", rounding="stochastic")
         sign = lo.zo_noise(N, 8, distribution="rademacher")
         up = p[sign > 0].double()
         assert set(up.unique().tolist()) == {1.0, 1.0 + ulp}
-        chance = float((up > 1).double().mean())
-        assert abs(chance - part) < 5 * math.sqrt(part * (1 - part) / up.numel())
+        rounded_up = float((up > 1).double().mean())
+        assert abs(rounded_up - share) < 5 * math.sqrt(share * (1 - share) / up.numel())  # five standard errors
 
 
 def test_sequential_equals_successive_calls():
@@ -188,7 +175,7 @@ def test_zo_linear_equals_materialised_weights():
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("pair", [False, True])
 def test_zo_linear_under_autocast_computes_in_the_dtype_of_its_inputs(dtype, distribution, pair):
-    """A product that autocast had in another dtype would be read as if it were of this one."""
+    """autocast must not give the kernel a product in a dtype that the kernel does not expect."""
     shapes = [(64, 33), (20, 33), (20,)]
 
     def run(enabled):
@@ -206,16 +193,14 @@ def test_zo_linear_under_autocast_computes_in_the_dtype_of_its_inputs(dtype, dis
 
 
 def test_zo_linear_refuses_a_forward_mode_derivative():
-    """torch drops the tangents of an operator with a backward alone: the derivative would be zero without a word."""
+    """torch ignores tangents where an operator has a backward only: without an error the derivative would be zero."""
     x, weight = torch.randn(4, 3), torch.randn(2, 3)
-    for place, name in enumerate(("x", "weight")):
-        given = (x, weight)
-
-        def call(t, place=place, given=given):
-            return lo.zo_linear(*given[:place], t, *given[place + 1 :], seed=1, scale=0.1)[0]
-
+    for name, t, call in (
+        ("x", x, lambda x: lo.zo_linear(x, weight, seed=1, scale=0.1)[0]),
+        ("weight", weight, lambda weight: lo.zo_linear(x, weight, seed=1, scale=0.1)[0]),
+    ):
         with pytest.raises(NotImplementedError, match=f"zo_linear: {name} must have no tangent"):
-            torch.func.jvp(call, (given[place],), (given[place],))
+            torch.func.jvp(call, (t,), (t,))
 
 
 def test_many_seeds_equal_the_sum_over_seeds():
@@ -224,4 +209,4 @@ def test_many_seeds_equal_the_sum_over_seeds():
     p = torch.zeros(5000, dtype=torch.float64)
     lo.zo_axpy_(p, seeds, coeffs)
     want = sum(float(c) * lo.zo_noise(5000, int(s), dtype=torch.float64) for s, c in zip(seeds, coeffs, strict=True))
-    torch.testing.assert_close(p, want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(p, want, rtol=1e-12, atol=1e-12)  # float64 sums of 300 terms, in two orders of rounding
