@@ -1,4 +1,4 @@
-"""Philox, fma and the 16-bit formats in NumPy and from their definitions alone: what compiled code is compared with.
+"""Philox, fma and the 16-bit formats in NumPy, written from their definitions. Tests compare compiled code with them.
 
 fp32 fma is emulated exactly: the product of two floats is exact in float64; the sum is rounded to odd there, so that
 the final rounding to float32 is the only one.
@@ -74,7 +74,7 @@ def to_float16(x: Array, r: Array | None = None) -> Array:
 
 
 def encode(x: Array, dtype: str, r: Array | None = None) -> Array:
-    """The array that holds x in dtype: uint16 bits for the 16-bit formats."""
+    """x in dtype, as an array; the 16-bit formats as bits in uint16. ``r``: random bits for stochastic rounding."""
     if dtype == "bfloat16":
         return to_bfloat16(x, r)
     if dtype == "float16":
@@ -89,7 +89,7 @@ def decode(held: Array, dtype: str) -> Array:
 
 
 def same(got: Array, want: Array, dtype: str) -> bool:
-    """Bit for bit, but any NaN is any NaN."""
+    """Whether the bits are equal; any NaN equals any other."""
     nan = np.isnan(decode(got, dtype)) & np.isnan(decode(want, dtype))
     bits = f"u{got.dtype.itemsize}"
     return bool(np.all((got.view(bits) == want.view(bits)) | nan))

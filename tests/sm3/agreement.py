@@ -1,4 +1,4 @@
-"""What every CUDA backend of SM3 must do, as checks of any object with its launcher on any device."""
+"""Checks that every CUDA backend of SM3 must pass, on any device. A backend is an object with the launcher."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPEC = _registry.spec("sm3_step_")
 DTYPES = SPEC.dtypes
 MOMENTA = (None, torch.float32, torch.bfloat16, torch.int8)
 
-# what reaches every way through the kernels
+# shapes that together take every path through the kernels
 ALL_SHAPES: Sequence[tuple[int, ...]] = (
     *((64, 256), (128, 512), (256, 64), (8, 2048)),  # tiles that are whole, one and several
     *((70, 600), (65, 257), (130, 40), (3, 1, 5), (9, 777), (30, 1000)),  # and cut off, rows on no 16-byte boundary
@@ -27,7 +27,7 @@ ALL_SHAPES: Sequence[tuple[int, ...]] = (
     *((20000,), (16384,), (300,), (1,), (), (0,), (256,)),  # vectors
     *((3, 4, 5, 6), (6, 70, 130), (40, 30, 3, 3), (3, 5, 256), (2, 3, 4, 3, 2), (2, 2, 4000)),  # more axes
 )
-# few elements of those, where one costs much
+# few elements, for where each of them costs much: the interpreter and the sanitizers
 SMALL_SHAPES: Sequence[tuple[int, ...]] = (
     *((64, 256), (130, 40), (9, 777), (3, 1, 5), (300, 1), (70, 33), (0, 7)),
     *((3000,), (1,), (), (3, 4, 5, 6), (6, 7, 130), (3, 5, 256)),
@@ -44,18 +44,18 @@ NAMED_OPTIONS: dict[str, Options] = {
 def make(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, options: Options, device: str, seed: int = 0) -> Step:
     case = step_case("", shapes, options)
     args = SPEC.bind(*case.make(torch.device(device), dtype, torch.Generator().manual_seed(seed)))
-    places = [(0, 8, 5, 2**33 + 1, 2**62)[i % 5] for i in range(len(shapes))]
-    return args._replace(offsets=places, tensor_ids=[(i * 2654435761) % 2**32 for i in range(len(shapes))])
+    offsets = [(0, 8, 5, 2**33 + 1, 2**62)[i % 5] for i in range(len(shapes))]
+    return args._replace(offsets=offsets, tensor_ids=[(i * 2654435761) % 2**32 for i in range(len(shapes))])
 
 
 def numbers_to(args: Step, device: str) -> Step:
-    """The one-element tensors on a device."""
-    moved = {n: getattr(args, n) for n in ("lr", "seed", "grad_scale", "found_inf")}
-    return args._replace(**{n: None if t is None else t.to(device) for n, t in moved.items()})
+    """The call with its one-element tensors on a device."""
+    numbers = {n: getattr(args, n) for n in ("lr", "seed", "grad_scale", "found_inf")}
+    return args._replace(**{n: None if t is None else t.to(device) for n, t in numbers.items()})
 
 
 def check(backend: Any, args: Step, what: str = "") -> None:
-    """One step in place has the reference's bits, and writes no gradient."""
+    """One step gives the reference's bits and writes no gradient."""
     expected = Step(*tree_map_only(torch.Tensor, lambda t: t.cpu(), clone(tuple(args))))
     before = [g.clone() for g in args.grads]
     backend.sm3_step_(args)
@@ -78,20 +78,20 @@ def step(
 
 
 def unaligned(backend: Any, device: str, dtype: torch.dtype, momentum: torch.dtype | None) -> None:
-    """Tensors at addresses that no wide access fits, between words that must stay."""
+    """Tensors that are not aligned for wide accesses, between guards that must keep their values."""
     args = make([(70, 256), (33, 64), (5, 1024), (700,), (3, 4, 64)], dtype, Options(momentum), device)
     guards = []
 
-    def move(t: torch.Tensor, by: int) -> torch.Tensor:
+    def move(t: torch.Tensor, shift: int) -> torch.Tensor:
         storage = torch.full((t.numel() + 64,), 77, dtype=t.dtype, device=t.device)
-        place = slice(by, by + t.numel())
+        place = slice(shift, shift + t.numel())
         storage[place] = t.flatten()
         guards.append((storage, place))
         return storage[place].view(t.shape)
 
-    for at, tensors in enumerate(args[:5]):
+    for position, tensors in enumerate(args[:5]):
         for i, t in enumerate(tensors):
-            tensors[i] = move(t, (1 + i + at) % 7)
+            tensors[i] = move(t, (1 + i + position) % 7)
     check(backend, args, "unaligned")
     for storage, place in guards:
         assert (storage[: place.start] == 77).all()
@@ -104,7 +104,7 @@ def strided(backend: Any, device: str, dtype: torch.dtype, momentum: torch.dtype
 
 
 def special_values(backend: Any, device: str, dtype: torch.dtype, momentum: torch.dtype | None) -> None:
-    """NaN, infinities, zeros of both signs, and what over- and underflows on the way; in covers too."""
+    """NaN, infinities, zeros of both signs, and numbers whose squares over- or underflow; in covers too."""
     inf, nan = torch.inf, torch.nan
     values = [0.0, -0.0, 1e-20, -1e-23, 1e-30, 1e-38, -1e-42, 1e-45, 1e19, -3e20, 3e38, 6e-8, 65504.0, inf, -inf, nan]
     generator = torch.Generator().manual_seed(5)
@@ -118,10 +118,9 @@ def special_values(backend: Any, device: str, dtype: torch.dtype, momentum: torc
                     which = torch.randint(0, len(values), t.shape, generator=generator)
                     rare = torch.rand(t.shape, generator=generator) < 0.03
                     some = torch.tensor(values, dtype=torch.float64)[which].to(device, t.dtype)
-                    zero = t.dim() and tensors is not args.params  # rows of zeros: nu = 0
                     t.copy_(torch.where(rare.to(device), some, t))
-                    if zero:
-                        t[: t.shape[0] // 4] = 0.0
+                    if t.dim() and tensors is not args.params:
+                        t[: t.shape[0] // 4] = 0.0  # where gradient and covers are zero, so is nu
             for cover in args.covers:
                 cover.abs_()
             check(backend, args, f"special values, eps {eps}, beta {beta}")
@@ -132,14 +131,14 @@ def codes(backend: Any, device: str, dtype: torch.dtype) -> None:
     args = make([(16, 700), (900,)], dtype, Options(torch.int8), device)
     units = torch.tensor([0.0, 2.0**-121, 2.0**-120, 2.0**-119, 1e-30, 1.0, 1e30, 3e38, torch.inf, torch.nan])
     for t, scale, m in zip(args.grads, args.scales, args.momenta, strict=True):
-        t.mul_(0.0)  # then m = 0.9 code scale
+        t.mul_(0.0)  # the new momentum is then 0.9 times code times scale
         scale.copy_(units.repeat(1 + scale.numel() // 10)[: scale.numel()].view(scale.shape) / 127)
         m.view(-1)[::3] = 127
     check(backend, args, "codes")
 
 
 def skips(backend: Any, device: str) -> None:
-    """found_inf: nothing is written, wherever it lies."""
+    """A step with found_inf writes nothing, whether found_inf lies on the host or on the device."""
     for numbers in dict.fromkeys(("cpu", device)):
         for found in (1.0, torch.nan):
             args = make([(70, 300), (50,)], torch.float32, Options(torch.float32, found_inf=found), device)
@@ -154,18 +153,18 @@ def learning_rates(backend: Any, device: str) -> None:
         for dtype in (torch.float32, torch.float64):
             for lr, decay in ((0.1, 0.1), (1e-3, 0.1), (0.0, 0.1), (torch.inf, 0.0)):
                 args = make([(70, 300)], dtype, Options(weight_decay=decay), device)
-                args.params[0][::2] = -0.0  # whose sign a step of 0 may keep or not
+                args.params[0][::2] = -0.0  # the sign after a step of 0 must be the reference's
                 check(backend, numbers_to(args._replace(lr=torch.tensor([lr], dtype=dtype)), numbers))
 
 
 def many(backend: Any, device: str, count: int) -> None:
-    """So many tensors that their table does not fit beside a kernel's parameters."""
+    """Many tensors in one call, whose table may be too large for a kernel's parameters."""
     shapes = [((64, 64), (100, 300), (77,), (3, 4, 5))[i % 4] for i in range(count)]
     check(backend, make(shapes, torch.bfloat16, Options(torch.bfloat16), device), f"{count} tensors")
 
 
 def mixed(backend: Any, device: str) -> None:
-    """Types of several kinds in one call."""
+    """Parameters and momenta of several dtypes in one call."""
     parts = [make([(70, 300), (50,)], d, Options(m), device) for d, m in zip(DTYPES, MOMENTA[1:] * 2, strict=False)]
     lists = [[t for p in parts for t in p[i]] for i in range(5)]
     rest = parts[0]._replace(tensor_ids=list(range(8)), offsets=[0] * 8)[5:]

@@ -27,7 +27,7 @@ def _cuda_name(demangled: str) -> str | None:
 
 
 def _triton(arch: int) -> Iterable[Source]:
-    """The Triton step of SM3, for numbers (the learning rate and its like) that lie on the device and on the host."""
+    """The Triton step of SM3, with its numbers (the learning rate and the like) on the device and on the host."""
     import triton.language as tl
 
     from leanops.sm3 import triton as kernels
@@ -36,7 +36,9 @@ def _triton(arch: int) -> Iterable[Source]:
     signature |= {"found_inf": "*fp32"} | dict.fromkeys(("lr_bits", "decay_bits", "seed_value"), "i64")
     signature |= {"scale_value": "fp32", "sign": "fp32", "averages": "i32", "couples": "i32"}
     signature |= dict.fromkeys(("coupled", "eps", "beta", "one_minus_beta", "kept", "share"), "fp32")
-    pointers = dict.fromkeys(("lr", "seed", "grad_scale", "found_inf"), "*i64")  # the table's, where they are not there
+    pointers = dict.fromkeys(
+        ("lr", "seed", "grad_scale", "found_inf"), "*i64"
+    )  # the launcher passes the table for a number of the host
     flags = ("LR_THERE", "SEED_THERE", "SCALE_THERE", "FOUND_THERE")
     for dtype, kind in {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "fp64": tl.float64}.items():
         for number, momentum in enumerate(_MOMENTA):

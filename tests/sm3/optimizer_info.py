@@ -30,7 +30,7 @@ hypothesis.settings.load_profile("default")  # torch's test utilities load one o
 
 
 def inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
-    """Options but the three that each test sets by itself (foreach, fused, differentiable)."""
+    """All options but foreach, fused and differentiable, which each test sets itself."""
     options: dict[str, dict[str, Any]] = {
         "default": {},
         "non-default lr": {"lr": 0.01},
@@ -90,7 +90,7 @@ sm3 = optims([SM3_INFO], dtypes=[torch.float32])
 
 
 def all_options(device: Any, info: OptimizerInfo, **more: Any) -> Iterator[dict[str, Any]]:
-    """Every entry of the database, with foreach and fused off, and each of them on."""
+    """The options of every entry of the database, with foreach and fused off and with each of them on."""
     for entry in _get_optim_inputs_including_global_cliquey_kwargs(device, torch.float32, info, **more):
         yield entry.kwargs
 

@@ -1,4 +1,4 @@
-"""sm3/1 a second time, in NumPy and from its definition alone: what the compiled kernels are compared with."""
+"""The definition sm3/1 written a second time, in NumPy. Tests compare the compiled kernels with it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def axes(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def rows_of_blocks(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Rows of axis 0, elements in one, blocks in one."""
+    """Rows along axis 0, elements in a row, blocks in a row."""
     rows = shape[0] if len(shape) > 1 else 1
     length = math.prod(shape[1:] if len(shape) > 1 else shape)
     return rows, length, -(-length // BLOCK)
@@ -75,8 +75,8 @@ def encode_int8(m: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
 
 def decode_int8(codes: Array, scales: Array, shape: tuple[int, ...]) -> Array:
     rows, length, blocks = rows_of_blocks(shape)
-    repeated = np.repeat(scales.reshape(rows, blocks), BLOCK, 1)[:, :length].reshape(-1)
-    return codes.astype(f32) * repeated
+    scale_of_element = np.repeat(scales.reshape(rows, blocks), BLOCK, 1)[:, :length].reshape(-1)
+    return codes.astype(f32) * scale_of_element
 
 
 def step(t: Parameter, o: Options) -> Parameter:
@@ -126,7 +126,7 @@ def step(t: Parameter, o: Options) -> Parameter:
 
 
 def differences(got: Parameter, want: Parameter) -> list[str]:
-    """Names of what differs in a bit; any NaN is any NaN."""
+    """Names of the arrays that differ in a bit; any NaN equals any other."""
     kinds = {"param": got.dtype, "cover": "float32", "momentum": got.kind, "scales": "float32"}
     return [
         name

@@ -29,7 +29,7 @@ def snapshot(opt: SM3) -> dict[Any, Any]:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether two states are the same, to the bit and to the dtype."""
+    """Whether two states have the same keys, dtypes and bits."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
     if isinstance(a, Tensor):

@@ -60,7 +60,7 @@ def test_any_number_of_tensors(backend, count):
 
 
 def test_many_steps_follow_the_reference(backend):
-    """What a step leaves behind is what the next one starts from, scratch memory included."""
+    """The next step starts from what a step leaves, scratch memory included."""
     args = make(SHAPES, torch.bfloat16, Options(torch.int8, stochastic_rounding=True), "cuda")
     expected = Step(*(clone([t.cpu() for t in part]) for part in args[:5]), *args[5:])
     generator = torch.Generator().manual_seed(1)
@@ -105,7 +105,7 @@ def test_the_host_does_not_wait(backend, count):
         pending = torch.cuda.Event()
         backend.sm3_step_(args)
         pending.record()
-        assert not pending.query(), "the step has ended before what was launched before it"
+        assert not pending.query(), "the step ended before work that was launched earlier"
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
@@ -136,8 +136,8 @@ def test_a_graph_replays_with_new_numbers(backend, count):
 
 
 def test_a_step_is_captured_while_pinned_memory_is_in_use(backend):
-    """Whose events torch asks for when it pins more, which a capture forbids."""
-    shapes = [SHAPES[i % len(SHAPES)] for i in range(60)]  # more than a kernel's parameters hold
+    """When torch pins more memory it queries the events of pinned memory in use, and a capture forbids such queries."""
+    shapes = [SHAPES[i % len(SHAPES)] for i in range(60)]  # their table does not fit into a kernel's parameters
     args = numbers_to(make(shapes, torch.bfloat16, Options(torch.bfloat16), "cuda"), "cuda")
     backend.sm3_step_(args)  # compiles
     torch.cuda.synchronize()
@@ -156,7 +156,7 @@ def test_a_step_is_captured_while_pinned_memory_is_in_use(backend):
 
 
 def test_a_side_stream_is_used(backend):
-    """Work that the side stream has yet to do must be seen by the kernel, and the kernel by later work there."""
+    """The kernel must run after earlier work on the side stream and before later work there."""
     args = make([(3000, 512)], torch.float32, Options(torch.float32), "cuda")
     backend.sm3_step_(args)  # compiles
     expected = Step(*(clone([t.cpu() for t in part]) for part in args[:5]), *args[5:])

@@ -1,4 +1,4 @@
-"""SM3 on sharded parameters: the bits of one process, one small all-reduce a step, a state that knows no mesh."""
+"""SM3 on sharded parameters: the bits of one process, one small all-reduce a step, a saved state without a mesh."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = distributed
 
 
 def full(value: Any) -> Any:
-    """Saved state with DTensors put together."""
+    """Saved state with whole tensors for DTensors."""
     if isinstance(value, dict):
         return {k: full(v) for k, v in value.items()}
     return value.full_tensor() if hasattr(value, "full_tensor") else value
@@ -42,7 +42,7 @@ def values(step: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 def shards_are_the_whole(rank: int) -> None:
-    """Uneven shards, ranks without rows, vectors and matrices; gradients that shrink, so that old maxima would show."""
+    """Uneven shards, ranks without rows, vectors and matrices. Gradients shrink, so that stale maxima would show."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -141,7 +141,7 @@ def fsdp2_fused_into_backward_is_one_process(rank: int) -> None:
 
 
 def parts_of_a_zero_redundancy_optimizer_are_saved_and_loaded(rank: int) -> None:
-    """It puts what was saved into the states without asking the optimizer."""
+    """ZeroRedundancyOptimizer writes saved entries into the optimizer's state without calling the optimizer."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     for options in OPTIONS:
@@ -201,13 +201,13 @@ def states_go_between_one_process_and_shards(rank: int, folder: str) -> None:
     assert equal(into_one.state_dict()["state"], a.state_dict()["state"])
 
     for flatten in (False, True):
-        how = StateDictOptions(flatten_optimizer_state_dict=flatten)
+        layout = StateDictOptions(flatten_optimizer_state_dict=flatten)
         place = f"{folder}/{flatten}"
-        dcp.save({"opt": get_optimizer_state_dict(model, b, options=how)}, checkpoint_id=place)
+        dcp.save({"opt": get_optimizer_state_dict(model, b, options=layout)}, checkpoint_id=place)
         fresh = SM3(model.parameters(), **options)
-        state = {"opt": get_optimizer_state_dict(model, fresh, options=how)}
+        state = {"opt": get_optimizer_state_dict(model, fresh, options=layout)}
         dcp.load(state, checkpoint_id=place)
-        set_optimizer_state_dict(model, fresh, state["opt"], options=how)
+        set_optimizer_state_dict(model, fresh, state["opt"], options=layout)
         assert equal(full(fresh.state_dict()["state"]), a.state_dict()["state"]), flatten
     whole = StateDictOptions(full_state_dict=True)
     gathered = get_optimizer_state_dict(model, b, options=whole)
@@ -216,12 +216,12 @@ def states_go_between_one_process_and_shards(rank: int, folder: str) -> None:
         by_position = [gathered["state"][n] for n, _ in single.named_parameters()]
         assert equal(dict(enumerate(by_position)), a.state_dict()["state"])
     fresh = SM3(model.parameters(), **options)
-    set_optimizer_state_dict(model, fresh, a_by_name(single, a), options=whole)
+    set_optimizer_state_dict(model, fresh, full_state_by_name(single, a), options=whole)
     assert equal(full(fresh.state_dict()["state"]), a.state_dict()["state"])
 
 
 def saved_states_can_be_kept(rank: int, folder: str) -> None:
-    """Written, copied and staged as they are: a DTensor with an offset into its storage could not."""
+    """Saved states can be written, copied and staged; DTensors with an offset into their storage could not be."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -241,14 +241,14 @@ def saved_states_can_be_kept(rank: int, folder: str) -> None:
     assert equal(full(opt.state_dict()["state"]), full(kept["state"]))
 
 
-def a_by_name(model: nn.Module, opt: SM3) -> dict[str, Any]:
+def full_state_by_name(model: nn.Module, opt: SM3) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
     return get_optimizer_state_dict(model, opt, options=StateDictOptions(full_state_dict=True))
 
 
 def load_on_another_mesh(rank: int, folder: str) -> None:
-    """What two processes wrote, on three."""
+    """Three processes load what two processes wrote."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -277,7 +277,7 @@ def other_placements_are_refused(rank: int) -> None:
 
 
 def replicas_of_shards_are_the_whole(rank: int) -> None:
-    """A mesh of two axes, as hybrid sharding has it: rows are shared along the second."""
+    """A mesh of two axes, as in hybrid sharding: replicas along the first, shards of rows along the second."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 

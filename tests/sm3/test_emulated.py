@@ -1,5 +1,5 @@
-"""The CUDA C++ core of SM3, a block's threads together and blocks in several orders, on the CPU: the bits of the
-reference. What this cannot see is the device's own compiler and memory system; tests/sm3/test_device.py does."""
+"""The CUDA C++ core of SM3, emulated on the CPU with blocks and threads in several orders: the bits of the reference.
+tests/sm3/test_device.py adds the device's own compiler and memory system."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class EveryOrder:
-    """The launcher, on copies once for each order of blocks and threads: as numbered, backwards, mixed."""
+    """Launches on copies, once for each order of blocks and threads (as numbered, backwards, mixed), and compares."""
 
     def __init__(self, emulator: Emulator) -> None:
         self.emulator = emulator
@@ -92,33 +92,32 @@ ITEM = np.dtype(
 @pytest.mark.parametrize("momentum", MOMENTA, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_both_launchers_make_the_same_table(emulator_library, dtype, momentum):
-    """In Python and in csrc/sm3/plan.h."""
+    """The launcher in Python, and the one in C++ by csrc/sm3/plan.h."""
     large = [(4096, 11008), (32000, 4096), (128, 3, 224, 224), (8, 1024, 2816), (1 << 20, 3), (96, 192), (5, 8192)]
     shapes = [s for s in (*ALL_SHAPES, *large) if 0 not in s]
-    items, table = [], np.zeros(len(shapes), ITEM)
+    items, sizes, table = [], [], np.zeros(len(shapes), ITEM)
     for i, shape in enumerate(shapes):
 
-        def somewhere(dtype: torch.dtype, shape=shape, shift=i % 3) -> torch.Tensor:
-            return torch.empty(1, dtype=dtype)[0:0].as_strided((0,), (1,)).new_empty(()).expand(shape)
+        def tensor(dtype: torch.dtype, shape=shape) -> torch.Tensor:
+            return torch.empty((), dtype=dtype).expand(shape)  # large shapes, no memory
 
-        p, g, cover = somewhere(dtype), somewhere(dtype), torch.zeros(8)[i % 3 :]
-        m = None if momentum is None else somewhere(momentum)
+        p, g, cover = tensor(dtype), tensor(dtype), torch.zeros(8)[i % 3 :]
+        m = None if momentum is None else tensor(momentum)
         scale = torch.zeros(1)
         items.append(plan.Item(p, g, cover, m, scale, 3 * i, 5 * i))
         addresses = [t.data_ptr() if t is not None else 0 for t in (p, g, cover, m)]
-        sizes = np.array(shape, dtype=np.int64)
-        items[-1] = (items[-1], sizes)  # keeps them alive
+        sizes.append(np.array(shape, dtype=np.int64))  # in a list, so that the addresses stay valid
         table[i] = (
             *addresses,
             scale.data_ptr() if momentum == torch.int8 else 0,
-            sizes.ctypes.data,
+            sizes[i].ctypes.data,
             len(shape),
             0,
             3 * i,
             5 * i,
             0,
         )
-    expected = nvrtc.table([item for item, _ in items])
+    expected = nvrtc.table(items)
     expected.place(1 << 40)
     words, counts = np.zeros(expected.words().size + 9, np.uint64), np.zeros(3, np.int64)
     function = emulator_library.leanops_sm3_table
@@ -133,7 +132,7 @@ def test_both_launchers_make_the_same_table(emulator_library, dtype, momentum):
     assert np.array_equal(words[:used], expected.words())
 
 
-def test_a_table_on_the_device_is_read_as_one_beside_the_parameters(emulator, monkeypatch):
+def test_a_table_in_device_memory_gives_the_bits_of_one_in_the_parameters(emulator, monkeypatch):
     args = agreement.make([(70, 300), (3, 4, 5)], torch.float32, Options(), "cpu")
     copy = clone(args)
     nvrtc.sm3_step_(args)
@@ -147,13 +146,13 @@ def test_triton_compiles_one_step_for_types_that_ignore_stochastic_rounding(monk
     pytest.importorskip("triton.language", reason="Triton is not installed: pip install 'leanops[triton]'")
     from leanops.sm3 import triton
 
-    asked = []
+    compiled = []
 
     class Kernel:
         def __getitem__(self, grid):
-            return lambda *numbers, **constants: asked.append(constants["STOCHASTIC"])
+            return lambda *numbers, **constants: compiled.append(constants["STOCHASTIC"])
 
     monkeypatch.setattr(triton, "step_kernel", Kernel())
     for stochastic in (False, True):
         triton.sm3_step_(agreement.make([(9, 7)], dtype, Options(stochastic_rounding=stochastic), "cpu"))
-    assert asked == [False, dtype.itemsize == 2]
+    assert compiled == [False, dtype.itemsize == 2]

@@ -1,4 +1,4 @@
-"""What the maths of SM3 promises, bit for bit where the arithmetic allows it."""
+"""Identities of SM3's maths, to the bit where the arithmetic allows it."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ def test_permuting_an_axis_permutes_the_result(shape, momentum_dtype, beta):
     assert torch.equal(p, permuted(w))
     if momentum:
         assert torch.equal(states[1][1], permuted(states[0][1]))
-    both = (lo.sm3_cover_axes(state[0], shape) for state in states)
-    for mine, order, theirs in zip(*next(zip(both, strict=True)), orders, *next(zip(both, strict=True)), strict=True):
-        assert torch.equal(theirs, mine[order])
+    axes, permuted_axes = (lo.sm3_cover_axes(cover, shape) for cover, *_ in states)
+    for axis, order, permuted_axis in zip(axes, orders, permuted_axes, strict=True):
+        assert torch.equal(permuted_axis, axis[order])
 
 
 @pytest.mark.parametrize("power", [-12, -1, 1, 9])
@@ -135,14 +135,14 @@ def test_shards_of_axis_0_equal_the_whole(shape, dtype, momentum_dtype):
     for seed in range(3):
         g = randn(*shape, seed=seed).to(dtype)
         lo.sm3_step_(whole, g, *state, seed=seed, **options)
-        for start, part, its in zip(cuts, parts, states, strict=False):
+        for start, part, part_state in zip(cuts, parts, states, strict=False):
             gradient = g[start : start + len(part)]
-            lo.sm3_step_(part, gradient, *its, seed=seed, offsets=[start * row], **options)
-        # what the processes exchange: a maximum over all axes but the first. An empty shard has seen nothing.
+            lo.sm3_step_(part, gradient, *part_state, seed=seed, offsets=[start * row], **options)
+        # processes exchange the maximum over all axes but the first; an empty shard has zeros there
         shared = [c[len(p) :] for p, (c, *_) in zip(parts, states, strict=True)]
         merged = torch.stack(shared).amax(0)
-        for mine in shared:
-            mine.copy_(merged)
+        for axes in shared:
+            axes.copy_(merged)
     assert torch.equal(torch.cat(parts), whole)
     rows = torch.cat([c[: len(p)] for p, (c, *_) in zip(parts, states, strict=True)])
     assert torch.equal(torch.cat([rows, merged]), state[0])

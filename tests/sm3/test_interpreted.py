@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 
-# each option with each dtype and with each momentum: the interpreter takes seconds for one
+# each set of options meets each dtype and each momentum, but not every pair: the interpreter takes seconds for one
 @pytest.mark.parametrize(("dtype", "d"), list(zip(DTYPES, range(4), strict=True)), ids=str)
 @pytest.mark.parametrize(("momentum", "m"), list(zip(MOMENTA, range(4), strict=True)), ids=str)
 def test_a_step_has_the_bits_of_the_reference(dtype, momentum, d, m):

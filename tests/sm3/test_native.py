@@ -18,7 +18,7 @@ KINDS = list(MOMENTA)
 SPECIAL = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-40, 3e38, -1e-30]
 fuzz = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
-# around groups of 16 and 32, blocks of 256, chunks of 1,024, tiles of 32,768 elements and of 8,192 columns
+# sizes around groups of 16 and 32, blocks of 256, chunks of 1,024, tiles of 32,768 elements and of 8,192 columns
 SHAPES = [
     *[(n,) for n in (1, 15, 16, 31, 33, 255, 257, 1025, 32768 + 300, 70001)],
     *[(5, n) for n in (1, 7, 15, 17, 31, 33, 64, 100, 255, 256, 257, 300, 8191, 8200)],
@@ -49,9 +49,9 @@ def parameter(
     n = math.prod(shape)
     rows, _, blocks = oracle.rows_of_blocks(shape)
 
-    def held(values: np.ndarray, held_in: str) -> np.ndarray:
+    def encoded(values: np.ndarray, dtype: str) -> np.ndarray:
         with np.errstate(over="ignore"):
-            return encode(values.astype(np.float64 if held_in == "float64" else np.float32), held_in)
+            return encode(values.astype(np.float64 if dtype == "float64" else np.float32), dtype)
 
     cover = np.abs(numbers(rng, sum(oracle.axes(shape)), size, special)).astype(np.float32) ** 2
     if kind == "int8":
@@ -59,24 +59,24 @@ def parameter(
     elif kind == "none":
         momentum = np.zeros(0, np.uint8)
     else:
-        momentum = held(numbers(rng, n, 0.3, special), kind)
+        momentum = encoded(numbers(rng, n, 0.3, special), kind)
     scales = np.abs(numbers(rng, rows * blocks if kind == "int8" else 0, 1e-2, special)).astype(np.float32)
-    param, grad = held(numbers(rng, n, 0.1, special), dtype), held(numbers(rng, n, size, special), dtype)
+    param, grad = encoded(numbers(rng, n, 0.1, special), dtype), encoded(numbers(rng, n, size, special), dtype)
     return Parameter(shape, dtype, kind, param, grad, cover, momentum, scales, tensor_id, offset)
 
 
 def run(native, isa: str, parameters: list[Parameter], options: Options, threads: int = 1) -> list[Parameter]:
-    """What the kernel makes of copies, which lie between guards that it must leave alone."""
+    """Copies after the kernel's step, which must write neither gradients nor the guards around each array."""
     guard, copies, rooms = 32, [], []
     for p in parameters:
-        held = {}
+        arrays = {}
         for name in ("param", "cover", "momentum", "scales"):
             array = getattr(p, name)
             room = np.full(len(array) + 2 * guard, 77, array.dtype)
             room[guard : guard + len(array)] = array
             rooms.append(room)
-            held[name] = room[guard : guard + len(array)]
-        copies.append(replace(p, **held))
+            arrays[name] = room[guard : guard + len(array)]
+        copies.append(replace(p, **arrays))
     before = [p.grad.copy() for p in parameters]
     native.sm3.step(isa, [vars(p) for p in copies], asdict(options), threads)
     for room in rooms:
@@ -138,14 +138,14 @@ def test_a_step_is_the_definition_on_every_set_of_kernels(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_edge_of_the_cut_into_tiles(native, dtype, kind):
+def test_shapes_at_every_edge_of_a_tile_are_the_definition(native, dtype, kind):
     parameters = [parameter(shape, dtype, kind, j, tensor_id=j) for j, shape in enumerate(SHAPES)]
     check(native, parameters, Options(weight_decay=0.1, stochastic_rounding=True, seed=7), threads=3)
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.95])
 @pytest.mark.parametrize("shape", [(40, 300), (300, 3), (7, 8, 9), (500,), (20, 1)])
-def test_a_nan_in_an_accumulator_or_a_gradient_reaches_what_depends_on_it(native, shape, beta):
+def test_a_nan_in_an_accumulator_or_a_gradient_reaches_all_that_depends_on_it(native, shape, beta):
     clean = parameter(shape, "float32", "float32")
     first = (0,) * len(shape)
     for place in range(len(clean.cover)):
@@ -191,7 +191,7 @@ def test_tensors_of_several_types_go_in_one_call(native, dtype):
     [0.0, 2.0**-120, np.nextafter(np.float32(2.0**-120), np.float32(0)), 1e-45, 1.0, 127.0, 3e38, np.inf, np.nan],
 )
 def test_the_largest_magnitude_of_an_int8_block(native, largest, columns):
-    """momentum 0 is refused above the kernel, so what is stored comes in by the old scale and a zero gradient."""
+    """The old scale and a zero gradient give the block its largest magnitude; a momentum of 0 is refused by callers."""
     p = parameter((4, columns), "float32", "int8")
     p.grad[:] = 0
     p.momentum[:] = np.linspace(-127, 127, 4 * columns).round().astype(np.int8)

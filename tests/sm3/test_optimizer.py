@@ -117,7 +117,7 @@ def test_no_gradient_no_step_and_frozen_parameters_stay() -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_zero_gradients_change_no_bit_without_decay(dtype: torch.dtype) -> None:
-    """Also a defect of ports: eps = 1e-30 is 0 in fp16, and 0 / 0 makes the weights NaN."""
+    """A defect of other ports: eps = 1e-30 is 0 in fp16, and 0 / 0 makes the weights NaN."""
     params = parameters(dtype)
     before = [p.detach().clone() for p in params]
     opt = SM3(params, lr=1.0)
@@ -144,7 +144,7 @@ def test_strided_parameters_and_gradients() -> None:
 
 @pytest.mark.parametrize("options", [{"maximize": True}, {"weight_decay": 0.5, "decoupled": False}, {}], ids=str)
 def test_gradients_are_never_written(options: dict[str, Any]) -> None:
-    """A defect of ports: ``maximize`` negates ``.grad`` in place."""
+    """A defect of other ports: ``maximize`` negates ``.grad`` in place."""
     params = parameters()
     set_grads(params, 3)
     before = [p.grad.clone() for p in params]
@@ -226,38 +226,38 @@ def test_every_scheduler_of_torch_drives_it() -> None:
     ids=str,
 )
 def test_bytes_of_state_a_parameter(options: dict[str, Any], most: float) -> None:
-    """21 million parameters in the shapes of Llama 3.2 1B. A defect of ports: momentum is allocated where there is
-    none, 4.007 bytes a parameter instead of .007."""
+    """21 million parameters in the shapes of Llama 3.2 1B. A defect of other ports: they allocate momentum where
+    momentum is 0, which takes 4.007 bytes a parameter instead of .007."""
     params = [torch.zeros(s, dtype=BF16) for s in [(2048, 2048), (8192, 2048), (2048,)]]
     opt = SM3(params, lr=0.0, **options)
     for p in params:
         p.grad = torch.zeros((), dtype=BF16).expand(p.shape)
     opt.step()
-    seen: dict[int, int] = {}
+    storages: dict[int, int] = {}  # bytes by address: entries may share a storage
     for state in opt.state.values():
         for t in state.values():
-            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-    assert sum(seen.values()) / sum(p.numel() for p in params) <= most
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    assert sum(storages.values()) / sum(p.numel() for p in params) <= most
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (3, 300), (50, 2), (50, 1), (7,), ()])
 def test_bytes_of_an_int8_momentum_follow_from_a_rows_length(shape: tuple[int, ...]) -> None:
-    """A scale a row at least: (1 + 4 ceil(C / 256) / C) bytes a parameter, and no more than fp32's 4."""
+    """Rows of C elements take 1 + 4 ceil(C / 256) / C bytes a parameter; rows of one element stay in fp32, 4 bytes."""
     p = nn.Parameter(torch.zeros(shape))
     p.grad = torch.ones(shape)
     opt = SM3([p], momentum_dtype=I8)
     opt.step()
     state = opt.state[p]
-    taken = sum(state[k].nbytes for k in ("momentum_buffer", "momentum_scale") if k in state)
+    used = sum(state[k].nbytes for k in ("momentum_buffer", "momentum_scale") if k in state)
     row = math.prod(shape[1:])
-    assert taken == (p.numel() * 4 if row == 1 else p.numel() + p.numel() // row * 4 * -(-row // 256))
+    assert used == (p.numel() * 4 if row == 1 else p.numel() + p.numel() // row * 4 * -(-row // 256))
 
 
 # --- defects of other ports -------------------------------------------------------------------------------------------
 
 
 def test_an_average_forgets() -> None:
-    """A defect of ports: the new maximum includes the old value, so that with beta < 1 the accumulators never fall."""
+    """A defect of other ports: the new maximum includes the old value, so the accumulators of an average never fall."""
     p = nn.Parameter(torch.zeros(3, 4))
     opt = SM3([p], beta=0.9)
     p.grad = torch.full((3, 4), 100.0)
@@ -270,7 +270,7 @@ def test_an_average_forgets() -> None:
 
 
 def test_accumulators_of_bf16_weights_do_not_get_stuck() -> None:
-    """A defect of ports: in bf16, 256 + 1 = 256."""
+    """A defect of other ports: in bf16, 256 + 1 = 256."""
     p = nn.Parameter(torch.zeros(2, 2, dtype=BF16))
     opt = SM3([p], lr=0.0, momentum=0.0)
     p.grad = torch.ones(2, 2, dtype=BF16)
@@ -281,7 +281,7 @@ def test_accumulators_of_bf16_weights_do_not_get_stuck() -> None:
 
 
 def test_sparse_gradients_are_refused_by_name_before_anything_moves() -> None:
-    """A defect of ports: rows without a gradient are zeroed."""
+    """A defect of other ports: rows without a gradient are zeroed."""
     first, table = nn.Linear(2, 2), nn.Embedding(5, 3, sparse=True)
     opt = SM3([*first.named_parameters(), ("table", table.weight)])
     (first(torch.ones(2)).sum() + table(torch.tensor([1, 3])).sum()).backward()
@@ -344,7 +344,7 @@ def test_a_step_with_an_infinity_changes_nothing(bad: float, fused: bool | None,
     opt = SM3(params, fused=fused, **options)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     scaler.scale(torch.ones(()))
-    for first in (True, False):  # a step that makes the state, and one that finds it
+    for first in (True, False):  # the step that makes the state, and a later one
         set_grads(params, 0)
         params[0].grad[1, 2] = bad
         before = [p.detach().clone() for p in params], snapshot(opt)
@@ -381,7 +381,7 @@ def test_unscaled_gradients_may_be_clipped_before_the_step(fused: bool | None) -
 # --- stochastic rounding ----------------------------------------------------------------------------------------------
 
 
-def test_stochastic_rounding_follows_from_seed_and_step_and_is_another_one_each_step() -> None:
+def test_stochastic_rounding_follows_from_seed_and_step_and_differs_at_every_step() -> None:
     def run(seed: int, steps: int = 6) -> list[Tensor]:
         p = nn.Parameter(torch.full((400,), 0.5, dtype=BF16))
         opt = SM3([p], lr=1e-4, momentum=0.0, beta=0.5, stochastic_rounding=True, seed=seed)
@@ -396,10 +396,9 @@ def test_stochastic_rounding_follows_from_seed_and_step_and_is_another_one_each_
     a, b, c = run(0), run(0), run(1)
     assert all(map(torch.equal, a, b))
     assert not torch.equal(a[0], c[0])
-    assert all(0 < int(m.sum()) < 60 for m in a)  # 1e-4 is a twentieth of the step of bf16 below 0.5
+    assert all(0 < int(m.sum()) < 60 for m in a)  # 1e-4 is a twentieth of the spacing of bf16 below 0.5
     assert len({tuple(m.tolist()) for m in a}) == len(a)
-    # nor are the steps of one seed those of the next, shifted
-    assert not torch.equal(a[1], c[0])
+    assert not torch.equal(a[1], c[0])  # seed 1 does not begin with the bits of seed 0's second step
 
 
 def test_equal_tensors_are_rounded_by_different_bits() -> None:

@@ -1,4 +1,4 @@
-"""What SM3 notices between steps, and what it refuses, before a byte changes."""
+"""SM3 notices changes between its steps, and refuses bad input before a byte changes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ BF16, F16, I8 = torch.bfloat16, torch.float16, torch.int8
 # --- state that changes under the optimizer ---------------------------------------------------------------------------
 
 
-def test_what_is_replaced_between_steps_is_used_from_then_on() -> None:
-    """The lists of a step are used again while nothing changes; here something changes before every one."""
+def test_state_options_and_weights_that_are_replaced_are_used_from_the_next_step_on() -> None:
+    """SM3 reuses its lists of tensors while nothing changes. Here something changes before every step."""
     params, others = parameters(), parameters()
     opt = SM3(params, momentum_dtype=I8)
 
@@ -89,7 +89,7 @@ def test_what_is_replaced_between_steps_is_used_from_then_on() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum_dtype": I8, "stochastic_rounding": True}], ids=["fp32", "int8"])
-def test_a_default_device_is_not_that_of_the_parameters(options: dict[str, Any]) -> None:
+def test_the_default_device_changes_nothing(options: dict[str, Any]) -> None:
     def train() -> dict[str, Any]:
         params = parameters(BF16)
         opt, scaled = SM3(params, **options), SM3(params, **options)
@@ -109,8 +109,8 @@ def test_a_default_device_is_not_that_of_the_parameters(options: dict[str, Any])
     assert equal(train(), wanted)
 
 
-def test_parameters_that_are_exchanged_in_a_group_are_seen() -> None:
-    """accelerate and FSDP put other parameters into the groups."""
+def test_other_parameters_in_a_group_take_the_next_step() -> None:
+    """accelerate and FSDP exchange the parameters of a group."""
     params, others = parameters(), parameters(seed=1)
     opt = SM3(params)
     set_grads(params, 0)
@@ -124,8 +124,8 @@ def test_parameters_that_are_exchanged_in_a_group_are_seen() -> None:
 
 
 @pytest.mark.parametrize("size", [8, 300])
-def test_a_parameter_that_leads_to_its_optimizer_goes_with_it(size: int) -> None:
-    """What C++ holds, Python's collector does not see."""
+def test_a_parameter_that_refers_to_its_optimizer_is_collected_with_it(size: int) -> None:
+    """Python's collector does not see references that C++ holds."""
 
     def train() -> weakref.ref[nn.Parameter]:
         w = nn.Parameter(torch.ones(size, size))
@@ -140,7 +140,7 @@ def test_a_parameter_that_leads_to_its_optimizer_goes_with_it(size: int) -> None
     assert gone() is None
 
 
-def test_the_memory_of_a_large_weight_that_is_moved_away_is_free_at_once() -> None:
+def test_the_old_memory_of_a_large_weight_is_free_once_the_weight_has_moved() -> None:
     w = nn.Parameter(torch.ones(300, 300))
     optimizer = SM3([w])
     for _ in range(3):
@@ -164,8 +164,8 @@ def test_a_parameter_that_comes_twice_moves_once() -> None:
 
 @pytest.mark.parametrize("size", [6, 300])
 @pytest.mark.parametrize("turn", [torch.t, lambda t: t.view(t.shape[1], t.shape[0])], ids=["strides", "shape"])
-def test_a_weight_that_is_seen_in_another_way_moves_as_it_is_seen(size: int, turn: Any) -> None:
-    """The same memory under other strides; of a matrix that is not square, under another shape."""
+def test_a_weight_with_other_strides_or_another_shape_moves_by_its_new_layout(size: int, turn: Any) -> None:
+    """The memory stays. A square matrix gets other strides, another matrix gets another shape."""
     square = turn is torch.t
     w = torch.randn(size, size if square else 2 * size)
     p, q = nn.Parameter(w.clone()), nn.Parameter(w.clone())
@@ -184,7 +184,7 @@ def test_a_weight_that_is_seen_in_another_way_moves_as_it_is_seen(size: int, tur
         assert torch.equal(p, q), step
 
 
-def test_state_whose_momentum_or_scales_were_taken_out_starts_anew() -> None:
+def test_momentum_starts_anew_where_its_buffer_or_its_scales_were_removed() -> None:
     for entry in ("momentum_buffer", "momentum_scale"):
         params, others = parameters(), parameters()
         opt, ref = SM3(params, momentum_dtype=I8), SM3(others, momentum_dtype=I8)
@@ -240,7 +240,7 @@ def test_bad_options_are_refused_in_the_constructor_and_in_groups(options: dict[
 
 
 def test_unknown_keywords_are_refused() -> None:
-    """A defect of ports: ``**kwargs`` swallows what is misspelt."""
+    """A defect of other ports: ``**kwargs`` swallows a misspelt name."""
     with pytest.raises(TypeError, match="wieght_decay"):
         SM3([nn.Parameter(torch.zeros(2))], wieght_decay=0.1)  # type: ignore[call-arg]
     with pytest.raises(RuntimeError, match="cannot be `True` together"):
@@ -329,7 +329,7 @@ def test_parameters_that_share_memory_are_refused() -> None:
 
 
 @pytest.mark.parametrize("size", [6, 300])
-def test_what_a_later_group_refuses_leaves_the_earlier_ones_as_they_are(size: int) -> None:
+def test_a_refusal_in_a_later_group_leaves_the_earlier_groups_unchanged(size: int) -> None:
     a, b, c = (nn.Parameter(torch.ones(size, size)) for _ in range(3))
     opt = SM3([{"params": [a]}, {"params": [b, c]}])
     set_grads([a, b, c], 0)
@@ -338,14 +338,14 @@ def test_what_a_later_group_refuses_leaves_the_earlier_ones_as_they_are(size: in
     for _ in range(2):
         with nothing_changes(opt, [a, b, c]), pytest.raises(ValueError, match=r"params\[0\] and params\[1\] must not"):
             opt.step()
-    c.grad, c.data = None, own[: size // 2]  # at the same address
+    c.grad, c.data = None, own[: size // 2]  # fewer rows at the same address
     c.grad = torch.ones_like(c)
     for _ in range(2):
         with nothing_changes(opt, [a, b, c]), pytest.raises(ValueError, match=r"covers\[1\] must have shape"):
             opt.step()
 
 
-def test_marks_of_a_scaler_may_be_numbers() -> None:
+def test_grad_scale_and_found_inf_may_be_numbers() -> None:
     p = nn.Parameter(torch.ones(3))
     opt = SM3([p], lr=0.1, momentum=0.0)
     opt.grad_scale, opt.found_inf = 2.0, 0.0
@@ -358,7 +358,7 @@ def test_marks_of_a_scaler_may_be_numbers() -> None:
         opt.step()
 
 
-def test_state_of_inference_mode_is_not_written_outside_of_it() -> None:
+def test_state_made_in_inference_mode_is_not_written_outside_it() -> None:
     params = parameters()
     opt = SM3(params)
     set_grads(params, 0)
@@ -374,7 +374,7 @@ def test_state_of_inference_mode_is_not_written_outside_of_it() -> None:
     assert all(float(s["step"]) == 3 for s in opt.state.values())
 
 
-def test_rates_that_are_no_numbers_are_refused() -> None:
+def test_a_learning_rate_that_is_no_number_is_refused() -> None:
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     opt = SM3([p])
@@ -386,10 +386,10 @@ def test_rates_that_are_no_numbers_are_refused() -> None:
             opt.step()
 
 
-def test_backward_notices_that_a_weight_moved_under_it() -> None:
+def test_backward_raises_after_a_step_wrote_a_saved_weight() -> None:
     p = nn.Parameter(torch.ones(3))
     opt = SM3([p])
-    for _ in range(2):  # the step that checks everything, and the one that does so no more
+    for _ in range(2):  # the first step checks everything, the second reuses its lists
         loss = (p**2).sum()
         p.grad = torch.ones(3)
         opt.step()

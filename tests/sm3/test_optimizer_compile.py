@@ -1,4 +1,4 @@
-"""torch.compile(opt.step): one graph, which no learning rate and no momentum compiles anew."""
+"""torch.compile(opt.step): one graph, which serves every learning rate and every momentum above 0."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 class Backend:
-    """Runs graphs as they are, and keeps them."""
+    """A backend that runs graphs as they are and keeps them."""
 
     def __init__(self) -> None:
         self.graphs: list[torch.fx.GraphModule] = []
@@ -37,7 +37,7 @@ class Backend:
 
 
 def pair(**options: Any) -> tuple[list[nn.Parameter], SM3, list[nn.Parameter], SM3]:
-    """An optimizer to be compiled and one that is not, on equal parameters in two groups."""
+    """Two optimizers over equal parameters in two groups: one is for compilation, the other runs eagerly."""
     g = torch.Generator().manual_seed(0)
     values = [torch.randn(s, generator=g) for s in [(6, 5), (4,), (), (3, 2, 4), (0, 3)]]
     values += [torch.randn(7, 3, generator=g).to(BF16)]
@@ -68,7 +68,9 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")  # compiled before it looked
+@pytest.mark.filterwarnings(
+    "ignore:Detected call of `lr_scheduler.step:UserWarning"
+)  # the scheduler wraps step after it was compiled
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_one_graph_without_breaks_for_every_learning_rate(options: dict[str, Any]) -> None:
     params, opt, others, plain = pair(**options)
@@ -94,8 +96,8 @@ def test_one_graph_without_breaks_for_every_learning_rate(options: dict[str, Any
     assert backend.operators()[0].count("leanops._sm3_compiled_step_") == 2  # one a group
 
 
-def test_a_schedule_that_was_there_first_costs_no_graph_either() -> None:
-    """A scheduler wraps ``step``; torch.compile skips that wrapper, whose optimizer it is, and compiles the step."""
+def test_a_scheduler_made_before_compilation_adds_no_graph() -> None:
+    """A scheduler wraps ``step``. torch.compile skips the wrapper and compiles the step inside it."""
     params, opt, *_ = pair()
     schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.7)
     backend = Backend()
@@ -107,14 +109,16 @@ def test_a_schedule_that_was_there_first_costs_no_graph_either() -> None:
     assert backend.operators() == [["leanops._sm3_lr", "leanops._sm3_momentum", "leanops._sm3_compiled_step_"] * 2]
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")  # compiled before it looked
-def test_a_schedule_of_the_momentum_costs_no_graph() -> None:
+@pytest.mark.filterwarnings(
+    "ignore:Detected call of `lr_scheduler.step:UserWarning"
+)  # the scheduler wraps step after it was compiled
+def test_a_schedule_of_the_momentum_adds_no_graph() -> None:
     params, opt, others, plain = pair(momentum_dtype=I8)
     backend = Backend()
     step = torch.compile(opt.step, fullgraph=True, backend=backend)
     schedules = [torch.optim.lr_scheduler.OneCycleLR(o, 0.5, total_steps=9) for o in (opt, plain)]
     for i in range(7):
-        if i == 4:  # none for a step, and by hand
+        if i == 4:  # momentum 0 for a step, set by hand
             for o in (opt, plain):
                 o.param_groups[0]["momentum"] = 0.0
         set_grads(params, i)
@@ -128,7 +132,7 @@ def test_a_schedule_of_the_momentum_costs_no_graph() -> None:
     assert len(backend.graphs) == 1
 
 
-def test_a_momentum_that_begins_later_is_another_graph() -> None:
+def test_momentum_that_begins_later_is_a_second_graph() -> None:
     params, opt, others, plain = pair(momentum=0.0)
     backend = Backend()
     step = torch.compile(opt.step, fullgraph=True, backend=backend)
@@ -159,7 +163,7 @@ def test_inductor_gives_the_same_bits_from_one_compilation() -> None:
     assert same(opt, plain)
 
 
-def test_what_changes_under_a_compiled_step_is_seen() -> None:
+def test_a_compiled_step_uses_state_options_and_groups_that_were_replaced() -> None:
     params, opt, others, plain = pair(momentum_dtype=I8)
     step = torch.compile(opt.step, fullgraph=True, backend=Backend())
     both = ((params, opt), (others, plain))
@@ -267,7 +271,7 @@ def test_a_whole_training_step_compiles() -> None:
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 
-def test_what_a_plain_step_refuses_a_compiled_one_refuses() -> None:
+def test_a_compiled_step_refuses_what_a_plain_step_refuses() -> None:
     table = nn.Embedding(5, 3, sparse=True)
     opt = SM3(table.parameters())
     table(torch.tensor([1])).sum().backward()
@@ -288,7 +292,7 @@ def test_what_a_plain_step_refuses_a_compiled_one_refuses() -> None:
         ("momentum", 1.5, r"momentum must be in \[0, 1\), got 1.5"),
     ):
         kept, opt.param_groups[0][name] = opt.param_groups[0][name], value
-        # a graph that raises leaves the mode of gradients as the step has set it
+        # a graph that raises leaves grad mode as the step set it
         with torch.enable_grad(), pytest.raises(Exception, match=f"SM3: (Tensor )?{error}"):
             step()
         opt.param_groups[0][name] = kept
@@ -296,8 +300,8 @@ def test_what_a_plain_step_refuses_a_compiled_one_refuses() -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_a_number_that_a_later_group_refuses_leaves_the_earlier_ones_as_they_are(backend: str) -> None:
-    """Inductor reads the numbers of a group after it has moved the one before."""
+def test_a_bad_number_in_a_later_group_leaves_the_earlier_groups_unchanged(backend: str) -> None:
+    """Inductor reads the numbers of a group after it has moved the group before."""
     params, opt, *_ = pair()
     step = torch.compile(opt.step, fullgraph=True, backend=backend)
     set_grads(params, 0)

@@ -1,4 +1,4 @@
-"""SM3 on a GPU: nothing waits for the device, graphs replay it, and it moves weights as on the CPU."""
+"""SM3 on a GPU: the bits of the CPU, no wait for the device, and replay by CUDA graphs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def on_gpu(dtype: torch.dtype) -> list[nn.Parameter]:
 
 
 def put_grads(params: list[nn.Parameter], seed: int) -> None:
-    """New values where the gradients lie."""
+    """Write new gradients into the memory of the old ones."""
     drawn = parameters(params[0].dtype)
     set_grads(drawn, seed)
     for p, d in zip(params, drawn, strict=True):
@@ -40,16 +40,16 @@ def put_grads(params: list[nn.Parameter], seed: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_bits_are_those_of_the_cpu(dtype: torch.dtype, options: dict[str, Any]) -> None:
-    there, here = on_gpu(dtype), parameters(dtype)
-    a, b = SM3(there, **options), SM3(here, **options)
+    gpu_params, cpu_params = on_gpu(dtype), parameters(dtype)
+    on_device, on_cpu = SM3(gpu_params, **options), SM3(cpu_params, **options)
     for step in range(4):
-        put_grads(there, step)
-        put_grads(here, step)
-        a.step()
-        b.step()
-    assert all(torch.equal(p.cpu(), q) for p, q in zip(there, here, strict=True))
-    on_cpu = {i: {k: v.cpu() for k, v in s.items()} for i, s in enumerate(a.state.values())}
-    assert equal(on_cpu, {i: dict(s) for i, s in enumerate(b.state.values())})
+        put_grads(gpu_params, step)
+        put_grads(cpu_params, step)
+        on_device.step()
+        on_cpu.step()
+    assert all(torch.equal(p.cpu(), q) for p, q in zip(gpu_params, cpu_params, strict=True))
+    gpu_state = {i: {k: v.cpu() for k, v in s.items()} for i, s in enumerate(on_device.state.values())}
+    assert equal(gpu_state, {i: dict(s) for i, s in enumerate(on_cpu.state.values())})
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -107,11 +107,11 @@ def test_capture_without_capturable_is_refused_as_by_torch() -> None:
 
 
 def test_parameters_on_two_kinds_of_device_step_together() -> None:
-    mixed, here = [*on_gpu(torch.float32)[:3], *parameters()[3:]], parameters()
-    a, b = SM3(mixed), SM3(here)
+    mixed, cpu_params = [*on_gpu(torch.float32)[:3], *parameters()[3:]], parameters()
+    on_both, on_cpu = SM3(mixed), SM3(cpu_params)
     for step in range(2):
         put_grads(mixed, step)
-        put_grads(here, step)
-        a.step()
-        b.step()
-    assert all(torch.equal(p.cpu(), q) for p, q in zip(mixed, here, strict=True))
+        put_grads(cpu_params, step)
+        on_both.step()
+        on_cpu.step()
+    assert all(torch.equal(p.cpu(), q) for p, q in zip(mixed, cpu_params, strict=True))

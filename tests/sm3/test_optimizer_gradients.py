@@ -1,4 +1,4 @@
-"""Tensors whose memory does not hold their values, as SM3 meets them: negated, on their way, zero, simulated."""
+"""SM3 on tensors whose memory does not hold their values: negated views, pending collectives, zero and fake tensors."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ I8 = torch.int8
 
 
 def test_a_negated_gradient_keeps_its_sign() -> None:
-    """autograd leaves the imaginary part of a conjugate as a view with the negative bit, of which a kernel sees the
-    memory alone."""
+    """autograd gives the imaginary part of a conjugate as a view with the negative bit. Its memory, which a kernel
+    reads, has the values without that sign."""
     p, q = [[nn.Parameter(torch.full((), x)) for x in (0.3, -0.2)] for _ in range(2)]
     opt, ref = SM3(p), SM3(q)
     for _ in range(3):
@@ -43,9 +43,9 @@ def test_a_negated_gradient_keeps_its_sign() -> None:
 
 
 @pytest.mark.parametrize("size", [3, 300])
-def test_gradients_without_memory_of_their_own(size: int) -> None:
+def test_gradients_that_are_pending_or_zero_without_memory(size: int) -> None:
     functional = pytest.importorskip("torch.distributed._functional_collectives")
-    makers = {"late": functional.AsyncCollectiveTensor, "zero": lambda g: torch._efficientzerotensor(g.shape)}
+    makers = {"pending": functional.AsyncCollectiveTensor, "zero": lambda g: torch._efficientzerotensor(g.shape)}
     for name, make in makers.items():
         p, q = nn.Parameter(torch.ones(size, size)), nn.Parameter(torch.ones(size, size))
         opt, ref = SM3([p]), SM3([q])
@@ -58,8 +58,8 @@ def test_gradients_without_memory_of_their_own(size: int) -> None:
             assert torch.equal(p, q), (name, step)
 
 
-def test_parameters_of_a_simulation_move_in_it() -> None:
-    """As torch.distributed._tools.MemTracker has them."""
+def test_fake_parameters_take_steps() -> None:
+    """torch.distributed._tools.MemTracker simulates training with such parameters."""
     with FakeTensorMode():
         model = nn.Linear(3, 4)
         opt = SM3(model.parameters(), momentum_dtype=I8)
@@ -80,7 +80,7 @@ def test_a_negated_weight_is_refused() -> None:
 
 
 class Pair(torch.Tensor):
-    """A wrapper that no kernel can read."""
+    """A wrapper subclass without memory, which no kernel can read."""
 
     @staticmethod
     def __new__(cls, like: torch.Tensor) -> Pair:
@@ -91,7 +91,7 @@ class Pair(torch.Tensor):
         return Pair(args[0])
 
 
-def test_wrappers_that_do_not_give_up_their_values_are_refused() -> None:
+def test_gradients_of_an_unknown_wrapper_subclass_are_refused() -> None:
     p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     opt = SM3([{"params": [p]}, {"params": [q]}])
     for step in range(3):
@@ -107,7 +107,7 @@ def test_wrappers_that_do_not_give_up_their_values_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [lambda g: g.resize_(2, 6), lambda g: g.resize_(2, 3), Tensor.t_], ids=["rows", "fewer", "turned"]
+    "change", [lambda g: g.resize_(2, 6), lambda g: g.resize_(2, 3), Tensor.t_], ids=["rows", "fewer", "transposed"]
 )
 def test_a_gradient_that_is_resized_is_refused_before_an_earlier_group_moves(change: Any) -> None:
     a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, 4))

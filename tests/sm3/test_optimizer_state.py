@@ -1,4 +1,4 @@
-"""SM3's state travels: saved, loaded, copied and pickled without losing a bit, and refused where it does not fit."""
+"""SM3's state is saved, loaded, copied and pickled without losing a bit, and refused where it does not fit."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, torch.float64])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_run_resumes_to_the_same_bits(dtype: torch.dtype, options: dict[str, Any]) -> None:
-    """Covers and momenta are fp32 or int8 beside weights of any dtype; torch would cast them to the weights' dtype."""
+    """torch's default load_state_dict would cast covers and momenta to the dtype of the weights."""
     whole, parts = model_of(dtype), model_of(dtype)
     a, b = SM3(whole.parameters(), **options), SM3(parts.parameters(), **options)
     train(whole, a, 6)
@@ -117,7 +117,7 @@ def test_copies_and_pickles_go_on_independently(options: dict[str, Any]) -> None
         assert o._step_supports_amp_scaling
 
 
-def test_older_states_get_the_options_that_they_do_not_know() -> None:
+def test_older_states_get_defaults_for_options_that_they_lack() -> None:
     model = model_of()
     opt = SM3(model.parameters(), lr=0.5)
     train(model, opt, 2)
@@ -139,8 +139,8 @@ def test_older_states_get_the_options_that_they_do_not_know() -> None:
     train(model, revived, 1, start=3)
 
 
-def test_step_lies_where_torch_has_it() -> None:
-    """On the CPU, unless capturable or fused; here all is on the CPU, so it is the load that is looked at."""
+def test_a_loaded_step_count_is_float32_on_the_cpu() -> None:
+    """As in torch, unless the optimizer is capturable or fused."""
     model = model_of()
     opt = SM3(model.parameters())
     train(model, opt, 1)
@@ -238,18 +238,20 @@ def test_distributed_checkpoint_saves_and_loads_it(tmp_path: Path, flatten: bool
         set_optimizer_state_dict,
     )
 
-    how = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    layout = StateDictOptions(flatten_optimizer_state_dict=flatten)
     model, other = model_of(BF16), model_of(BF16)
     opt = SM3(model.parameters(), momentum_dtype=I8, lr=0.3)
     train(model, opt, 3)
     fresh = SM3(other.parameters(), momentum_dtype=I8)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no process group
-        dcp.save({"opt": get_optimizer_state_dict(model, opt, options=how)}, checkpoint_id=tmp_path)
-        state = {"opt": get_optimizer_state_dict(other, fresh, options=how)}
-        assert all(map(torch.equal, other.parameters(), model_of(BF16).parameters()))  # it took a step of length 0
+        warnings.simplefilter("ignore")  # torch warns that there is no process group
+        dcp.save({"opt": get_optimizer_state_dict(model, opt, options=layout)}, checkpoint_id=tmp_path)
+        state = {"opt": get_optimizer_state_dict(other, fresh, options=layout)}
+        assert all(
+            map(torch.equal, other.parameters(), model_of(BF16).parameters())
+        )  # get_optimizer_state_dict took a step of length 0
         dcp.load(state, checkpoint_id=tmp_path)
-        set_optimizer_state_dict(other, fresh, state["opt"], options=how)
+        set_optimizer_state_dict(other, fresh, state["opt"], options=layout)
     assert equal(fresh.state_dict()["state"], opt.state_dict()["state"])
     assert fresh.param_groups[0]["lr"] == 0.3
     other.load_state_dict(model.state_dict())
@@ -258,7 +260,7 @@ def test_distributed_checkpoint_saves_and_loads_it(tmp_path: Path, flatten: bool
     assert all(map(torch.equal, other.parameters(), model.parameters()))
 
 
-def test_states_of_fused_and_plain_optimizers_are_one_anothers() -> None:
+def test_fused_and_plain_optimizers_load_each_others_states() -> None:
     model, other = model_of(BF16), model_of(BF16)
     options: dict[str, Any] = {"momentum_dtype": I8, "stochastic_rounding": True}
     plain, fused = SM3(model.parameters(), **options), fuse_into_backward(SM3, other.parameters(), **options)
@@ -277,18 +279,18 @@ def test_states_of_fused_and_plain_optimizers_are_one_anothers() -> None:
 
 @pytest.mark.parametrize("dtype", [F32, I8])
 @pytest.mark.parametrize(
-    "let_go",
+    "drop",
     [
         lambda opt, p: opt.state.clear(),
         lambda opt, p: opt.state.pop(p),
         lambda opt, p: opt.state.update({p: {}}),
         lambda opt, p: opt.state[p].pop("momentum_buffer"),
-        lambda opt, p: opt.state[p].update({k: v.clone() for k, v in opt.state[p].items()}),  # to another place
+        lambda opt, p: opt.state[p].update({k: v.clone() for k, v in opt.state[p].items()}),  # move it
         lambda opt, p: opt.load_state_dict(opt.state_dict()),
     ],
     ids=["clear", "pop", "replace", "pop an entry", "move", "load"],
 )
-def test_the_memory_of_large_state_is_free_as_soon_as_the_state_lets_go_of_it(let_go: Any, dtype: torch.dtype) -> None:
+def test_the_memory_of_large_state_is_free_once_the_state_drops_it(drop: Any, dtype: torch.dtype) -> None:
     p, q, small = (nn.Parameter(torch.ones(n, n)) for n in (300, 300, 3))
     opt, ref = SM3([p, small], momentum_dtype=dtype), SM3([q], momentum_dtype=dtype)
     for _ in range(3):
@@ -296,9 +298,9 @@ def test_the_memory_of_large_state_is_free_as_soon_as_the_state_lets_go_of_it(le
         opt.step()
         ref.step()
     memory = StorageWeakRef(opt.state[p]["momentum_buffer"].untyped_storage())
-    let_go(opt, p)
+    drop(opt, p)
     assert memory.expired()
-    if len(opt.state.get(p, ())) < len(ref.state[q]) - 1:  # all of it
+    if len(opt.state.get(p, ())) < len(ref.state[q]) - 1:  # the whole entry was dropped
         ref.state.clear()
     elif "momentum_buffer" not in opt.state[p]:
         del ref.state[q]["momentum_buffer"]

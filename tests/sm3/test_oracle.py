@@ -32,7 +32,9 @@ def test_twenty_steps_agree_with_optax_in_float64(shape, momentum, beta):
     optax = pytest.importorskip("optax", reason="optax is not installed (pip install leanops[dev])")
     lr = 0.125  # exact in fp32
     g = gradients(shape)
-    w = torch.zeros(shape, dtype=torch.float64)  # holds what the fp32 steps add up to, almost exactly
+    w = torch.zeros(
+        shape, dtype=torch.float64
+    )  # float64, so that the sum of the fp32 steps adds no error worth counting
     cover = lo.sm3_cover(w)
     momenta, scales = ([x] for x in lo.sm3_momentum(w)) if momentum else ((), ())
     with jax.enable_x64(True):
@@ -61,7 +63,9 @@ def test_twenty_steps_agree_with_optax_in_float64(shape, momentum, beta):
         # u of both signs may cancel within m, so the bound is of the largest u, which is 1 / sqrt(1 - beta) or 1
         largest = 1.0 if beta == 1 else 1 / math.sqrt(1 - beta)
         assert ((w - exact).abs() <= lr * STEPS * largest * (u_error + 3 * STEPS * EPS32)).all()
-    assert (w - exact).abs().max() > 0  # the state is fp32; equal results would mean that nothing was compared
+    assert (
+        w - exact
+    ).abs().max() > 0  # the state is fp32: equal results would mean that a result was compared with itself
 
 
 @pytest.mark.parametrize("shape", [(50,), (50, 1), (1, 50), (1, 50, 1), ()], ids=str)

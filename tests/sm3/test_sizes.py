@@ -1,4 +1,4 @@
-"""Shapes that a kernel takes in many pieces, against the reference, bit for bit."""
+"""Shapes that a kernel cuts into many pieces: the bits of the reference."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def test_any_size_gives_the_bits_of_the_reference(shapes, momentum_dtype, device
 def test_one_bad_gradient_among_many_is_found(bad, where, device):
     shape = (515, 4100)
     args = step_inputs([shape], Options(torch.int8), device, torch.float32, torch.Generator().manual_seed(0))
-    at = {"first": (0, 0), "last": (514, 4099), "middle": (300, 2500)}[where]
-    args[1][0][at] = bad
+    i, j = {"first": (0, 0), "last": (514, 4099), "middle": (300, 2500)}[where]
+    args[1][0][i, j] = bad
     (w, cover, _, scales) = run(SPEC, args)
-    assert w.isnan().nonzero().tolist() == [list(at)]
-    assert (~cover.isfinite()).nonzero().flatten().tolist() == [at[0], shape[0] + at[1]]
-    assert scales.isnan().nonzero().tolist() == [[at[0], at[1] // 256]]
+    assert w.isnan().nonzero().tolist() == [[i, j]]
+    assert (~cover.isfinite()).nonzero().flatten().tolist() == [i, shape[0] + j]
+    assert scales.isnan().nonzero().tolist() == [[i, j // 256]]

@@ -1,4 +1,4 @@
-"""Momentum in 8 and 16 bits, stochastic rounding, decay, and values that are not finite."""
+"""The operator's state: momentum in 8 and 16 bits, stochastic rounding, decay, values that are not finite, helpers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def randn(*shape, seed=0):
 
 
 def blocks(m):
-    """[R, blocks, 256] of a matrix, zeros behind the end."""
+    """A matrix [R, C] as [R, blocks, 256], padded with zeros."""
     return torch.nn.functional.pad(m, (0, -m.shape[1] % 256)).view(m.shape[0], -1, 256)
 
 
@@ -41,13 +41,13 @@ def test_int8_rounds_to_half_a_code_of_its_block():
     top = blocks(exact).abs().amax(2)
     torch.testing.assert_close(scales, top / 127, rtol=2.0**-23, atol=0)
     error = (blocks(reference.decode(codes, scales)) - blocks(exact)).abs().amax(2)
-    assert (error <= top / 254 * (1 + 2.0**-14)).all()
+    assert (error <= top / 254 * (1 + 2.0**-14)).all()  # top / 254 is half a code; the codes are computed in fp32
     assert (error > top / 300).any()
     assert codes.abs().max() == 127
     assert (blocks(codes.float()).abs().amax(2) == 127).all()
 
 
-def test_int8_blocks_are_of_256_in_a_row_of_axis_0():
+def test_an_int8_block_is_256_elements_of_a_row_of_axis_0():
     shape = (2, 3, 131)  # a row holds 393 elements
     g = torch.ones(shape).view(2, 393)
     g[0, 256:] = 0.0
@@ -67,9 +67,9 @@ def test_int8_error_stays_within_the_sum_of_its_steps():
         g = randn(*shape, seed=seed)
         for c, state, s in ((cover, m, scales), (other, exact, empty)):
             lo.sm3_step_(w, g, c, state, s, lr=0.0, momentum=beta)
-        bound = beta * bound + scales / 2  # what was there decays, and a rounding is added
+        bound = beta * bound + scales / 2  # the old error decays, and half a code of rounding is added
         error = (blocks(reference.decode(m, scales)) - blocks(exact)).abs().amax(2)
-        assert (error <= bound * (1 + 1e-4)).all()
+        assert (error <= bound * (1 + 1e-4)).all()  # the momenta and the bound are computed in fp32
     assert torch.equal(cover, other)
 
 
@@ -111,22 +111,22 @@ def test_stochastic_rounding_takes_the_bits_of_zo(dtype):
 
 @pytest.mark.parametrize(("dtype", "ulp"), [(torch.bfloat16, 2.0**-7), (torch.float16, 2.0**-10)], ids=str)
 def test_stochastic_rounding_is_unbiased_and_between_neighbours(dtype, ulp):
-    n, part = 1 << 18, 0.3
+    n, share = 1 << 18, 0.3  # of the spacing above 1
     w = torch.ones(n, dtype=dtype)
-    lo.sm3_step_(w, -torch.ones(n, dtype=dtype), lo.sm3_cover(w), lr=part * ulp, stochastic_rounding=True, seed=3)
+    lo.sm3_step_(w, -torch.ones(n, dtype=dtype), lo.sm3_cover(w), lr=share * ulp, stochastic_rounding=True, seed=3)
     assert set(w.unique().tolist()) == {1.0, 1.0 + ulp}
-    chance = float((w > 1).double().mean())
-    assert abs(chance - part) < 5 * math.sqrt(part * (1 - part) / n)
+    rounded_up = float((w > 1).double().mean())
+    assert abs(rounded_up - share) < 5 * math.sqrt(share * (1 - share) / n)  # five standard errors
     nearest = torch.ones(n, dtype=dtype)
-    lo.sm3_step_(nearest, -torch.ones(n, dtype=dtype), lo.sm3_cover(w), lr=part * ulp)
-    assert (nearest == 1).all()  # the step is lost without it
+    lo.sm3_step_(nearest, -torch.ones(n, dtype=dtype), lo.sm3_cover(w), lr=share * ulp)
+    assert (nearest == 1).all()  # rounding to nearest loses the step
 
 
 # --- decay and averages -----------------------------------------------------------------------------------------------
 
 
 def test_an_average_forgets():
-    """A port whose maximum takes in the old value never does."""
+    """In another port the new maximum includes the old value, so its average never falls."""
     w = torch.zeros(6, 8)
     cover = lo.sm3_cover(w)
     lo.sm3_step_(w, torch.full((6, 8), 100.0), cover, lr=0.0, beta=0.9)
@@ -179,13 +179,13 @@ def test_a_gradient_that_is_not_finite_is_never_lost(momentum_dtype, beta, bad):
     assert w[i, j].isnan()
     assert w.isnan().sum() == 1
     rows, columns = lo.sm3_cover_axes(cover, shape)
-    for axis, at in ((rows, i), (columns, j)):
-        assert axis[at].isnan() if math.isnan(bad) else axis[at] == math.inf
+    for axis, place in ((rows, i), (columns, j)):
+        assert axis[place].isnan() if math.isnan(bad) else axis[place] == math.inf
         assert axis.isfinite().sum() == len(axis) - 1
     if momentum_dtype == torch.int8:
         assert scales.isnan().sum() == 1
         value = reference.decode(m, scales)
-        assert value[i, 256:512].isnan().all()  # its whole block says so
+        assert value[i, 256:512].isnan().all()  # the whole block reads as NaN
         assert value.isnan().sum() == 256
     elif momentum:
         assert m[i, j].isnan()
@@ -195,14 +195,14 @@ def test_a_gradient_that_is_not_finite_is_never_lost(momentum_dtype, beta, bad):
     if momentum:
         assert (reference.decode(m, scales) if momentum_dtype == torch.int8 else m)[i, j].isnan()
     if math.isnan(bad):
-        assert w[i].isnan().all()  # the row and the column of a NaN have no accumulator left
+        assert w[i].isnan().all()  # the accumulators of its row and its column are NaN
         assert w[:, j].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("eps", [0.0, 1e-30])
 def test_zero_gradients_move_nothing(dtype, eps):
-    """A port that adds 1e-30 in fp16 divides zero by zero."""
+    """Another port adds 1e-30 in fp16, which is 0, and divides zero by zero."""
     w = randn(4, 9).to(dtype)
     before, cover = w.clone(), lo.sm3_cover(w)
     m, scales = lo.sm3_momentum(w, torch.int8)
@@ -314,7 +314,7 @@ def test_state_helpers_refuse_what_does_not_fit():
     ],
     ids=str,
 )
-def test_a_step_names_the_argument_that_it_cannot_take(change, error, message):
+def test_an_error_of_a_step_names_the_argument(change, error, message):
     w = torch.zeros(3)
     arguments = {"params": w, "grads": torch.ones(3), "covers": torch.zeros(3), "lr": 0.1} | change
     with pytest.raises(error, match=f"sm3_step_: {message}"):
@@ -322,7 +322,7 @@ def test_a_step_names_the_argument_that_it_cannot_take(change, error, message):
     assert not w.any()
 
 
-def test_a_step_renders_no_tensor_for_a_message_that_is_not_raised(monkeypatch):
+def test_a_step_without_an_error_prints_no_tensor(monkeypatch):
     def rendered(self, *args, **kwargs):
         raise AssertionError("a tensor was made into text")
 

@@ -50,7 +50,7 @@ class TestSM3State(TestCase):
                 second.step(b.closure(second))
                 self.assertEqual(a.params, b.params, rtol=0, atol=0)
             self.assertEqual(unnamed(first.state_dict()), unnamed(second.state_dict()), rtol=0, atol=0)
-            second.param_groups.extend(second.param_groups)  # repeated parameters look the same in a state
+            second.param_groups.extend(second.param_groups)  # a group that is there twice has the same saved form
             self.assertEqual(
                 unnamed(first.state_dict())["param_groups"][-1], unnamed(second.state_dict())["param_groups"][-1]
             )
@@ -191,7 +191,7 @@ class TestSM3State(TestCase):
             self.assertEqual(opt.param_groups[0]["lr"], 0.002)
             opt.register_load_state_dict_pre_hook(make_another, prepend=True)
             opt.load_state_dict(state)
-            self.assertEqual(opt.param_groups[0]["lr"], 0.002)  # the one that was there runs after it
+            self.assertEqual(opt.param_groups[0]["lr"], 0.002)  # the hook that was registered first runs last
 
     @sm3
     def test_load_state_dict_post_hook(self, device, dtype, optim_info):

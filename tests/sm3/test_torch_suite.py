@@ -120,7 +120,7 @@ class TestSM3(TestCase):
             self.assertTrue(tracker.all_popped())
 
     def _models(self, info, dtype, kwargs, places):
-        """Small models on two devices (or one, twice), with an optimizer that also holds a parameter of no axis."""
+        """Small models on two devices, or twice on one. Their optimizers also hold a 0-d parameter."""
         x = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], dtype=dtype).reshape(3, 2)
         inputs, models, optimizers = [], [], []
         for place, options in zip(places, kwargs, strict=True):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from aot.checks import cuda_rows, over_archs, triton_rows
 
-# instructions an element. On an H200 an in-place axpy in bf16 is bandwidth-bound up to 28 of them; Gaussian noise in IEEE
-# arithmetic alone took 47.5
+# instructions an element. On an H200 an in-place axpy in bf16 is bandwidth-bound up to 28 of them; Gaussian noise by
+# IEEE arithmetic alone took 47.5
 BUDGET = {"gaussian": 40.0, "rademacher": 8.0}
 
 
