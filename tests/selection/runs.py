@@ -74,6 +74,9 @@ OPTIMIZERS: dict[str, tuple[Callable[[Iterable[Any]], Optimizer], Callable[[Tens
     "SM3": (lambda p: SM3(p, lr=1e-2), lambda p: 4 * (p.numel() + sum(p.shape) + 1)),
 }
 
+# TensorSelector refuses optimizers that step inside the backward pass
+MEASURABLE = [name for name in OPTIMIZERS if not name.endswith("in-backward")]
+
 
 def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of all tensors in the optimizer's state."""

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from gloo import distributed, spawn
 from selection.runs import (
     BLOCK_DW,
     LAYERS,
@@ -29,7 +28,7 @@ from selection.runs import (
     snapshot,
     state_bytes,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from leanops.optim import LISA
 
@@ -344,61 +343,3 @@ def test_compiled_blocks_train_as_they_do_uncompiled() -> None:
     with torch._dynamo.config.patch(error_on_recompile=False, recompile_limit=4):  # 2 graphs for the code of a block
         train(compiled, opt, sampler, 0, 9)
     assert_same(snapshot(compiled, opt), snapshot(model, optimizer))
-
-
-# --- several processes ----------------------------------------------------------------------------------------------
-
-
-def reference_of_two() -> list[Tensor]:
-    model, optimizer, lisa = net_with_lisa("SGD")
-    for step in range(7):
-        ((loss_of(model, 2 * step) + loss_of(model, 2 * step + 1)) / 2).backward()
-        optimizer.step()
-        lisa.step()
-        optimizer.zero_grad()
-    return [p.detach() for p in model.parameters()]
-
-
-@distributed
-def test_data_parallel_processes_train_the_same_blocks() -> None:
-    def job(rank: int) -> None:
-        wanted = reference_of_two()
-        model = net()
-        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-        optimizer = OPTIMIZERS["SGD"][0](wrapped.parameters())
-        lisa = LISA(wrapped, optimizer, active=2, period=3)
-        assert lisa.blocks == [f"layers.{i}" for i in range(LAYERS)]  # names without the wrapper's prefix
-        for step in range(7):
-            loss_of(wrapped, 2 * step + rank).backward()
-            optimizer.step()
-            lisa.step()
-            optimizer.zero_grad()
-        for p, w in zip(model.parameters(), wanted, strict=True):
-            torch.testing.assert_close(p.detach(), w, rtol=1e-5, atol=1e-6)
-
-    spawn(job)
-
-
-@distributed
-def test_sharded_processes_train_the_same_blocks_and_free_their_shards() -> None:
-    def job(rank: int) -> None:
-        from torch.distributed.fsdp import fully_shard
-
-        wanted = reference_of_two()
-        model = net()
-        for layer in model.layers:
-            fully_shard(layer)
-        fully_shard(model)
-        optimizer = OPTIMIZERS["SGD"][0](model.parameters())
-        lisa = LISA(model, optimizer, active=2, period=3)
-        for step in range(7):
-            loss_of(model, 2 * step + rank).backward()
-            assert {n for n, p in model.named_parameters() if p.grad is not None} == set(lisa.trainable)
-            optimizer.step()
-            lisa.step()
-            optimizer.zero_grad()
-            assert all((p in optimizer.state) <= p.requires_grad for p in model.parameters())
-        for p, w in zip(model.parameters(), wanted, strict=True):
-            torch.testing.assert_close(p.detach().full_tensor(), w, rtol=1e-5, atol=1e-6)
-
-    spawn(job)

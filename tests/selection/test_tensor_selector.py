@@ -1,19 +1,17 @@
-"""GreenTrainer's selection: importance, the budget, and resumed runs."""
+"""GreenTrainer's selection: the budget, the best set of tensors, and resumed runs."""
 
 from __future__ import annotations
 
-import copy
 import io
 import json
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gloo import distributed, spawn
 from selection.models import MODELS, Adapter
 from selection.runs import (
     BLOCK_DW,
+    MEASURABLE,
     OPTIMIZERS,
     Net,
     assert_same,
@@ -28,125 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from leanops.optim import SM3, MeZO, TensorSelection, TensorSelector
-
-MEASURABLE = [name for name in OPTIMIZERS if not name.endswith("in-backward")]  # see test_steps_inside_of_the_backward
-
-# --- importance -----------------------------------------------------------------------------------------------------
-
-
-def test_importance_of_plain_descent_is_the_squared_gradient() -> None:
-    r"""Δw = -η g, so I = η Σ g²."""
-    model = net()
-    selector = TensorSelector(model, torch.optim.SGD(model.parameters(), lr=0.3))
-    found = selector.importance(lambda: loss_of(model))
-    loss_of(model).backward()
-    for name, p in model.named_parameters():
-        assert found[name] == pytest.approx(0.3 * float((p.grad**2).sum()), rel=1e-4, abs=1e-12)
-
-
-@pytest.mark.parametrize("name", MEASURABLE)
-def test_importance_is_the_gradient_times_the_next_step(name: str) -> None:
-    """I = -Σ g Δw, where Δw is the optimizer's next step with its state, learning rate and decay."""
-    model = net().double()
-    optimizer = OPTIMIZERS[name][0](model.parameters())
-    for step in range(3):
-        loss_of(model, step).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    found = TensorSelector(model, optimizer).importance(lambda: loss_of(model, 3))
-    before = [p.detach().clone() for p in model.parameters()]
-    loss_of(model, 3).backward()
-    optimizer.step()
-    for (n, p), w in zip(model.named_parameters(), before, strict=True):
-        assert found[n] == pytest.approx(-float((p.grad * (p.detach() - w)).sum()), rel=1e-6, abs=1e-15)
-
-
-def test_importance_follows_options_that_are_loaded_or_scheduled() -> None:
-    model = net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    selector = TensorSelector(model, optimizer)
-    first = selector.importance(lambda: loss_of(model))
-    other = torch.optim.SGD(model.parameters(), lr=0.3)
-    optimizer.load_state_dict(other.state_dict())  # loading replaces the groups
-    assert all(
-        i == pytest.approx(3 * first[n], rel=1e-3) for n, i in selector.importance(lambda: loss_of(model)).items()
-    )
-
-
-def test_importance_is_how_far_the_loss_falls_by_the_tensor_alone() -> None:
-    """To first order: for a small step, the measured fall agrees within a percent."""
-    model = net().double()
-    selector = TensorSelector(model, torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0))
-    found = selector.importance(lambda: loss_of(model))
-    before = loss_of(model).item()
-    for name, p in model.named_parameters():
-        loss_of(model).backward()
-        assert p.grad is not None
-        with torch.no_grad():
-            old = p.clone()
-            p -= 1e-6 * torch.sign(p.grad) * (p.grad.abs() > 1e-6)  # Adam's first step without its eps
-            fall = before - loss_of(model).item()
-            p.copy_(old)
-        model.zero_grad()
-        assert fall == pytest.approx(found[name], rel=1e-2, abs=1e-11)
-
-
-@pytest.mark.parametrize("name", MEASURABLE)
-def test_measuring_changes_nothing(name: str) -> None:
-    """Weights, gradients, state, buffers, random generators, hooks and scheduler are unchanged after it."""
-    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 2))
-    optimizer = OPTIMIZERS[name][0](model.parameters())
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    x = torch.randn(8, 4)
-    model(x).square().mean().backward()
-    optimizer.step()
-    scheduler.step()
-    called = []
-    optimizer.register_step_post_hook(lambda *_: called.append(1))
-    before, buffers = snapshot(model, optimizer), copy.deepcopy(dict(model.named_buffers()))
-    rng, options = torch.get_rng_state(), copy.deepcopy(optimizer.state_dict()["param_groups"])
-    grads = [p.grad for p in model.parameters()]
-    selector = TensorSelector(model, optimizer)
-    selector.profile(lambda: model(x).square().mean())
-    selector.importance(lambda: model(x).square().mean())
-    selector.measure(lambda: model(x).square().mean())
-    assert_same(snapshot(model, optimizer), before)
-    assert_same(dict(model.named_buffers()), buffers)
-    assert torch.equal(torch.get_rng_state(), rng)
-    assert_same(optimizer.state_dict()["param_groups"], options)
-    assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
-    assert not called
-    optimizer.step()
-    assert called == [1]
-
-
-def test_buffers_that_the_forward_pass_binds_anew_are_restored() -> None:
-    class Counts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lin = nn.Linear(4, 4)
-            self.register_buffer("seen", torch.zeros(()))
-            self.register_buffer("last", None)
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.seen = self.seen + 1
-            self.last = x.mean().detach()
-            if "late" not in self._buffers:
-                self.register_buffer("late", x.detach())
-            return self.lin(x)
-
-    model = Counts()
-    seen = model.seen
-    selector = TensorSelector(model, torch.optim.SGD(model.parameters()), rho=0.9)
-    selector.select(lambda: model(torch.ones(2, 4)).square().mean())
-    assert model.seen is seen
-    assert seen == 0
-    assert model.last is None
-    assert set(model._buffers) == {"seen", "last"}
-
-
-# --- the selection --------------------------------------------------------------------------------------------------
+from leanops.optim import SM3, TensorSelection, TensorSelector
 
 
 @pytest.mark.parametrize("rho", [0.4, 0.5, 0.67, 0.8, 1.0])
@@ -362,121 +242,3 @@ def test_adapters_on_a_frozen_model_are_selected_among() -> None:
     report = selector.select(lambda: loss_of(model))
     assert set(report.names) < {"a", "b", "before.weight", "before.bias"}
     assert not model.base.weight.requires_grad
-
-
-# --- bad input ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rho", [0, -0.1, 1.5, True, "half", float("nan")])
-def test_a_bad_rho_is_refused(rho: Any) -> None:
-    model = net()
-    with pytest.raises(ValueError, match=r"TensorSelector: rho must be in \(0, 1\], got"):
-        TensorSelector(model, torch.optim.SGD(model.parameters()), rho=rho)
-
-
-def test_steps_inside_of_the_backward_pass_are_refused() -> None:
-    model = net()
-    with pytest.raises(ValueError, match="TensorSelector: optimizer must not step inside the backward pass"):
-        TensorSelector(model, OPTIMIZERS["AdamW-in-backward"][0](model.parameters()))
-
-
-def test_steps_without_a_backward_pass_are_refused() -> None:
-    model = net()
-    with pytest.raises(ValueError, match="TensorSelector: optimizer must step by gradients, got MeZO"):
-        TensorSelector(model, MeZO(model.parameters()))
-
-
-@distributed
-def test_sharded_models_are_refused() -> None:
-    def job(rank: int) -> None:
-        from torch.distributed.fsdp import fully_shard
-
-        model = net()
-        fully_shard(model.layers[0])
-        with pytest.raises(ValueError, match="TensorSelector: model must not be sharded by FSDP"):
-            TensorSelector(model, torch.optim.SGD(model.parameters()))
-
-    spawn(job, world=1)
-
-
-def test_a_closure_that_calls_backward_is_refused_and_leaves_no_gradient() -> None:
-    model = net()
-    optimizer = torch.optim.AdamW(model.parameters())
-    loss_of(model).backward()
-    before = snapshot(model, optimizer)
-    selector = TensorSelector(model, optimizer)
-
-    def closure() -> Tensor:
-        loss = loss_of(model)
-        loss.backward()
-        return loss
-
-    for measuring in (selector.profile, selector.importance, selector.measure, selector.select):
-        with pytest.raises(ValueError, match=r"closure must return the loss and not call backward, got a gradient of"):
-            measuring(closure)
-        assert_same(snapshot(model, optimizer), before)
-
-
-def test_bad_selections_are_refused_and_change_nothing() -> None:
-    model = net()
-    optimizer = torch.optim.AdamW(model.parameters())
-    loss_of(model).backward()
-    optimizer.step()
-    selector = TensorSelector(model, optimizer, rho=0.2)
-    before = snapshot(model, optimizer)
-
-    def closure() -> Tensor:
-        return loss_of(model)
-
-    names = [n for n, _ in model.named_parameters()]
-    with pytest.raises(ValueError, match=r"closure must be given to measure FLOPs or importance, got None"):
-        selector.select()
-    with pytest.raises(ValueError, match=r"closure must return a scalar loss that has a graph.*, got float"):
-        selector.select(lambda: 1.0)
-    with pytest.raises(ValueError, match=r"closure must return a scalar loss.*, got \[12\], grad_fn None"):
-        selector.select(lambda: torch.ones(12))
-    with pytest.raises(
-        ValueError, match=r"rho must be at least 0\.3\d+ for any tensor to fit \(the forward pass is 0\.3"
-    ):
-        selector.select(closure)
-    with pytest.raises(ValueError, match=r"importance must be above 0 for a tensor, got at most -1.0"):
-        selector.select(importance=dict.fromkeys(names, -1.0))
-    with pytest.raises(ValueError, match=r"importance must have one entry for each tensor, got .*'other'"):
-        selector.select(importance={**dict.fromkeys(names, 1.0), "other": 1.0})
-    with pytest.raises(ValueError, match=r"importance must be finite, got nan for "):
-        selector.select(importance=dict.fromkeys(names, float("nan")))
-    with pytest.raises(ZeroDivisionError):
-        selector.importance(lambda: 1 / 0)
-    nothing = TensorSelector(model, optimizer)
-    with pytest.raises(ValueError, match=r"closure must do work that torch's FLOP counter counts, got a loss with 0"):
-        nothing.select(lambda: sum(p.sum() for p in model.parameters()))
-    assert_same(snapshot(model, optimizer), before)
-    assert selector.selection is None
-
-
-@pytest.mark.parametrize("other", ["rho", "tensors"])
-def test_a_state_of_another_run_is_refused_and_changes_nothing(other: str) -> None:
-    model = net()
-    saved = TensorSelector(model, torch.optim.SGD(model.parameters())).state_dict()
-    different = net(layers=5 if other == "rho" else 3)
-    optimizer = torch.optim.SGD(different.parameters())
-    selector = TensorSelector(different, optimizer, rho=0.9 if other == "rho" else 0.5)
-    selector.select(lambda: loss_of(different))
-    before = snapshot(different, optimizer)
-    with pytest.raises(ValueError, match=f"TensorSelector.load_state_dict: {other} must be the saved run's"):
-        selector.load_state_dict(saved)
-    with pytest.raises(ValueError, match="state_dict must be one of TensorSelector, got one without 'rho'"):
-        selector.load_state_dict({})
-    mine = selector.state_dict()
-    for flops in ({"forward": 1}, 3, {**mine["flops"], "dy": []}, {**mine["flops"], "groups": [[1, 2]]}):
-        with pytest.raises(ValueError, match=r"load_state_dict: state_dict must be one of TensorSelector, got "):
-            selector.load_state_dict({**mine, "flops": flops})
-    for selection in ({"names": ["a"]}, {**mine["selection"], "more": 1}):
-        with pytest.raises(ValueError, match=r"load_state_dict: state_dict must be one of TensorSelector, got "):
-            selector.load_state_dict({**mine, "selection": selection})
-    with pytest.raises(ValueError, match=r"load_state_dict: state_dict must be one of TensorSelector, got KeyError"):
-        selector.load_state_dict({k: mine[k] for k in ("rho", "tensors")})
-    with pytest.raises(ValueError, match=r"load_state_dict: selection must name the model's tensors, got \['a'\]"):
-        selector.load_state_dict({**mine, "selection": {**mine["selection"], "names": ["a"]}})
-    assert selector.state_dict() == mine
-    assert_same(snapshot(different, optimizer), before)

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from leanops.optim import MeZO
 
@@ -58,6 +58,11 @@ def run(dtype: torch.dtype, steps: int = 11, **options: Any) -> tuple[nn.Module,
 
 def same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def bits(p: Tensor) -> Tensor:
+    """The bytes of a tensor, as a copy."""
+    return p.detach().contiguous().view(torch.uint8).clone()
 
 
 def mlp(dtype: torch.dtype = torch.float32) -> nn.Sequential:

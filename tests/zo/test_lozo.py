@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from zo.runs import DTYPES, run, same
+from zo.runs import DTYPES, bits, run, same
 
 import leanops as lo
 from leanops.common import seeds as seed_rule
@@ -30,10 +30,6 @@ def direction(opt: MeZO, p: Tensor, k: int = 0, *, tensor_id: int = 0) -> Tensor
     header = opt.log.header
     seed = Noise.of(header).seeds(header["seed"], opt.steps, k + 1)[k]
     return z_of(p.shape, *seed, rank=header["rank"], tensor_id=tensor_id).to(F64)
-
-
-def bits(p: Tensor) -> Tensor:
-    return p.detach().contiguous().view(torch.uint8).clone()
 
 
 # --- the noise --------------------------------------------------------------------------------------------------------
