@@ -15,7 +15,7 @@ from leanops.optim.zo import estimate
 
 
 class Counting:
-    """A compiler backend that counts how often its graphs run."""
+    """A backend of torch.compile that counts the runs of its graphs."""
 
     def __init__(self) -> None:
         self.runs = 0
@@ -76,11 +76,11 @@ def test_a_compiled_closure_stays_compiled(
         backend.runs = 0
     for _ in range(3):
         opt.step(lambda: compiled(x).square().mean())
-    assert backend.runs == 2 * 3 + 1  # the first step evaluates once more, and once as it was written
+    assert backend.runs == 2 * 3 + 1  # the first step adds a compiled and an eager evaluation
     assert opt.log.scalars().ravel().tolist() == wanted
 
 
-def test_a_compiled_closure_that_runs_eagerly_says_so_once(no_warning: None) -> None:
+def test_a_compiled_closure_that_runs_eagerly_gets_one_warning(no_warning: None) -> None:
     model, x = small()
     backend = Counting()
     compiled = torch.compile(model, backend=backend)
@@ -101,7 +101,8 @@ def test_a_compiled_function_without_weights_does_not_cost_a_copy(monkeypatch: p
     assert opt._evaluator._perturber.held is None  # type: ignore[union-attr]
 
 
-def test_a_compiled_step_around_an_eager_closure_is_none_of_a_closure(no_warning: None) -> None:
+def test_an_eager_closure_in_a_compiled_step_gets_no_warning(no_warning: None) -> None:
     model, x = small()
     opt = MeZO(model.parameters(), lr=0.0, perturb="scratch")
     torch.compile(lambda: opt.step(lambda: model(x).sum()), backend="eager")()
+    assert opt.steps == 1

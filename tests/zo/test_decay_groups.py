@@ -1,4 +1,4 @@
-"""decay_groups over ten model families: norms and biases do not decay, whatever the model calls them."""
+"""decay_groups over many model families: norms and biases do not decay, whatever the model calls them."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_norms_and_biases_of_torch_are_exempt() -> None:
 
 
 class Debiased(nn.Module):
-    """Attributes whose names tell the opposite of what they are."""
+    """Attributes whose names suggest the opposite of what they are."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ def test_the_type_decides_and_not_the_attribute() -> None:
     }
 
 
-def test_a_parametrized_bias_or_norm_is_one_still() -> None:
+def test_a_parametrized_bias_or_norm_stays_exempt() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
     for i, name in ((0, "weight"), (0, "bias"), (1, "weight")):
         nn.utils.parametrize.register_parametrization(model[i], name, nn.Identity())

@@ -158,7 +158,7 @@ def sharded_replay_and_refusals(rank: int) -> None:
 
 
 def replicas(rank: int) -> None:
-    """A wrapped model brings its group; without a group two processes are refused before they drift apart."""
+    """A wrapped model brings its process group. Without a group, two processes get an error before they drift apart."""
     from torch.nn.parallel import DistributedDataParallel
 
     x, y = data(rank)
@@ -196,7 +196,7 @@ def replicas(rank: int) -> None:
     assert not torch.equal(a, b)
     before = model_of()
     early = MeZO(before.parameters(), lr=1e-2, parallel="none")
-    early._reduction._parallel = "data"  # as made before the world was initialised
+    early._reduction._parallel = "data"  # as if made before the process group was initialised
     with pytest.raises(ValueError, match=text):
         early.step(lambda: nn.functional.mse_loss(before(x), y))
     assert all(map(torch.equal, before.parameters(), model_of().parameters()))

@@ -92,7 +92,7 @@ def test_an_interrupt_while_the_weights_are_restored_leaves_them(monkeypatch: py
     assert all(torch.equal(a, bits(p)) for a, p in zip(before, params, strict=True))
 
 
-def test_an_exception_leaves_the_weights_in_place_too_up_to_rounding() -> None:
+def test_perturb_inplace_restores_the_weights_up_to_rounding_after_an_exception() -> None:
     p = nn.Parameter(torch.randn(50))
     before = p.detach().clone()
 
@@ -104,7 +104,7 @@ def test_an_exception_leaves_the_weights_in_place_too_up_to_rounding() -> None:
     torch.testing.assert_close(p.detach(), before, rtol=1e-6, atol=1e-7)
 
 
-def test_in_place_loses_bits_in_bf16_where_the_other_modes_do_not() -> None:
+def test_perturb_inplace_loses_bits_in_bf16() -> None:
     torch.manual_seed(0)
     p = nn.Parameter((0.02 * torch.randn(5000)).bfloat16())
     before = p.detach().clone()
@@ -112,7 +112,7 @@ def test_in_place_loses_bits_in_bf16_where_the_other_modes_do_not() -> None:
     assert float((p != before).float().mean()) > 0.2
 
 
-def test_the_update_itself_is_seen_by_autograd() -> None:
+def test_autograd_notices_the_update() -> None:
     p = nn.Parameter(torch.randn(4))
     loss = (p**2).sum()
     MeZO([p], lr=1.0).step(lambda: p.sum())

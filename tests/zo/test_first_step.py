@@ -38,7 +38,7 @@ TORCHAO = {
 
 
 @pytest.mark.parametrize("kind", TORCHAO)
-def test_a_head_over_a_quantized_base_takes_a_step_written_by_hand(kind: str) -> None:
+def test_the_estimate_of_a_head_over_a_quantized_base_is_the_one_written_by_hand(kind: str) -> None:
     config, dtype, options = TORCHAO[kind]
     model, x = quantized(config, dtype, **options)
     head = list(model[2].parameters())
@@ -55,7 +55,9 @@ def test_a_head_over_a_quantized_base_takes_a_step_written_by_hand(kind: str) ->
 def test_a_pool_of_seeds_steps_over_a_quantized_base(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "SMALL", 0)  # let auto be scratch
     model, x = quantized("Int8WeightOnlyConfig", torch.float32)
-    SeedPool(8).step_(model[2], lambda: model(x).square().mean(), 3)
+    before = [p.detach().clone() for p in model[2].parameters()]
+    assert SeedPool(8).step_(model[2], lambda: model(x).square().mean(), 3) != 0.0
+    assert not any(map(torch.equal, before, model[2].parameters()))
 
 
 class Refusing(Tensor):
@@ -106,10 +108,9 @@ def test_a_closure_may_compute_with_tensors_of_any_kind(kind: str) -> None:
     assert estimates([p, unused], closure, perturb="scratch") == [wanted]
 
 
-def test_a_fingerprint_shows_what_a_tensor_is_made_of() -> None:
-    """One changed element shows, in every kind that has values to read."""
+def test_a_fingerprint_shows_one_changed_element_of_any_kind_of_tensor() -> None:
     dense = torch.arange(1.0, 5.0)
-    made = {
+    kinds = {
         "dense": lambda t: t,
         "float8": lambda t: t.to(torch.float8_e4m3fn),
         "complex": lambda t: torch.complex(torch.zeros(4), t).conj(),
@@ -120,7 +121,7 @@ def test_a_fingerprint_shows_what_a_tensor_is_made_of() -> None:
     }
     other = dense.clone()
     other[1] = 3.5
-    for name, make in made.items():
+    for name, make in kinds.items():
         assert fingerprint(make(dense)) == fingerprint(make(dense)), name
         assert fingerprint(make(dense)) != fingerprint(make(other)), name
 
@@ -138,7 +139,7 @@ def private_numpy(rng: np.random.Generator) -> Tensor:
 
 @pytest.mark.parametrize("mode", ["auto", "scratch", "copy", "inplace"])
 @pytest.mark.parametrize("variant", ["spsa", "one_sided", "fzoo"])
-def test_a_private_generator_is_noticed(mode: str, variant: str) -> None:
+def test_a_private_generator_gets_a_warning_once(mode: str, variant: str) -> None:
     p = nn.Parameter(torch.randn(4))
     rng = np.random.default_rng(0)
     opt = MeZO([p], lr=0.0, perturb=mode, variant=variant, directions=2 if variant == "fzoo" else 1)
@@ -146,10 +147,10 @@ def test_a_private_generator_is_noticed(mode: str, variant: str) -> None:
         opt.step(lambda: (p * private_numpy(rng)).sum())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        opt.step(lambda: (p * private_numpy(rng)).sum())  # once a run is enough
+        opt.step(lambda: (p * private_numpy(rng)).sum())  # one warning a run is enough
 
 
-def test_another_batch_at_each_call_is_noticed() -> None:
+def test_another_batch_at_each_call_gets_a_warning() -> None:
     p = nn.Parameter(torch.randn(4))
     batches = iter(torch.randn(10, 4))
     with pytest.warns(UserWarning, match="another batch"):
@@ -173,18 +174,18 @@ def test_a_closure_that_repeats_itself_is_evaluated_once_more_in_the_first_step(
         assert calls == 5
 
 
-def test_other_random_numbers_at_each_call_are_no_surprise_where_they_are_asked_for(no_warning: None) -> None:
+def test_same_rng_false_expects_other_random_numbers_at_each_call(no_warning: None) -> None:
     p = nn.Parameter(torch.randn(4))
     estimates([p], lambda: (p * torch.rand(4)).sum(), same_rng=False)
 
 
-def test_a_last_bit_that_differs_is_no_randomness(no_warning: None) -> None:
+def test_a_difference_in_the_last_bit_is_not_taken_for_randomness(no_warning: None) -> None:
     p = nn.Parameter(torch.ones(4))
     jitter = iter([0.0, 1e-7] * 10)
     estimates([p], lambda: p.double().sum() + next(jitter))
 
 
-def test_hidden_weights_are_held_where_the_closure_is_random() -> None:
+def test_a_weight_that_a_random_closure_may_hide_gets_a_warning() -> None:
     p, unused = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
     rng = torch.Generator().manual_seed(0)
     with (

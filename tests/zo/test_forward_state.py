@@ -1,4 +1,4 @@
-"""What a forward pass changes beside the weights: a step changes it as one forward pass does."""
+"""A step changes random generators and buffers as one forward pass does."""
 
 # ruff: noqa: NPY002 (NumPy's global generator is what these tests are about)
 from __future__ import annotations
@@ -102,7 +102,7 @@ def test_numpy_generators_of_any_kind_are_restored() -> None:
         np.random.set_bit_generator(usual)
 
 
-def test_masks_that_numpy_draws_are_those_of_the_step() -> None:
+def test_masks_drawn_by_numpy_are_the_same_in_all_evaluations_of_a_step() -> None:
     """Wav2Vec2 masks its input in training by NumPy's global generator."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -135,7 +135,7 @@ def test_masks_that_numpy_draws_are_those_of_the_step() -> None:
         one = float(closure())
         torch.manual_seed(0)
         other = float(closure())
-    assert abs(one - other) > 1e-2 * one  # other masks
+    assert abs(one - other) > 1e-2 * one  # two calls draw two masks
     for mode in MODES:
         losses.clear()
         opt = MeZO(model.parameters(), lr=0.0, eps=1e-6, perturb=mode, model=model)
@@ -162,10 +162,10 @@ def same_buffers(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("pass_model", [True, False])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_last_evaluation_of_a_step_moves_running_statistics(variant: str, mode: str, given: bool) -> None:
+def test_the_last_evaluation_of_a_step_moves_running_statistics(variant: str, mode: str, pass_model: bool) -> None:
     model, x = with_batch_norm()
     start = buffers(model)
     seen: list[dict[str, Tensor]] = []
@@ -177,8 +177,8 @@ def test_the_last_evaluation_of_a_step_moves_running_statistics(variant: str, mo
         after.append(buffers(model))
         return loss
 
-    named = {"model": model} if given else {}
-    opt = MeZO(model.parameters(), lr=1e-3, perturb=mode, variant=variant, **VARIANTS[variant], **named)
+    model_option = {"model": model} if pass_model else {}
+    opt = MeZO(model.parameters(), lr=1e-3, perturb=mode, variant=variant, **VARIANTS[variant], **model_option)
     for step in range(3):
         seen.clear()
         with warnings.catch_warnings():
@@ -190,12 +190,12 @@ def test_the_last_evaluation_of_a_step_moves_running_statistics(variant: str, mo
         assert int(start["1.num_batches_tracked"]) == step + 1
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_running_statistics_are_not_taken_for_weights_out_of_sight(given: bool) -> None:
+@pytest.mark.parametrize("pass_model", [True, False])
+def test_running_statistics_are_not_taken_for_hidden_weights(pass_model: bool) -> None:
     """The search repeats an evaluation because of the unused weight; both start from the same statistics."""
     model, x = with_batch_norm()
     model.register_parameter("unused", nn.Parameter(torch.randn(3)))
-    opt = MeZO(model.parameters(), lr=0.0, perturb="scratch", model=model if given else None)
+    opt = MeZO(model.parameters(), lr=0.0, perturb="scratch", model=model if pass_model else None)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         opt.step(lambda: model(x).square().mean())
@@ -226,7 +226,7 @@ def test_modules_are_found_by_what_a_closure_refers_to(kind: str) -> None:
     assert modules_of(CLOSURES[kind](model, x)) == [model]
 
 
-def test_the_search_for_modules_meets_anything() -> None:
+def test_the_search_for_modules_survives_any_object() -> None:
     class Proxy:
         @property
         def __class__(self) -> Any:  # type: ignore[override]
@@ -285,7 +285,7 @@ def test_buffers_of_any_kind_are_those_of_one_evaluation(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["scratch", "copy"])
-def test_a_step_that_does_not_count_leaves_the_buffers(mode: str) -> None:
+def test_a_step_that_fails_leaves_the_buffers(mode: str) -> None:
     model, x = with_batch_norm()
     start = buffers(model)
     opt = MeZO(model.parameters(), lr=1e-3, perturb=mode)

@@ -39,7 +39,7 @@ def noise(opt: MeZO, params: list[Tensor], k: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_roots_are_rounded_correctly(dtype: torch.dtype) -> None:
-    """As NumPy's, the processor's and CUDA's are, and torch's on a CPU are not."""
+    """NumPy, the processor and CUDA round roots correctly; torch on a CPU does not."""
     g = torch.Generator().manual_seed(0)
     p, h = torch.randn(1 << 16, generator=g, dtype=dtype), torch.rand(1 << 16, generator=g, dtype=dtype) * 1e3
     slot = Slot(p, p, 3, 0, "p", 0, (h,))
@@ -177,12 +177,12 @@ def test_an_exception_or_a_loss_that_is_not_finite_changes_nothing(mode: str) ->
     for bad in (math.nan, math.inf):
         with pytest.raises(FloatingPointError):
             opt.step(lambda bad=bad: model(x).square().mean() * bad)
-    for at in range(3):
+    for finished in range(3):
         calls: list[int] = []
 
-        def closure(calls: list[int] = calls, at: int = at) -> Tensor:
+        def closure(calls: list[int] = calls, finished: int = finished) -> Tensor:
             calls.append(1)
-            if len(calls) > at:
+            if len(calls) > finished:
                 raise RuntimeError
             return model(x).square().mean()
 
@@ -191,7 +191,7 @@ def test_an_exception_or_a_loss_that_is_not_finite_changes_nothing(mode: str) ->
     assert all(map(torch.equal, kept, [*model.parameters(), *(s["curvature"] for s in opt.state.values())]))
 
 
-def test_beside_the_curvature_a_step_takes_a_few_slices() -> None:
+def test_a_step_allocates_a_few_slices_and_no_whole_tensor() -> None:
     w = nn.Parameter(torch.zeros(1 << 21, dtype=torch.bfloat16))
     opt = MeZO([w], variant="hizoo", rounding="stochastic")
     opt.step(lambda: w[0])
@@ -204,7 +204,7 @@ def test_beside_the_curvature_a_step_takes_a_few_slices() -> None:
     assert 0 < largest <= 4 * hizoo._SLICE
 
 
-def test_state_of_inference_mode_serves_outside_of_it() -> None:
+def test_state_made_in_inference_mode_works_outside_it() -> None:
     p = nn.Parameter(torch.ones(3))
     opt = MeZO([p], variant="hizoo", smoothing=0.01, momentum=0.5, momentum_mode="store")
     with torch.inference_mode():
@@ -228,14 +228,14 @@ def test_a_run_resumes_to_the_same_bits(dtype: torch.dtype, options: dict[str, A
     torch.save(opt.state_dict(), file)
     file.seek(0)
     resumed = MeZO(model.parameters(), on_nonfinite="skip", **options)
-    resumed.step(lambda: model[0].weight.sum() * math.nan)  # what is loaded replaces a state that was in use
+    resumed.step(lambda: model[0].weight.sum() * math.nan)  # makes a state, which loading replaces
     resumed.load_state_dict(torch.load(file))
     assert all(s["curvature"].dtype == (F64 if dtype == F64 else torch.float32) for s in resumed.state.values())
     take(resumed, model, range(5, 11))
     assert same(model, whole)
 
 
-def test_the_header_names_the_smoothing_and_a_run_resumes_with_it_alone() -> None:
+def test_the_header_names_the_smoothing_and_a_run_resumes_only_with_the_same() -> None:
     _, model, opt = run(torch.float32, **HIZOO)
     header = ZoLog.from_bytes(opt.log.to_bytes()).header
     assert (header["variant"], header["smoothing"]) == ("hizoo", 0.01)
@@ -245,7 +245,7 @@ def test_the_header_names_the_smoothing_and_a_run_resumes_with_it_alone() -> Non
         other.load_state_dict(opt.state_dict())
 
 
-def test_no_fused_replay_and_nothing_is_written() -> None:
+def test_fused_replay_is_refused_and_writes_nothing() -> None:
     start, _, opt = run(torch.float32, **HIZOO)
     kept = copy.deepcopy(start)
     with pytest.raises(LogError, match="fused=True cannot replay hizoo"):

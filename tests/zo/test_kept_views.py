@@ -1,4 +1,4 @@
-"""A closure may keep memory of a perturbed weight beyond its evaluation: a kept view follows its weight."""
+"""A closure may keep a view of a perturbed weight beyond the evaluation: the view then follows its weight."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from leanops.optim.zo import estimate
 
 
 class Caching(nn.Module):
-    """Keeps what it made of its weight at the first call."""
+    """Makes something of its weight at the first call, and keeps it."""
 
     def __init__(self, make: Callable[[Tensor], Any], use: Callable[[Tensor, Any], Tensor]) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def test_memory_that_a_numpy_array_keeps_stays_valid() -> None:
     assert filler
 
 
-def test_what_an_evaluation_leaves_in_a_cycle_is_not_taken_for_kept(no_warning: None) -> None:
+def test_a_view_in_a_cycle_of_references_is_not_taken_for_kept(no_warning: None) -> None:
     p = nn.Parameter(torch.randn(4))
 
     def closure() -> Tensor:

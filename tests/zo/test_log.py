@@ -88,8 +88,8 @@ def test_a_file_grows_with_the_run_and_survives_its_end(tmp_path: Path) -> None:
     assert len(ZoLog.load(path)) == 8
 
 
-def test_a_log_does_not_go_into_another_file(tmp_path: Path) -> None:
-    """A resumed run continues the file of its log, be it ahead or behind, and overwrites nothing else."""
+def test_a_resumed_run_continues_only_the_file_of_its_own_log(tmp_path: Path) -> None:
+    """The file may hold more or other steps after those of the saved state. A file of anything else is not touched."""
     path = tmp_path / "run.zolog"
     p = nn.Parameter(torch.ones(3))
     opt = MeZO([p], lr=1e-2, log_file=path)
@@ -118,7 +118,7 @@ def test_a_log_does_not_go_into_another_file(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_costs_no_step(tmp_path: Path) -> None:
-    """The step that fails to be written is taken, in memory the log has it, and the file as soon as there is room."""
+    """A step counts though its record cannot be written. The log in memory has it, and the next write adds it."""
     path = tmp_path / "run.zolog"
     p = nn.Parameter(torch.ones(3))
     opt = MeZO([p], lr=1e-2, log_file=path)
@@ -145,8 +145,7 @@ def test_a_full_disk_costs_no_step(tmp_path: Path) -> None:
     assert torch.equal(replayed, p)
 
 
-def test_an_output_keeps_what_it_is(tmp_path: Path) -> None:
-    """A link stays a link, a private file private, and a device or a pipe is not replaced by a file."""
+def test_saving_keeps_links_and_permissions_and_refuses_pipes(tmp_path: Path) -> None:
     _, _, opt = run(torch.float32)
     target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
     target.touch(mode=0o600)
@@ -175,23 +174,23 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
         with pytest.raises(LogError, match="truncated"):
             ZoLog.from_bytes(good[:end])
     start = len(good) - len(opt.log._body) - 16
-    for at in [20, *range(start, len(good))]:
+    for place in [20, *range(start, len(good))]:
         for bit in range(8):
             with pytest.raises(LogError):
-                ZoLog.from_bytes(flipped(good, at, bit))
+                ZoLog.from_bytes(flipped(good, place, bit))
     with pytest.raises(LogError, match="after the end"):
         ZoLog.from_bytes(good + b"more")
     with pytest.raises(LogError, match="all 11 steps are there, the checksum after them is not"):
         ZoLog.from_bytes(good[:-4])
 
 
-def flipped(data: bytes, at: int, bit: int) -> bytes:
-    return data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :]
+def flipped(data: bytes, place: int, bit: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
 
 
 @pytest.mark.filterwarnings("ignore:.*did not close its log")
 def test_damage_of_an_unfinished_log_is_noticed_or_reads_as_a_run(tmp_path: Path) -> None:
-    """No checksum stands after the last steps, so another number can pass, but nothing else than numbers."""
+    """The last steps have no checksum. A changed number can pass unnoticed; any other damage cannot."""
     a, b = (nn.Parameter(torch.ones(n)) for n in (3, 2))
     opt = MeZO([a], lr=1e-2, momentum=0.5, log_file=tmp_path / "run.zolog")
     for step in range(4):
@@ -203,10 +202,10 @@ def test_damage_of_an_unfinished_log_is_noticed_or_reads_as_a_run(tmp_path: Path
     good = (tmp_path / "run.zolog").read_bytes()[:-16]
     start = len(good) - len(opt.log._body)
     refused = 0
-    for at in range(start, len(good)):
+    for place in range(start, len(good)):
         for bit in range(8):
             try:
-                log = ZoLog.from_bytes(flipped(good, at, bit))
+                log = ZoLog.from_bytes(flipped(good, place, bit))
             except LogError:
                 refused += 1
                 continue

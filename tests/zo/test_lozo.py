@@ -71,7 +71,7 @@ def test_a_vector_has_plain_gaussian_z() -> None:
         assert torch.equal(z_of(shape, 5, 6, tensor_id=3), lo.zo_noise(shape, 5, tensor_id=3))
 
 
-def test_any_part_of_a_matrix_gets_its_part() -> None:
+def test_a_part_of_a_matrix_gets_its_part_of_z() -> None:
     whole = z_of((11, 13), 5, 6)
     for a, b in ((0, 143), (13, 39), (5, 6), (7, 140)):
         part = torch.zeros(b - a)
@@ -185,7 +185,7 @@ def _stop() -> None:
     raise RuntimeError("stop")
 
 
-def test_scratch_looks_up_rows_and_ties_weights_with_the_bits_of_a_copy() -> None:
+def test_scratch_gives_looked_up_rows_and_tied_weights_the_bits_of_a_copy() -> None:
     torch.manual_seed(0)
     table = nn.Embedding(40_000, 4)
     tokens = torch.tensor([5, 39_999, 0, 5])
@@ -209,7 +209,7 @@ def test_scratch_looks_up_rows_and_ties_weights_with_the_bits_of_a_copy() -> Non
 # --- the log ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_header_names_rank_and_period_and_a_run_resumes_with_them_alone() -> None:
+def test_the_header_names_rank_and_period_and_a_run_resumes_only_with_the_same() -> None:
     start, end, opt = run(torch.float32, distribution="lowrank", rank=3, period=7)
     header = ZoLog.from_bytes(opt.log.to_bytes()).header
     assert (header["distribution"], header["rank"], header["period"]) == ("lowrank", 3, 7)

@@ -103,7 +103,7 @@ def test_one_sided_sign_and_fzoo_follow_their_formulas() -> None:
             return f(p)
 
         opt.step(closure)
-        assert calls == (8 if variant == "sign" else 5) + 1  # the first step repeats an evaluation
+        assert calls == (8 if variant == "sign" else 5) + 1  # the first step repeats one evaluation
         torch.testing.assert_close(torch.from_numpy(opt.log.scalars()[0]).double(), wanted, rtol=1e-5, atol=1e-6)
         moved = w - 1e-3 * sum(g * z for g, z in zip(wanted, zs, strict=True)) / 4
         torch.testing.assert_close(p.detach(), moved, rtol=1e-6, atol=1e-7)
@@ -166,7 +166,7 @@ def test_the_loss_is_the_mean_of_the_evaluations_and_a_number_stays_a_number() -
 
     loss = opt.step(closure)
     assert isinstance(loss, float)
-    assert loss == pytest.approx(sum(seen[1:]) / 2)  # the first evaluation is repeated
+    assert loss == pytest.approx(sum(seen[1:]) / 2)  # the first step repeats its first evaluation
     assert isinstance(opt.step(lambda: p + 7), Tensor)
 
 
@@ -209,7 +209,7 @@ def test_auto_copies_what_is_small_and_has_the_bits_of_every_exact_mode(monkeypa
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("variant", ["spsa", "one_sided", "sign", "fzoo"])
-def test_a_loss_in_half_precision_that_hides_every_difference_is_named(variant: str, dtype: torch.dtype) -> None:
+def test_a_loss_in_half_precision_that_hides_every_difference_gets_a_warning(variant: str, dtype: torch.dtype) -> None:
     def losses(dtype: torch.dtype) -> MeZO:
         p = nn.Parameter(torch.ones(40))
         opt = MeZO([p], lr=0.0, variant=variant, directions=2)
@@ -225,7 +225,7 @@ def test_a_loss_in_half_precision_that_hides_every_difference_is_named(variant: 
         assert losses(torch.float32).log.scalars().all()
 
 
-def test_a_loss_in_half_precision_that_shows_differences_is_no_reason_to_warn() -> None:
+def test_a_loss_in_half_precision_that_shows_differences_gets_no_warning() -> None:
     p = nn.Parameter(torch.ones(40))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -233,7 +233,7 @@ def test_a_loss_in_half_precision_that_shows_differences_is_no_reason_to_warn() 
 
 
 def test_small_bf16_updates_vanish_with_nearest_rounding_and_arrive_with_stochastic() -> None:
-    """lr 1e-7, g 10, weights of 0.02: cosine of the change, or of its mean over rounding bits, with the intended."""
+    """lr 1e-7, g 10, weights of 0.02: cosine of the wanted change and the change, a mean over sets of rounding bits."""
     torch.manual_seed(0)
     start = (0.02 * torch.randn(1500)).bfloat16()
     wanted = -1e-6 * lo.zo_noise(start.shape, 5, dtype=F64)

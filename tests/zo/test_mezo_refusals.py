@@ -1,4 +1,4 @@
-"""What MeZO refuses, before anything changes."""
+"""MeZO refuses bad settings, parameters, closures and states before anything changes."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None
 
 
 @pytest.mark.parametrize("text", ["1e-6", "0.5", b"0.5", np.str_("0.5"), "fast"])
-def test_numbers_that_are_text_are_a_type_error_wherever_they_come(text: Any) -> None:
-    """YAML reads 1e-6 as text, and float() takes text: a scheduler would fail later, when it multiplies."""
+def test_a_number_given_as_text_is_a_type_error_in_options_groups_and_steps(text: Any) -> None:
+    """YAML reads 1e-6 as text and float() takes it, so a scheduler would fail later, when it multiplies."""
     p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     for name in ("lr", "eps", "weight_decay", "momentum", "smoothing"):
         with pytest.raises(TypeError, match=rf"MeZO: {name} must be a finite number .*, which is text"):
@@ -111,7 +111,7 @@ def test_bad_parameters_are_refused_and_nothing_is_added() -> None:
 
 
 def test_frozen_parameters_may_be_of_any_kind_until_they_move() -> None:
-    """A quantised base under adapters."""
+    """As a quantised base under adapters is."""
     codes, p = nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False), nn.Parameter(torch.ones(3))
     opt = MeZO([codes, p], lr=1.0)
     opt.step(lambda: p.sum() * codes.sum())
@@ -135,7 +135,7 @@ def test_bad_closures_and_states_are_refused_and_nothing_changes() -> None:
         opt.step()
     with pytest.raises(ValueError, match=r"scalar.*\[5\]"):
         opt.step(lambda: p * 2)
-    for nothing in (None, {}, "low"):  # of a fresh optimizer as well: its first evaluation is looked at
+    for nothing in (None, {}, "low"):  # a fresh optimizer as well, since it inspects its first evaluation
         for fresh in (opt, MeZO([p, nn.Parameter(torch.randn(2))], lr=1.0)):
             with pytest.raises(TypeError, match=rf"MeZO.step: closure must .* got {type(nothing).__name__}"):
                 fresh.step(lambda: nothing)  # noqa: B023

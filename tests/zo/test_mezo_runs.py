@@ -1,4 +1,4 @@
-"""A run of MeZO: it resumes, is copied, and survives steps that fail."""
+"""Runs of MeZO resume, can be copied, and survive steps that fail."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_run_resumes_to_the_same_bits(options: dict[str, Any], dtype: torch.dt
 
 @pytest.mark.parametrize("before", [0, 3])
 def test_a_run_resumes_right_after_a_group_has_joined(before: int) -> None:
-    """Momentum starts anew where the group joins, and the state tells so although no step has followed."""
+    """Momentum starts anew where the group joins. The saved state says so even before the next step."""
 
     def start(groups: int) -> tuple[nn.Module, MeZO]:
         model = mlp()
@@ -87,7 +87,7 @@ def test_the_log_before_the_first_step_is_that_of_the_run() -> None:
 
 
 def test_an_update_that_fails_is_no_step(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It leaves no trace in the momentum, in the log or in what is resumed from it, but the log's file."""
+    """It leaves no trace in the momentum, in the log or in a resumed run, and the log's file replays to the weights."""
     p = nn.Parameter(torch.ones(3))
     opt = MeZO([p], lr=0.1, momentum=0.5, log_file=tmp_path / "run.zolog")
     for step in range(6):
@@ -101,11 +101,12 @@ def test_an_update_that_fails_is_no_step(tmp_path: Any, monkeypatch: pytest.Monk
             saved = p.detach().clone(), opt.state_dict()
         opt.step(lambda: p.square().sum())
     opt.log.close()
-    start, resumed = torch.ones(3), nn.Parameter(saved[0])
+    saved_weights, saved_state = saved
+    start, resumed = torch.ones(3), nn.Parameter(saved_weights)
     replay_([start], tmp_path / "run.zolog")
     assert torch.equal(start, p)
     again = MeZO([resumed])
-    again.load_state_dict(saved[1])
+    again.load_state_dict(saved_state)
     for _ in range(3):
         again.step(lambda: resumed.square().sum())
     assert torch.equal(resumed, p)
@@ -165,12 +166,14 @@ def test_losses_that_are_not_finite_change_nothing(bad: float) -> None:
 @pytest.mark.parametrize(
     ("options", "loss"),
     [
-        ({}, 1e308),  # two of them overflow
-        ({"variant": "fzoo", "directions": 3}, 1e200),  # their squares do
+        ({}, 1e308),  # the estimate, or the sum of two, overflows
+        ({"variant": "fzoo", "directions": 3}, 1e200),  # their squares overflow
         ({"variant": "hizoo", "eps": 1e-170}, 1.0),  # eps^2 underflows
     ],
 )
-def test_losses_at_the_edge_of_fp64_are_handled_as_any(options: dict[str, Any], loss: float) -> None:
+def test_an_estimate_that_overflows_fp64_is_skipped_like_a_loss_that_is_not_finite(
+    options: dict[str, Any], loss: float
+) -> None:
     p = nn.Parameter(torch.randn(5))
     before = p.detach().clone()
     opt = MeZO([p], lr=1e-3, on_nonfinite="skip", **options)

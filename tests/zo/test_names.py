@@ -1,7 +1,8 @@
-"""A log has the plain model's names, and fits the model under other names that mean the same tensors."""
+"""A log has the names of the plain model, and replays onto models and files with other names for the same tensors."""
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def test_a_selection_has_the_plain_models_names(wrap: Any) -> None:
 
 
 def with_names(log: ZoLog, name: Any) -> ZoLog:
-    """A log as it was written before names were those of the plain model."""
+    """The log with other names, as earlier versions wrote them."""
     data = log.to_bytes()
     size = int.from_bytes(data[8:12], "little")
     header = json.loads(data[16 : 16 + size])
@@ -137,14 +138,17 @@ def test_a_log_with_a_wrappers_names_fits_the_plain_model_and_the_wrapped_one(pr
     assert torch.equal(swapped[0].weight, model[0].weight)
 
 
-def test_a_plain_model_may_have_a_submodule_of_the_name() -> None:
+def test_a_plain_model_may_have_a_submodule_named_module() -> None:
     model = nn.ModuleDict({"module": nn.Linear(2, 1)})
     assert canonical_names(model) == ["module.weight", "module.bias"]
     assert canonical_names(nn.DataParallel(model)) == ["module.weight", "module.bias"]
+    start = nn.ModuleDict({"module": copy.deepcopy(model["module"]), "other": nn.Linear(2, 1)})
+    other = copy.deepcopy(start["other"])
     opt = MeZO(model.parameters(), lr=0.1, model=model)
     opt.step(lambda: model["module"](torch.ones(2)).sum())
-    start = nn.ModuleDict({"module": nn.Linear(2, 1), "other": nn.Linear(2, 1)})
     replay_(start, opt.log)
+    assert all(map(torch.equal, start["module"].parameters(), model["module"].parameters()))
+    assert all(map(torch.equal, start["other"].parameters(), other.parameters()))
 
 
 def test_names_that_could_be_several_tensors_are_refused_and_nothing_changes() -> None:

@@ -25,9 +25,9 @@ def perturbed(p: Tensor, sign: int, tensor_id: int = 0, *, step: int = 0, distri
 
 
 def evaluate(params: list[nn.Parameter], use: Callable[[], Tensor], **options: Any) -> list[Tensor]:
-    """What ``use`` sees at +eps and at -eps; the weights are checked to be untouched after.
+    """The results of ``use`` at +eps and at -eps, after a check that the weights keep their bits.
 
-    The first step evaluates at +eps twice or more, to look for weights that it does not see and for randomness.
+    The first step evaluates twice or more at +eps, to find hidden weights and randomness; the last two results count.
     """
     seen: list[Tensor] = []
 
@@ -79,7 +79,7 @@ USES: dict[str, Callable[[nn.Parameter, nn.Parameter], Tensor]] = {
 
 
 def _kept(a: nn.Parameter, b: nn.Parameter, view: Callable[[Tensor], Tensor]) -> Tensor:
-    """A view of a, read after b was used: the scratch memory must not have been reused."""
+    """A view of a is read after a use of b, which must not take the view's scratch memory."""
     held = view(a)
     other = b * 2
     return held.reshape(-1)[:3] + other[0]
@@ -183,7 +183,7 @@ def test_scratch_is_as_large_as_the_largest_use() -> None:
 
 
 class Hidden(nn.Module):
-    """A weight that is used through a view made beforehand, which no torch function connects with the parameter."""
+    """A model that uses its weight through an older view, which no torch function connects with the parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ class Hidden(nn.Module):
         return (x * self.alias + self.seen).sum()
 
 
-def test_weights_used_out_of_sight_are_found_and_held() -> None:
+def test_hidden_weights_are_found_and_perturbed_in_place() -> None:
     torch.manual_seed(0)
     model, x = Hidden(), torch.randn(4)
     before = {n: bits(p) for n, p in model.named_parameters()}
@@ -217,7 +217,7 @@ def test_weights_used_out_of_sight_are_found_and_held() -> None:
     assert all(torch.equal(bits(p), before[n]) for n, p in model.named_parameters())
 
 
-def test_an_unused_weight_is_recognised_and_not_held() -> None:
+def test_an_unused_weight_is_not_taken_for_a_hidden_one() -> None:
     p, unused = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
     opt = MeZO([p, unused], lr=0.0, perturb="scratch")
     calls = 0
@@ -235,7 +235,7 @@ def test_an_unused_weight_is_recognised_and_not_held() -> None:
 
 
 def test_a_hidden_weight_is_found_although_the_loss_is_coarse() -> None:
-    """The loss is a count that does not move; the intermediate results show that the weight plays a part."""
+    """The loss is a count that stays the same. Intermediate results show that the weight takes part."""
     torch.manual_seed(0)
     model, x = Hidden(), torch.randn(4)
     opt = MeZO(model.parameters(), lr=0.0, model=model, perturb="scratch")
@@ -279,7 +279,7 @@ TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", [*TRANSFORMS, "autograd"])
 def test_a_closure_may_differentiate(name: str) -> None:
-    """With respect to its inputs; each use of a weight is in the graph with the value that it had there."""
+    """It differentiates by its inputs. The graph holds each use of a weight with the perturbed value."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
     x = torch.randn(6, 4)
@@ -298,8 +298,8 @@ def test_a_closure_may_differentiate(name: str) -> None:
 
 @pytest.mark.parametrize("mode", ["scratch", "copy", "inplace"])
 @pytest.mark.parametrize("variant", ["spsa", "one_sided", "fzoo", "hizoo"])
-def test_autocast_around_the_step_is_that_around_the_model(mode: str, variant: str) -> None:
-    """autocast keeps casts of the weights, which must not outlive an evaluation."""
+def test_autocast_around_the_step_equals_autocast_around_the_model(mode: str, variant: str) -> None:
+    """autocast caches casts of the weights, and a cached cast must not outlive its evaluation."""
     x = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
 
     def run(outside: bool) -> list[float]:
@@ -321,7 +321,7 @@ def test_autocast_around_the_step_is_that_around_the_model(mode: str, variant: s
 
 
 @pytest.mark.parametrize("mode", ["scratch", "copy"])
-def test_a_default_device_is_not_that_of_the_parameters(mode: str) -> None:
+def test_the_default_device_changes_nothing(mode: str) -> None:
     torch.manual_seed(0)
     model, x = nn.Linear(4, 2), torch.randn(3, 4)
     wanted = measured(model, lambda: model(x).sum(), lr=0.0, perturb=mode)
@@ -330,7 +330,7 @@ def test_a_default_device_is_not_that_of_the_parameters(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["scratch", "copy"])
-def test_a_compiled_training_step_runs_the_step_as_it_is_and_compiled_models_compiled(mode: str) -> None:
+def test_a_step_inside_a_compiled_function_runs_eagerly_and_calls_compiled_models(mode: str) -> None:
     graphs = []
 
     def backend(graph: Any, _: Any) -> Any:
@@ -344,7 +344,7 @@ def test_a_compiled_training_step_runs_the_step_as_it_is_and_compiled_models_com
     torch.compile(lambda: opt.step(lambda: compiled(x).square().mean()), backend="eager")()
     assert opt.steps == 1
     assert not torch.equal(bits(model.weight), start)
-    assert len(graphs) == (3 if mode == "copy" else 0)  # scratch sees into eager functions alone
+    assert len(graphs) == (3 if mode == "copy" else 0)  # scratch perturbs uses in eager functions alone
 
 
 def test_non_contiguous_and_empty_parameters() -> None:

@@ -64,7 +64,7 @@ def test_replay_reads_the_weights_once(dtype: torch.dtype, name: str, monkeypatc
     monkeypatch.setattr(replay_module, "zo_axpy_", counted)
     replay_(start, opt.log)
     assert same(start, end)
-    assert sorted(calls) == [36, 38]  # one call for what was frozen for two steps, one for the others
+    assert sorted(calls) == [36, 38]  # one call for the bias that was frozen for two steps, one for the others
 
 
 @pytest.mark.parametrize("options", FUSABLE.values(), ids=FUSABLE.keys())
@@ -76,7 +76,7 @@ def test_fused_replay_is_the_same_sum(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("mode", ["store", "recompute"])
-def test_fused_replay_goes_past_a_step_that_decays_to_nothing(mode: str) -> None:
+def test_fused_replay_takes_a_step_that_decays_the_weights_to_nothing(mode: str) -> None:
     """At lr * weight_decay = 1 a step keeps nothing of the weights; what it and later steps add stays."""
     p = nn.Parameter(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
     start = p.detach().clone()
@@ -178,8 +178,8 @@ def test_file_errors_leave_no_output(tmp_path: Path) -> None:
     assert len(ZoLog.load(tmp_path / "run.zolog")) == 11
 
 
-def moved_by(count: int, table: dict[str, Any]) -> None:
-    """The first tensor ends, and the second begins, so many bytes later."""
+def move_border(count: int, table: dict[str, Any]) -> None:
+    """Move the border between the first two tensors by ``count`` bytes."""
     first, second = sorted(table, key=lambda name: table[name]["data_offsets"])[:2]
     table[first]["data_offsets"][1] += count
     table[second]["data_offsets"][0] += count
@@ -196,8 +196,8 @@ def moved_by(count: int, table: dict[str, Any]) -> None:
         (lambda t: t["0.bias"].update(data_offsets=[0.0, 16.0]), r"tensor 0\.bias must have a dtype"),
         (lambda t: t["0.bias"].update(data_offsets=[0]), r"tensor 0\.bias must have a dtype"),
         (lambda t: t.update({"0.bias": 3}), r"tensor 0\.bias must have a dtype"),
-        (lambda t: moved_by(4, t), r"tensor 0\.bias must have the 16 bytes of F32 \[4\], got 20"),
-        (lambda t: moved_by(1, t), r"tensor 0\.bias must have the 16 bytes of F32 \[4\], got 17"),
+        (lambda t: move_border(4, t), r"tensor 0\.bias must have the 16 bytes of F32 \[4\], got 20"),
+        (lambda t: move_border(1, t), r"tensor 0\.bias must have the 16 bytes of F32 \[4\], got 17"),
         (lambda t: t.pop("0.bias"), "begins at byte 16 of the data, expected 0"),
     ],
 )
@@ -217,7 +217,7 @@ def test_a_damaged_header_of_a_file_is_refused(damage: Any, message: str, tmp_pa
 
 
 def test_files_of_tied_weights(tmp_path: Path) -> None:
-    """The log has one name for them; a file has either, or both with a copy each."""
+    """The log has one name for tied weights. A file has one of the names, or both with a copy each."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
     model[1].weight = model[0].weight

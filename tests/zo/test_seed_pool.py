@@ -1,4 +1,4 @@
-"""FedKSeed's pool: sums, history, sampling, one-pass application, and the bytes that travel."""
+"""FedKSeed's pool: sums, history, sampling, application in one pass, and the size of its messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import leanops as lo
 from leanops.optim import SeedPool
 
 
-def learned(size: int = 64, n: int = 40, seed: int = 0) -> SeedPool:
+def random_pool(size: int = 64, n: int = 40, seed: int = 0) -> SeedPool:
     rng = np.random.default_rng(seed)
     pool = SeedPool(size, seed=9)
     for k, g in zip(rng.integers(size, size=n).tolist(), rng.normal(size=n).tolist(), strict=True):
@@ -63,7 +63,7 @@ def test_a_pool_is_saved_with_the_start_of_its_history_and_earlier_bytes_stay() 
         plain, zero = (SeedPool(64, seed=9, history_starts_with_zero=on) for on in (False, True))
         for pool in (plain, zero):
             if merged:
-                pool.merge(learned())
+                pool.merge(random_pool())
             else:
                 pool.add(3, 2.0)
                 pool.add(5, 1.0)
@@ -94,7 +94,7 @@ def test_sampling_is_uniform_without_history_and_follows_the_probabilities_with_
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_applying_is_one_fused_pass_over_what_requires_grad(dtype: torch.dtype) -> None:
-    pool = learned()
+    pool = random_pool()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).to(dtype)
     model[0].bias.requires_grad_(False)
@@ -135,7 +135,7 @@ def test_client_and_server_agree() -> None:
 @pytest.mark.parametrize("history", [True, False])
 @pytest.mark.parametrize("merged", [True, False])
 def test_bytes_round_trip(history: bool, merged: bool) -> None:
-    pool = learned(n=500)
+    pool = random_pool(n=500)
     if merged:
         server = SeedPool(64, seed=9)
         server.merge(pool, 0.5)
@@ -152,7 +152,7 @@ def test_bytes_round_trip(history: bool, merged: bool) -> None:
 @pytest.mark.parametrize(("size", "history"), [(4096, False), (1024, True)])
 def test_a_round_stays_under_18_kilobytes_at_the_published_settings(size: int, history: bool) -> None:
     server, client = SeedPool(size), SeedPool(size)
-    server.merge(learned_full(size))
+    server.merge(full_pool(size))
     for k in server.sample(200, generator=0):
         client.add(k, 1.5)
     down, up = len(server.to_bytes(history=history)), len(client.to_bytes())
@@ -160,7 +160,7 @@ def test_a_round_stays_under_18_kilobytes_at_the_published_settings(size: int, h
     assert down + up < 18_000
 
 
-def learned_full(size: int) -> SeedPool:
+def full_pool(size: int) -> SeedPool:
     pool = SeedPool(size)
     for k in range(size):
         pool.add(k, k - 7.5)
@@ -169,7 +169,7 @@ def learned_full(size: int) -> SeedPool:
 
 def test_a_failed_save_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "pool"
-    learned().save(path)
+    random_pool().save(path)
 
     def full(_: int) -> None:
         raise OSError("No space left on device")
@@ -177,7 +177,7 @@ def test_a_failed_save_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         SeedPool(64).save(path)
-    assert SeedPool.load(path).to_bytes() == learned().to_bytes()
+    assert SeedPool.load(path).to_bytes() == random_pool().to_bytes()
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -261,8 +261,8 @@ def test_sums_stay_within_fp32() -> None:
     assert pool.to_bytes() == before
 
 
-def test_a_step_moves_what_applying_moves() -> None:
-    """Where nothing requires grad, everything."""
+def test_a_step_and_its_application_move_the_same_tensors() -> None:
+    """Where no tensor requires grad, all of them move."""
     moved, applied = torch.ones(3), torch.ones(3)
     pool = SeedPool(8)
     g = pool.step_([moved], lambda: moved.square().sum(), np.int64(2), lr=0.1)
@@ -272,7 +272,7 @@ def test_a_step_moves_what_applying_moves() -> None:
     assert not torch.equal(moved, torch.ones(3))
 
 
-def test_numbers_that_are_text_are_a_type_error() -> None:
+def test_a_number_given_as_text_is_a_type_error() -> None:
     pool, p = SeedPool(8), torch.zeros(2)
     other = SeedPool(8)
     for call in (

@@ -75,7 +75,7 @@ def test_a_run_is_that_of_the_tied_module(
     assert len(opt.state) == len(other.state)
     if perturb == "inplace":
         return
-    apart = by_data(dtype)  # the twin as a copy of its own, as a file may hold it
+    apart = by_data(dtype)  # the second weight is a copy, as a file may hold it
     apart.head.weight.data = apart.table.weight.data.clone()
     for start in (by_data(dtype), by_module(dtype), apart, list(by_data(dtype).parameters())):
         replay_(start, log)
@@ -99,7 +99,7 @@ def test_a_run_is_that_of_the_tied_module(
 
 
 @pytest.mark.parametrize("frozen", ["table", "head"])
-def test_a_weight_moves_where_one_of_its_names_requires_grad(frozen: str) -> None:
+def test_a_tied_weight_moves_if_one_of_its_parameters_requires_grad(frozen: str) -> None:
     model = by_data()
     getattr(model, frozen).weight.requires_grad_(False)
     start = by_data()
@@ -133,10 +133,10 @@ def test_groups_that_join_may_be_tied_and_a_weight_may_be_excluded() -> None:
     assert kept == [True] + [False] * 6
 
 
-def test_a_tie_that_is_cut_in_the_midst_of_a_run_is_refused_and_partial_overlaps_are() -> None:
+def test_cutting_a_tie_during_a_run_is_refused_and_so_are_partial_overlaps() -> None:
     model = by_data()
     opt = MeZO(model.parameters(), lr=0.1, model=model)
-    model.head.weight.data = model.head.weight.data.clone()  # before the first step it may be cut
+    model.head.weight.data = model.head.weight.data.clone()  # allowed before the first step
     steps(opt, model, 1)
     assert not torch.equal(model.table.weight, model.head.weight)
     assert not opt.log.ties()
