@@ -48,7 +48,7 @@ class Page:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, Page]]:
-    known = dict(_registry._specs)  # CONTRIBUTING registers an operator; the suites have not asked for it
+    known = dict(_registry._specs)  # CONTRIBUTING registers an operator, which other tests must not see
     yield {p: Page(p, tmp_path_factory.mktemp(p.stem)) for p in PAGES}
     _registry._specs.clear()
     _registry._specs.update(known)

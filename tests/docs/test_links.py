@@ -1,4 +1,4 @@
-"""What the documentation mentions exists: linked files, named paths, make targets, commands and their options."""
+"""Files, paths, make targets, commands and options that the documentation names exist."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def help_of(*command: str) -> str:
 
 
 @over_pages
-def test_shell_lines_use_what_there_is(page: Path) -> None:
+def test_make_targets_commands_and_options_in_shell_blocks_exist(page: Path) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for line in shell_lines(page):
         words = [w for w in shlex.split(line) if not re.match(r"[A-Z_]+=", w)]  # without environment assignments

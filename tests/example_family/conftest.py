@@ -1,3 +1,3 @@
-"""Its tests run in a copy of the repository that has the family; see tests/test_example_family.py."""
+"""The family's tests run in a copy of the repository, see tests/test_example_family.py."""
 
 collect_ignore = ["tests"]

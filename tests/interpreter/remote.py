@@ -22,8 +22,8 @@ _INTERPRETER = pytest.StashKey["Interpreter"]()
 
 
 class Outcome(NamedTuple):
-    """What became of a test: "passed", "failed" or "skipped"; the text of the failure or the reason of the skip; what
-    was printed; and the CPU time of the other process."""
+    """The outcome of a test ("passed", "failed" or "skipped"), the text of the failure or the reason of the skip, the
+    printed text, and the CPU time of the interpreting process."""
 
     outcome: str
     text: str

@@ -36,7 +36,7 @@ def test_goes_on():
 
 
 def outcomes(folder: Path, *options: str) -> dict[str, tuple[str, str]]:
-    """Of each test: its outcome, and the text that comes with it."""
+    """The outcome of each test, and the text that comes with it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "TRITON"))}
     environment["PYTHONPATH"] = os.pathsep.join([str(families.TESTS), os.environ.get("PYTHONPATH", "")])
     plugins = ["-p", "interpreter.remote", "-p", "no:cacheprovider", f"--junitxml={folder / 'results.xml'}"]
@@ -71,12 +71,12 @@ def test_the_outcome_of_a_test_comes_back(tmp_path, workers):
     assert "the interpreting process has ended" in ended[1]
 
 
-def test_a_file_that_cannot_be_imported_there_fails_with_its_error(tmp_path):
-    broken = "import os\nassert os.environ.get('TRITON_INTERPRET') != '1', 'broken there'\n\ndef test_any(): pass\n"
+def test_a_file_that_the_interpreting_process_cannot_import_fails_with_its_error(tmp_path):
+    broken = "import os\nassert os.environ.get('TRITON_INTERPRET') != '1', 'broken here'\n\ndef test_any(): pass\n"
     (tmp_path / FILE).write_text(broken)
     outcome, text = outcomes(tmp_path)["test_any"]
     assert outcome == "failure"
-    assert "broken there" in text
+    assert "broken here" in text
 
 
 @pytest.mark.parametrize("family", [f for f in families.FAMILIES if (families.ROOT / f"pyops/{f}/triton.py").exists()])

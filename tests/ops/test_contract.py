@@ -45,7 +45,7 @@ def test_runs_under_inference_mode(spec, case, dtype, device):
 
 @over_cases()
 def test_autocast_changes_nothing(spec, case, dtype, device):
-    """A kernel that asks torch for a product must get it in the dtype of its memory."""
+    """autocast must not change the dtype of a product that a kernel asks torch for."""
     args = make(case, device, dtype)
     want = run(spec, args)
     for low in (torch.bfloat16, torch.float16):
@@ -77,7 +77,7 @@ def test_launch_is_the_call_without_its_checks(spec, case, dtype, device):
     assert all(t._version > v for t, v in zip(spec.mutated(args), versions, strict=True))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = tree_map_only(torch.Tensor, mode.from_tensor, args)
-        spec.launch(device, *fake)  # to the fake kernel: the backend must not see these
+        spec.launch(device, *fake)  # goes to the fake kernel, since the backend would read memory
 
 
 BAD = [pytest.param(s, b, id=f"{s.name}-{b.name}") for s in SPECS for b in s.bad_inputs]
@@ -105,7 +105,7 @@ def test_no_call_keeps_a_tensor(spec, case, dtype, device):
         function(*args)
         references = [weakref.ref(t) for t in tensors(args)]
         del args
-        # Python keeps the object of a tensor alive that something in C++ still holds
+        # a tensor that C++ still holds keeps its Python object alive
         assert not any(r() is not None for r in references), name
 
 

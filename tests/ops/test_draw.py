@@ -1,4 +1,4 @@
-"""What a fuzz case draws over hypothesis beyond numbers and tensors: sorted indices, and lists of them with padding."""
+"""The draws of a fuzz case: sorted indices, and padded lists of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``OpSpec.launch``, by which an optimizer calls below the operator's checks: kernels refuse by themselves, once."""
+"""``OpSpec.launch`` skips the operator's checks, so native kernels check for themselves; every call is checked once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from leanops._registry import BadInput, OpSpec
 
 
 def is_refused_by_the_check(spec: OpSpec, bad: BadInput) -> bool:
-    """The others overlap or require grad: it is for who calls ``launch`` to know that nothing does."""
+    """False for tensors that overlap or require grad: the caller of ``launch`` must not pass such."""
     try:
         spec.check(spec.bind(*bad.make(torch.device("cpu"))))
     except bad.error:
@@ -26,16 +26,16 @@ BAD = [(s, b) for s in MUTATING for b in s.bad_inputs if is_refused_by_the_check
 over_bad_inputs = pytest.mark.parametrize(("spec", "bad"), BAD, ids=[f"{s.name}-{b.name}" for s, b in BAD])
 
 
-def test_only_what_overlaps_or_requires_grad_is_for_the_caller():
+def test_the_check_misses_only_overlaps_and_tensors_that_require_grad():
     for spec in MUTATING:
-        others = {b.name for b in spec.bad_inputs} - {b.name for s, b in BAD if s is spec}
-        assert others <= {"expanded", "overlap", "shared storage", "requires grad"}
-        assert len(spec.bad_inputs) - len(others) >= 7
+        missed = {b.name for b in spec.bad_inputs} - {b.name for s, b in BAD if s is spec}
+        assert missed <= {"expanded", "overlap", "shared storage", "requires grad"}
+        assert len(spec.bad_inputs) - len(missed) >= 7
 
 
 @contextmanager
 def kernels_in_python(spec: OpSpec) -> Iterator[None]:
-    """As where no native library is loaded."""
+    """As if no native library were loaded."""
     native = set(spec.native_on)
     spec.native_on.clear()
     try:
@@ -45,7 +45,7 @@ def kernels_in_python(spec: OpSpec) -> Iterator[None]:
 
 
 def assert_launch_refuses(spec, bad, device, error):
-    """Before a byte changes, in the words of the operator."""
+    """``launch`` raises the operator's message before a byte or a version counter changes."""
     args = bad.make(device)
     before, versions = clone(args), [t._version for t in tensors(args)]
     with pytest.raises(error, match=bad.message):
@@ -68,7 +68,7 @@ def test_launch_refuses_for_a_kernel_in_python(spec, bad, device):
 
 
 @over_bad_inputs
-def test_no_launcher_in_python_is_reached(spec, bad, device, monkeypatch):
+def test_bad_input_reaches_no_launcher_in_python(spec, bad, device, monkeypatch):
     for name in (*spec.backends, *spec.variants_on(device)):
         monkeypatch.setitem(spec._kernels, name, lambda *args: pytest.fail("a kernel is launched"))
         with pytest.raises(bad.error, match=bad.message):

@@ -26,7 +26,7 @@ def test_backends_agree_with_the_reference(spec, case, dtype, device):
 
 @over_cases(every_dtype="ci")
 def test_every_output_element_is_written(spec, case, dtype, device):
-    torch.use_deterministic_algorithms(True)  # torch.empty is then filled with NaN, also inside of the operator
+    torch.use_deterministic_algorithms(True)  # then torch.empty fills with NaN, inside the operator too
     try:
         assert torch.empty(3, device=device, dtype=dtype).isnan().all()
         args = make(case, device, dtype)
@@ -104,7 +104,7 @@ def test_gradients_are_as_exact_as_those_of_plain_torch(spec, case, dtype, devic
         return torch.autograd.grad(results, inputs, cotangents)
 
     if dtype == torch.float64:
-        return  # no wider reference; gradcheck above is the test
+        return  # there is no wider reference; gradcheck tests float64
     exact, got = gradients(spec.kernel("reference"), True), gradients(spec.op, False)
     plain = gradients(spec.unpacked(spec.plain), False)
     for g, p, w in zip(got, plain, exact, strict=True):

@@ -1,4 +1,4 @@
-"""Variants of an operator, on any device: the generic suites hold each against the reference, and one can be called."""
+"""Variants of an operator: the generic suites find a wrong one, and a right one can be called."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def check(call: Double) -> None:
 
 
 def double(*names: str) -> OpSpec:
-    """An operator that nobody registers, with some of the variants."""
+    """An operator with these variants, which is not registered."""
     loaders = {
         "add": lambda: lambda call: torch.add(call.x, call.x, out=call.out),
         "nearly": lambda: nearly_,

@@ -1,4 +1,4 @@
-"""reset_momentum_: the next step equals a new optimizer's, and state without a known start value is made anew."""
+"""reset_momentum_: later steps equal those of a new optimizer, and state without a known start value is made anew."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_without_the_step_count_the_next_update_would_be_3_16_times_too_large() 
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.int8])
-def test_sm3_keeps_its_covers_unless_they_are_to_go(dtype: torch.dtype | None) -> None:
+def test_sm3_keeps_its_covers_unless_covers_is_true(dtype: torch.dtype | None) -> None:
     for covers in (False, True):
         model = net()
         optimizer = SM3(model.parameters(), lr=0.1, momentum_dtype=dtype)
@@ -191,7 +191,7 @@ def test_complex_parameters_start_as_in_a_new_optimizer(name: str) -> None:
 
 
 class Quantized(Tensor):
-    """A special tensor type that cannot be filled, like torchao's moments of 8 bits."""
+    """A tensor subclass that cannot be filled, like torchao's moments of 8 bits."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -200,7 +200,7 @@ class Quantized(Tensor):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def test_a_parameter_with_a_tensor_type_of_its_own_starts_anew_as_a_whole() -> None:
+def test_a_parameter_whose_state_cannot_be_filled_loses_its_whole_state() -> None:
     p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([p, q], lr=0.1)
     p.grad = q.grad = torch.ones(2)
@@ -228,7 +228,7 @@ class Strange(Optimizer):
                     state["trust"] = state.get("trust", 2.5) * 2
 
 
-def test_a_parameter_with_an_unknown_entry_starts_anew_as_a_whole() -> None:
+def test_a_parameter_with_an_unknown_entry_loses_its_whole_state() -> None:
     model = nn.Linear(2, 2)
     optimizer = Strange(model.parameters())
     for p in model.parameters():
@@ -253,7 +253,7 @@ def test_numbers_and_missing_entries_are_handled() -> None:
     assert q not in optimizer.state  # no state is made
 
 
-def test_what_an_optimizer_keeps_by_name_stays() -> None:
+def test_state_under_a_name_instead_of_a_parameter_stays() -> None:
     p = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([p], lr=0.1)
     optimizer.state[p] = {"step": 7}

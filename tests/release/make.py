@@ -1,4 +1,4 @@
-"""Makes the fixtures of a release, by which later ones know that they have not changed a bit.
+"""Makes the fixtures of a release, by which tests of later releases know that no bit has changed.
 
     PYTHONPATH=tests .venv/bin/python -m release.make
 
@@ -257,7 +257,7 @@ def make_selections(folder: Path) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The last one that changed the code; it must be what is there."""
+    """The last commit that changed the code. The working tree must be that code."""
     code = ["csrc", "pyops", "optim"]
     if changed := git("status", "--porcelain", "--", *code):
         sys.exit(f"release.make: the code must be a release's, got changes that are not committed:\n{changed}")
@@ -265,7 +265,7 @@ def commit() -> str:
 
 
 def packed(folder: Path) -> bytes:
-    """The folder's files as an archive that holds nothing of when and by whom it was made."""
+    """The folder's files as an archive without times and owners."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:xz", preset=9) as tar:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):

@@ -28,10 +28,10 @@ OFFSETS = (0, 3, 2**32 - 70, 2**33 + 5, 2**62 + 1)
 SEEDS = (5, -1, 2**64 - 3, 2**63, 0x123456789ABCDEF)
 
 
-def inputs(dtype: str, seed: int, device: torch.device, shapes: Sequence[tuple[int, ...]], by: float) -> list[Tensor]:
-    """Noise times a power of two."""
+def inputs(dtype: str, seed: int, device: torch.device, shapes: Sequence[tuple[int, ...]], size: float) -> list[Tensor]:
+    """Noise times ``size``, a power of two."""
     kind: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
-    return [zo_noise(s, seed, tensor_id=i, **kind) * by for i, s in enumerate(shapes)]
+    return [zo_noise(s, seed, tensor_id=i, **kind) * size for i, s in enumerate(shapes)]
 
 
 # --- noise ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""No bit changes between releases: what an earlier one wrote loads today, and leads to the weights it led to then.
+"""No bit changes between releases: files of an earlier release load today, and lead to the same weights.
 
 Each folder beside this file holds the fixtures of one release; ``make.py`` makes them.
 """

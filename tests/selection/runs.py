@@ -1,4 +1,4 @@
-"""A small network of blocks, the optimizers, and the helpers that the tests of selection share."""
+"""What the tests of selection share: a small network of blocks, optimizers, and helpers."""
 
 from __future__ import annotations
 

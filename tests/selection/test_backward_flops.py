@@ -1,4 +1,4 @@
-"""FLOPs of the backward pass by tensor: those that torch counts."""
+"""FLOPs of the backward pass, split by tensor: sums are what torch counts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_cost_of_any_set_of_tensors_is_what_torch_counts(name: str) -> None:
 
 
 def test_flops_of_a_chain_of_products_are_the_textbook_ones() -> None:
-    """Per product, 2 T n m for the weight and as much for the way down; nothing below the deepest tensor."""
+    """A product costs 2 T n m for its weight and as much for its input; nothing below the deepest tensor costs any."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 7))
     flops = measure("test", lambda: model(torch.randn(3, 4)).square().mean(), dict(model.named_parameters()))
@@ -59,8 +59,8 @@ def test_flops_of_a_chain_of_products_are_the_textbook_ones() -> None:
     assert (flops.forward, flops.fixed) == (2 * 3 * (4 * 5 + 5 * 6 + 6 * 7), 0)
 
 
-def test_a_node_that_cannot_be_split_counts_in_full() -> None:
-    """A function that computes all its gradients whatever is asked for: the cost is a bound, never too little."""
+def test_a_function_that_computes_all_its_gradients_counts_in_full() -> None:
+    """Whichever gradients are needed, so that the cost is never too small."""
 
     class Both(torch.autograd.Function):
         @staticmethod
@@ -80,8 +80,7 @@ def test_a_node_that_cannot_be_split_counts_in_full() -> None:
     assert flops.cost(params) == flops.backward == 2 * (2 * 2 * 4 * 5) + 2 * 2 * 3 * 4
 
 
-def test_gradients_that_something_else_needs_are_always_paid_for() -> None:
-    """The input requires grad as well: the way down to it is in every budget."""
+def test_gradients_of_an_input_that_requires_grad_are_in_every_cost() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6))
     x = torch.randn(3, 4, requires_grad=True)
     flops = measure("test", lambda: model(x).square().mean(), dict(model.named_parameters()))

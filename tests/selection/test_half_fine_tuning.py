@@ -155,7 +155,7 @@ def test_a_model_without_blocks_is_one_block() -> None:
     assert len(training(hft)) == 2
 
 
-def test_something_always_trains() -> None:
+def test_a_model_of_one_matrix_trains_it_in_every_round() -> None:
     hft = halves(nn.Linear(2, 2))
     assert all(hft._draw(r) == {"weight", "bias"} for r in range(10))
 
@@ -183,7 +183,7 @@ def test_the_state_of_frozen_matrices_is_freed(name: str) -> None:
         trains = [p for p in model.parameters() if p.requires_grad]
         assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
         optimizer.step()
-        if step >= 1:  # some optimizers make state at construction; the first step frees it
+        if step >= 1:  # some optimizers make all state at construction, and the first step frees it
             assert state_bytes(optimizer) == sum(map(size, trains))
         rounds.add(tuple(hft.trainable))
         hft.step()
@@ -199,7 +199,7 @@ def test_gradients_of_frozen_matrices_are_not_computed() -> None:
     model, _, hft = make(always="embed|norm")  # gradients of activations stay, so only the weights' products differ
     for _ in range(8):
         frozen = [m for m in hft.matrices if m not in training(hft)]
-        saved = sum(2 * 12 * model.get_parameter(f"{m}.weight").numel() for m in frozen if m not in ("final",))
+        saved = sum(2 * 12 * model.get_parameter(f"{m}.weight").numel() for m in frozen if m != "final")
         assert saved
         assert backward_flops(lambda: loss_of(model)) == everything - saved
         hft.next_round()

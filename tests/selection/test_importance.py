@@ -51,7 +51,7 @@ def test_importance_follows_options_that_are_loaded_or_scheduled() -> None:
     )
 
 
-def test_importance_is_how_far_the_loss_falls_by_the_tensor_alone() -> None:
+def test_importance_is_the_fall_of_the_loss_when_the_tensor_alone_moves() -> None:
     """To first order: for a small step, the measured fall agrees within a percent."""
     model = net().double()
     selector = TensorSelector(model, torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0))
@@ -98,8 +98,8 @@ def test_measuring_changes_nothing(name: str) -> None:
     assert called == [1]
 
 
-def test_buffers_that_the_forward_pass_binds_anew_are_restored() -> None:
-    class Counts(nn.Module):
+def test_buffers_that_the_forward_pass_replaces_or_registers_are_restored() -> None:
+    class ChangesBuffers(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.lin = nn.Linear(4, 4)
@@ -113,7 +113,7 @@ def test_buffers_that_the_forward_pass_binds_anew_are_restored() -> None:
                 self.register_buffer("late", x.detach())
             return self.lin(x)
 
-    model = Counts()
+    model = ChangesBuffers()
     seen = model.seen
     selector = TensorSelector(model, torch.optim.SGD(model.parameters()), rho=0.9)
     selector.select(lambda: model(torch.ones(2, 4)).square().mean())

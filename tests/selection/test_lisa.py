@@ -71,8 +71,8 @@ def test_draws_follow_from_the_seed_and_the_round_and_never_change() -> None:
     a, b, other = (net_with_lisa(seed=s)[2] for s in (7, 7, 8))
     rounds = range(40)
     assert [a._drawn(r) for r in rounds] == [b._drawn(r) for r in rounds] != [other._drawn(r) for r in rounds]
-    short = [[int(n.split(".")[1]) for n in a._drawn(r)] for r in range(6)]
-    assert short == KNOWN  # old checkpoints keep their meaning
+    first_rounds = [[int(n.split(".")[1]) for n in a._drawn(r)] for r in range(6)]
+    assert first_rounds == KNOWN  # a change would draw other blocks after an old checkpoint
 
 
 KNOWN = [[1, 4], [1, 3], [0, 4], [3, 4], [0, 4], [3, 4]]
@@ -110,8 +110,9 @@ def test_always_chooses_the_parameters_that_always_train() -> None:
     lisa = LISA(model, torch.optim.SGD(model.parameters()), always=[model.head, model.final.bias, "layers.0.norm"])
     assert lisa.always == ["final.bias", "head.weight", "layers.0.norm.bias", "layers.0.norm.weight"]
     lisa.release()
-    for one in (model.head, model.head.weight):
-        assert LISA(model, torch.optim.SGD(model.parameters()), always=one).always == ["head.weight"]
+    for module_or_parameter in (model.head, model.head.weight):
+        lisa = LISA(model, torch.optim.SGD(model.parameters()), always=module_or_parameter)
+        assert lisa.always == ["head.weight"]
         for p in model.parameters():
             p.requires_grad_(True)
     assert LISA(model, torch.optim.SGD(model.parameters()), always=()).always == []
@@ -269,7 +270,7 @@ def test_a_hook_counts_the_same_steps_as_calls() -> None:
     assert counted.steps == 8
 
 
-def test_a_hook_that_was_removed_by_its_handle_counts_no_more() -> None:
+def test_a_hook_removed_by_its_handle_counts_no_more_steps() -> None:
     model, optimizer, lisa = net_with_lisa()
     loss_of(model).backward()
     lisa.attach().remove()
@@ -321,7 +322,7 @@ def test_nothing_is_frozen_after_release_until_a_position_is_given() -> None:
         lisa.release()
 
 
-def test_an_optimizer_that_counts_steps_by_group_is_warned_of_by_name() -> None:
+def test_an_optimizer_that_counts_steps_by_group_gets_a_warning_with_its_name() -> None:
     peers = pytest.importorskip("pytorch_optimizer", reason="pip install 'leanops[dev]'")
     model = net()
     optimizer = peers.AdamP(model.parameters(), lr=1e-3)

@@ -1,4 +1,4 @@
-"""LISA: which blocks it draws from, what always trains, and what it refuses."""
+"""LISA: the blocks that it draws from, and the models and options that it refuses."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from leanops.optim import LISA, HalfFineTuning, MeZO, TensorSelector
         lambda m: [f"layers.{i}" for i in range(LAYERS)],
     ],
 )
-def test_blocks_by_name_by_pattern_and_given(blocks: Any) -> None:
+def test_blocks_are_found_or_given_by_name_pattern_or_module(blocks: Any) -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters())
     lisa = LISA(model, optimizer, blocks=blocks(model) if callable(blocks) else blocks)
     assert lisa.blocks == [f"layers.{i}" for i in range(LAYERS)]
 
 
-def test_experts_within_blocks_are_no_blocks() -> None:
+def test_experts_inside_blocks_are_not_taken_for_blocks() -> None:
     model = nn.ModuleDict(
         {
             "h": nn.ModuleList(
@@ -98,7 +98,7 @@ def test_bad_options_are_refused_and_nothing_is_frozen(options: dict[str, Any], 
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_model_that_another_has_frozen_is_refused() -> None:
+def test_a_model_that_another_selection_froze_is_refused() -> None:
     model, optimizer, lisa = net_with_lisa()
     before = snapshot(model, optimizer)
     for kind in (LISA, HalfFineTuning, TensorSelector):
@@ -163,13 +163,13 @@ def test_a_model_with_several_stacks_is_refused_with_their_names(selection: Any)
 
 
 @pytest.mark.parametrize("selection", [LISA, HalfFineTuning])
-def test_a_frozen_stack_is_not_meant(selection: Any) -> None:
+def test_a_frozen_stack_is_ignored(selection: Any) -> None:
     model = VisionLanguage()
     model.tower.requires_grad_(False)
     assert selection(model, torch.optim.SGD(model.parameters())).blocks == [f"language.layers.{i}" for i in range(4)]
 
 
-def test_numbers_of_numpy_are_integers() -> None:
+def test_numpy_integers_are_taken_as_integers() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters())
     lisa = LISA(model, optimizer, active=np.int64(2), period=np.int32(3))

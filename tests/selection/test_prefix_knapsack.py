@@ -1,4 +1,4 @@
-"""The knapsack of GreenTrainer: exact against brute force, and quick."""
+"""The knapsack of GreenTrainer: as good as brute force, and quick."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def cases(kind: str, count: int, rng: np.random.Generator) -> Iterator[Case]:
         high = 10**9 if kind in ("large", "negative") else 20
         dw, dy = rng.integers(0, high, n), rng.integers(0, high // 2, n)
         importance = rng.normal(size=n) if kind == "negative" else rng.random(n)
-        if kind == "equal ratios":  # every tensor is worth the same for its FLOPs: no bound tells them apart
+        if kind == "equal ratios":  # all tensors have the same importance for a FLOP, so that bounds cannot order them
             importance = dw * 0.7
         elif kind == "few prices":
             dw = rng.choice([0, 6, 15, 35], n)
         elif kind == "small numbers":
             importance = rng.integers(-2, 5, n).astype(float)
-        elif kind == "no way":
+        elif kind == "dw alone":
             dy = np.zeros(n, np.int64)
         yield importance, dw, dy, int((dw.sum() + dy.sum()) * rng.random())
 
 
-@pytest.mark.parametrize("kind", ["large", "negative", "equal ratios", "few prices", "small numbers", "no way"])
+@pytest.mark.parametrize("kind", ["large", "negative", "equal ratios", "few prices", "small numbers", "dw alone"])
 def test_the_selection_is_the_best_of_all(kind: str) -> None:
     """6 x 1,000 random cases of up to 11 tensors, against all 2^n choices."""
     rng = np.random.default_rng(0)
@@ -49,8 +49,8 @@ def test_the_selection_is_the_best_of_all(kind: str) -> None:
 
 
 def published(importance: np.ndarray, dw: np.ndarray, dy: np.ndarray, budget: int) -> float:
-    """The dynamic program as published: for each depth k and budget t the best value alone, and a tensor may only join
-    what was best for an earlier depth where that itself ended in a selected tensor."""
+    """The dynamic program as published. It keeps one best value for each depth k and budget t, and adds a tensor only
+    to such a best of an earlier depth that itself ends in a selected tensor."""
     n = len(importance)
     best = np.zeros((n + 1, budget + 1))
     ends = np.zeros((n + 1, budget + 1), bool)
@@ -85,7 +85,7 @@ def test_the_published_dynamic_program_misses_the_best() -> None:
 
 
 def test_importances_of_any_size_are_added_where_they_cost_nothing() -> None:
-    """Beside 1, an importance of 1e-20 is less than a rounding error, but it is free."""
+    """Next to 1, an importance of 1e-20 is less than a rounding error. A tensor of no cost is selected all the same."""
     found = prefix_knapsack([1e-20, 1.0, 1e-20, -1e-20], [0, 5, 0, 0], [1, 1, 1, 0], 7)
     assert found.selected == (0, 1)
     assert prefix_knapsack([1e-300], [1], [0], 1).selected == (0,)
@@ -107,7 +107,7 @@ def test_edges_of_the_knapsack() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
         (([1.0], [1, 2], [0], 1), r"dw must have the shape of importance, \(1,\), got \(2,\)"),
         (([1.0], [1], [0.5], 1), "dy must be whole numbers >= 0 with a sum below 2\\^62, got \\[0.5\\]"),
@@ -122,9 +122,9 @@ def test_edges_of_the_knapsack() -> None:
         (([1.0], [1], [0], True), "budget must be an integer, got True"),
     ],
 )
-def test_bad_numbers_are_refused(given: Any, message: str) -> None:
+def test_bad_numbers_are_refused(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"prefix_knapsack: {message}"):
-        prefix_knapsack(*given)
+        prefix_knapsack(*arguments)
 
 
 def decoder(layers: int, d: int, ff: int, tokens: int = 512) -> tuple[np.ndarray, np.ndarray]:
@@ -164,7 +164,7 @@ def large(kind: str, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         importance = np.exp(float(spread) * rng.normal(size=len(dw)))
     elif kind == "unrelated costs":
         importance = rng.random(len(dw))
-    else:  # all but equal importance for a FLOP, and equal
+    else:  # importance for a FLOP almost equal, or equal
         importance = dw * 1e-9 + (0.1 if kind == "importance near cost" else 0.0)
     return importance, dw, dy
 
@@ -174,8 +174,8 @@ SLOW = ["experts, spread 0.1", "experts, spread 0.03", "importance near cost", "
 
 
 def milliseconds(kind: str, repeats: int, seeds: int) -> tuple[float, bool]:
-    """Of the slowest of four budgets and some seeds, the best of several, in CPU time, so that what else the machine
-    does says little; and whether all were exact."""
+    """Milliseconds of the slowest of four budgets and ``seeds`` seeds, each the best of ``repeats`` runs, and whether
+    all results were exact. CPU time, so that other work on the machine counts little."""
     slowest, exact = 0.0, True
     for seed in range(2, 2 + seeds):
         importance, dw, dy = large(kind, seed)

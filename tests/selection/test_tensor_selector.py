@@ -74,7 +74,7 @@ def test_a_selection_that_would_cost_more_than_the_budget_is_refused() -> None:
 
 
 @pytest.mark.parametrize("rho", [0.5, 0.7])
-def test_what_is_recomputed_is_counted(rho: float) -> None:
+def test_flops_of_recomputed_activations_count(rho: float) -> None:
     model = net()
 
     def closure() -> Tensor:
@@ -89,7 +89,7 @@ def test_what_is_recomputed_is_counted(rho: float) -> None:
     assert report.backward <= report.budget
 
 
-def test_flops_are_measured_anew_where_another_batch_would_miss_the_budget() -> None:
+def test_flops_are_measured_again_where_another_batch_would_miss_the_budget() -> None:
     """Two experts share ten tokens: the forward FLOPs stay the same, and an expert's cost follows its tokens."""
     experts = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)})
     x, unit = torch.randn(10, 4), 2 * 4 * 4
@@ -130,8 +130,8 @@ def test_the_selection_is_the_best_of_all_sets_of_tensors() -> None:
     assert report.importance == pytest.approx(best, rel=1e-9)
 
 
-def test_what_is_not_selected_costs_nothing() -> None:
-    """Frozen tensors have no gradient, no gradient computation (none at all below the deepest) and no state."""
+def test_tensors_that_are_not_selected_cost_nothing() -> None:
+    """They have no gradient and no state, and nothing is computed below the deepest selected tensor."""
     model = net()
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(3):
@@ -147,8 +147,8 @@ def test_what_is_not_selected_costs_nothing() -> None:
     assert report.names == ("layers.4.up_proj.weight",)
     p = model.layers[4].up_proj.weight
     assert state_bytes(optimizer) == 8 * p.numel() + 4
-    head, way = 2 * 12 * 8 * 11, BLOCK_DW // 2
-    assert backward_flops(lambda: loss_of(model)) == head + way + BLOCK_DW // 2 < full
+    head, down_proj = 2 * 12 * 8 * 11, BLOCK_DW // 2  # gradients of activations on the way to up_proj
+    assert backward_flops(lambda: loss_of(model)) == head + down_proj + BLOCK_DW // 2 < full
     assert [q.grad is not None for q in model.parameters()] == [q is p for q in model.parameters()]
     selector.release()
     assert all(q.requires_grad for q in model.parameters())
@@ -174,16 +174,16 @@ def test_a_run_resumes_to_the_same_bits_between_selections(name: str) -> None:
     file = io.BytesIO()
     torch.save([model.state_dict(), optimizer.state_dict(), selector.state_dict()], file)
     train(model, optimizer, selector, 6, 13)
-    for first in ("optimizer", "selector"):
+    for optimizer_first in (True, False):
         file.seek(0)
         weights, state, chosen = torch.load(file, weights_only=True)
         again, resumed, other = make(1)
         again.load_state_dict(weights)
-        for what in (first, "selector" if first == "optimizer" else "optimizer"):
-            if what == "optimizer":
-                resumed.load_state_dict(state)
-            else:
-                other.load_state_dict(chosen)
+        if optimizer_first:
+            resumed.load_state_dict(state)
+        other.load_state_dict(chosen)
+        if not optimizer_first:
+            resumed.load_state_dict(state)
         assert isinstance(other.selection, TensorSelection)
         train(again, resumed, other, 6, 13)
         assert_same(snapshot(again, resumed), snapshot(model, optimizer))

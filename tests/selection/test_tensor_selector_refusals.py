@@ -1,4 +1,4 @@
-"""What TensorSelector refuses, before anything changes."""
+"""TensorSelector refuses bad options, closures, selections and states before anything changes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def test_a_bad_rho_is_refused(rho: Any) -> None:
         TensorSelector(model, torch.optim.SGD(model.parameters()), rho=rho)
 
 
-def test_steps_inside_of_the_backward_pass_are_refused() -> None:
+def test_an_optimizer_that_steps_inside_the_backward_pass_is_refused() -> None:
     model = net()
     with pytest.raises(ValueError, match="TensorSelector: optimizer must not step inside the backward pass"):
         TensorSelector(model, OPTIMIZERS["AdamW-in-backward"][0](model.parameters()))
 
 
-def test_steps_without_a_backward_pass_are_refused() -> None:
+def test_an_optimizer_without_a_backward_pass_is_refused() -> None:
     model = net()
     with pytest.raises(ValueError, match="TensorSelector: optimizer must step by gradients, got MeZO"):
         TensorSelector(model, MeZO(model.parameters()))

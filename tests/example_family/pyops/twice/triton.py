@@ -16,8 +16,9 @@ BLOCK = 256
 
 @triton.jit
 def kernel(y, x, n, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    tl.store(y + at, 2 * tl.load(x + at, mask=at < n), mask=at < n)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    mask = offsets < n  # [BLOCK]
+    tl.store(y + offsets, 2 * tl.load(x + offsets, mask=mask), mask=mask)
 
 
 def twice(call: Twice) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every backend of twice must do."""
+"""Checks that every backend of twice must pass."""
 
 from __future__ import annotations
 
