@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import leanops as lo
 
@@ -163,9 +164,11 @@ def test_one_graph_serves_any_seed_and_offset():
         return p + lo.zo_noise(4, seed, offset=offset)
 
     torch.compiler.reset()
-    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
     for seed, offset in ((5, 7), (6, 8), (11, 40)):
         assert torch.equal(compiled(torch.zeros(4), seed, offset), call(torch.zeros(4), seed, offset))
+    assert counter.frame_count == 1
 
 
 def test_an_argument_that_is_no_tensor_is_refused():
