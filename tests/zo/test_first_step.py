@@ -140,6 +140,7 @@ def private_numpy(rng: np.random.Generator) -> Tensor:
 @pytest.mark.parametrize("mode", ["auto", "scratch", "copy", "inplace"])
 @pytest.mark.parametrize("variant", ["spsa", "one_sided", "fzoo"])
 def test_a_private_generator_gets_a_warning_once(mode: str, variant: str) -> None:
+    torch.manual_seed(0)
     p = nn.Parameter(torch.randn(4))
     rng = np.random.default_rng(0)
     opt = MeZO([p], lr=0.0, perturb=mode, variant=variant, directions=2 if variant == "fzoo" else 1)
@@ -151,6 +152,7 @@ def test_a_private_generator_gets_a_warning_once(mode: str, variant: str) -> Non
 
 
 def test_another_batch_at_each_call_gets_a_warning() -> None:
+    torch.manual_seed(0)
     p = nn.Parameter(torch.randn(4))
     batches = iter(torch.randn(10, 4))
     with pytest.warns(UserWarning, match="another batch"):
@@ -186,6 +188,7 @@ def test_a_difference_in_the_last_bit_is_not_taken_for_randomness(no_warning: No
 
 
 def test_a_weight_that_a_random_closure_may_hide_gets_a_warning() -> None:
+    torch.manual_seed(0)
     p, unused = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
     rng = torch.Generator().manual_seed(0)
     with (
