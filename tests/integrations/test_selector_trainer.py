@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from selecting import assert_same, net
+from selection.runs import assert_same, net
 from torch import Tensor, nn
 
 from leanops.optim import TensorSelector, trainer_callback

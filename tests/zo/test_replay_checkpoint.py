@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from zo_runs import VARIANTS, run
+from zo.runs import VARIANTS, run
 
 from leanops.bench import cli
 from leanops.optim import LogError, MeZO, replay_, replay_file
