@@ -1,4 +1,5 @@
-// What the threads of a block do together, and with other blocks. No torch and no std header, as device.cuh.
+// Functions that the threads of a block call together, and functions between blocks. No torch and no std header, as in
+// device.cuh.
 #ifndef LEANOPS_COMMON_BLOCK_CUH
 #define LEANOPS_COMMON_BLOCK_CUH
 
@@ -6,16 +7,17 @@
 
 namespace leanops {
 
-// The block's shared memory, seen as one T.
+// One T in the block's shared memory.
 template <class T>
 LEANOPS_DEVICE T& shared() {
   __shared__ T memory;
   return memory;
 }
 
-LEANOPS_DEVICE void barrier() { __syncthreads(); }  // of the block
+// Waits for all threads of the block.
+LEANOPS_DEVICE void barrier() { __syncthreads(); }
 
-// All 32 lanes of a warp take part in these.
+// All 32 lanes of a warp must call these two.
 LEANOPS_DEVICE u32 shuffle_xor(u32 x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 LEANOPS_DEVICE u32 warp_max(u32 x) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
@@ -26,14 +28,14 @@ LEANOPS_DEVICE u32 warp_max(u32 x) {
 #endif
 }
 
-// Exact and free of order, so bits do not depend on which thread comes first.
-LEANOPS_DEVICE void atomic_max(u32* at, u32 x) { atomicMax(at, x); }
+// Exact in every order, so the bits of a result do not depend on which thread comes first.
+LEANOPS_DEVICE void atomic_max(u32* word, u32 x) { atomicMax(word, x); }
 
-// What other blocks' atomics have made of a word: not from this multiprocessor's cache.
-LEANOPS_DEVICE u32 load_shared_by_blocks(const u32* at) { return __ldcg(at); }
+// Loads a word that other blocks change by atomics. It bypasses this multiprocessor's cache, which may be stale.
+LEANOPS_DEVICE u32 load_shared_by_blocks(const u32* word) { return __ldcg(word); }
 
-// Counts this block's arrival: what its threads wrote before the last barrier() is seen by whoever counts
-// after it.
+// Adds 1 to a counter, and returns its former value. One thread of a block calls it after barrier(). A block that
+// calls it later sees everything that this block wrote before.
 LEANOPS_DEVICE u32 arrive(u32* counter) {
   __threadfence();
   const u32 before = atomicAdd(counter, 1u);

@@ -1,7 +1,8 @@
-// How a group of 2W elements of each dtype is read, rounded and written. See simd.h for pairs and natural
-// order.
-//   finish:  rounds fp32 accumulators so that store is exact (nearest fp16 is rounded by store itself)
-//   settle:  turns what finish left into the very value that store would write
+// How a group of 2W elements of each dtype is loaded, rounded and stored, as two vectors F of fp32. simd.h explains
+// pairs order and natural order.
+//   finish:  prepares fp32 accumulators for store. It rounds stochastically, and to the nearest bf16; store itself
+//            rounds to the nearest fp16.
+//   settle:  after finish, turns the accumulators into the values that store would write
 #pragma once
 
 #include "simd.h"
@@ -26,8 +27,8 @@ struct Float32 {
   }
 };
 
-// Pairs: in pairs order, which costs the fewest shuffles; else in natural order, beside tensors of other
-// types.
+// Pairs: vectors in pairs order, which needs the fewest shuffles. Otherwise they are in natural order, as those of the
+// other dtypes, for kernels that combine bf16 with them.
 template <bool Pairs>
 struct BFloat16In {
   using Scalar = uint16_t;
@@ -42,8 +43,8 @@ struct BFloat16In {
       b = from_bits(sll<16>(load_u16(p + W)));
     }
   }
-  // Truncation, by store or settle, completes both kinds. Infinity survives either: r and 0x7fff stay below
-  // its ulp.
+  // Adds the rounding to the lower half; store or settle then drops that half. An infinity stays as it is, because the
+  // numbers added, r and 0x7fff, do not reach its upper half.
   template <Rounding R>
   LEANOPS_INLINE void finish(F& a, F& b, const uint16_t* r) {
     I x, y;
@@ -92,7 +93,7 @@ struct Float16 {
     const I sign = and_(bits(x), set_i(0x80000000u));
     const I normal = and_(add(bits(x), srl<3>(r)), set_i(~0x1fffu));
     const I q = srl<16>(add(truncate(mul(from_bits(magnitude), set_f(0x1p40f))), r));
-    const I tiny = bits(half_bits(or_(srl<16>(sign), q)));  // counts of 2^-24; 2^10 of them are 2^-14
+    const I tiny = bits(half_bits(or_(srl<16>(sign), q)));  // q 2^-24: the bits of a subnormal fp16 are q
     const I rounded = less(magnitude, set_i(0x38800000u), tiny, normal);
     return if_nan(x, x, from_bits(rounded));
   }

@@ -24,10 +24,10 @@ Isa detect() {
   const bool osxsave = c & bit_OSXSAVE, fma = c & bit_FMA, f16c = c & bit_F16C;
   if (!osxsave || !fma || !f16c) return Isa::kBaseline;
   const uint64_t xcr0 = xgetbv0();
-  if ((xcr0 & 0x6) != 0x6) return Isa::kBaseline;  // the system saves xmm and ymm
+  if ((xcr0 & 0x6) != 0x6) return Isa::kBaseline;  // the operating system does not save xmm and ymm
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2)) return Isa::kBaseline;
   const unsigned wide = bit_AVX512F | bit_AVX512DQ | bit_AVX512BW | bit_AVX512VL;
-  if ((b & wide) == wide && (xcr0 & 0xe6) == 0xe6) return Isa::kAvx512;  // opmask and both zmm halves too
+  if ((b & wide) == wide && (xcr0 & 0xe6) == 0xe6) return Isa::kAvx512;  // it saves opmask and zmm, too
   return Isa::kAvx2;
 }
 #else
@@ -35,18 +35,18 @@ Isa detect() { return Isa::kBaseline; }
 #endif
 
 IsaChoice choose() {
-  const char* wish = std::getenv("LEANOPS_CPU_ISA");
-  if (wish == nullptr || *wish == '\0') return {best_isa(), nullptr};
+  const char* requested = std::getenv("LEANOPS_CPU_ISA");
+  if (requested == nullptr || *requested == '\0') return {best_isa(), nullptr};
   for (Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
-    if (std::strcmp(wish, isa_name(isa)) != 0) continue;
+    if (std::strcmp(requested, isa_name(isa)) != 0) continue;
     if (isa_supported(isa)) return {isa, nullptr};
-    static const std::string unsupported = std::string("LEANOPS_CPU_ISA=") + wish +
+    static const std::string unsupported = std::string("LEANOPS_CPU_ISA=") + requested +
                                            ": this processor or operating system supports no more than " +
                                            isa_name(best_isa());
     return {Isa::kBaseline, unsupported.c_str()};
   }
   static const std::string unknown =
-      std::string("LEANOPS_CPU_ISA must be baseline, avx2 or avx512, got '") + wish + "'";
+      std::string("LEANOPS_CPU_ISA must be baseline, avx2 or avx512, got '") + requested + "'";
   return {Isa::kBaseline, unknown.c_str()};
 }
 

@@ -1,5 +1,5 @@
-// Which instruction set the CPU kernels run with: the best that the processor and the operating system
-// support, or the one that the environment variable LEANOPS_CPU_ISA (baseline, avx2 or avx512) names.
+// The instruction set of the CPU kernels: the best that the processor and the operating system support, or the
+// value of the environment variable LEANOPS_CPU_ISA (baseline, avx2 or avx512).
 #pragma once
 
 #include <cstdint>
@@ -15,10 +15,10 @@ namespace leanops {
 enum class Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 
 const char* isa_name(Isa isa);
-Isa best_isa();  // what cpuid and xgetbv allow
+Isa best_isa();  // by cpuid and xgetbv
 bool isa_supported(Isa isa);
 
-// The choice, made once per process. error is null, or says why LEANOPS_CPU_ISA cannot be followed.
+// The choice, made once in a process. `error` is null, or says why LEANOPS_CPU_ISA cannot be used.
 struct IsaChoice {
   Isa isa;
   const char* error;
@@ -27,8 +27,8 @@ const IsaChoice& isa_choice();
 
 }  // namespace leanops
 
-// In a family's namespace, after its struct Kernels: declares the table of each instruction set, and
-// kernels(isa), which gives one.
+// To be used in a family's namespace, after its struct Kernels. Declares the table of each instruction set, and
+// kernels(isa), which returns one of them.
 #if defined(__x86_64__)
 #define LEANOPS_KERNEL_TABLES()                                                                           \
   extern const Kernels kKernels_baseline, kKernels_avx2, kKernels_avx512;                                 \
@@ -42,8 +42,10 @@ const IsaChoice& isa_choice();
 #endif
 
 extern "C" {
-LEANOPS_EXPORT const char* leanops_cpu_isa();  // "baseline", "avx2", "avx512"; "" where the choice failed
-LEANOPS_EXPORT const char* leanops_cpu_isa_error();  // "" or the reason
-LEANOPS_EXPORT const char*
-leanops_cpu_best_isa();  // what the machine supports, whatever the environment says
+// "baseline", "avx2" or "avx512"; "" where LEANOPS_CPU_ISA cannot be used.
+LEANOPS_EXPORT const char* leanops_cpu_isa();
+// The reason why LEANOPS_CPU_ISA cannot be used, or "".
+LEANOPS_EXPORT const char* leanops_cpu_isa_error();
+// The best that the machine supports; LEANOPS_CPU_ISA does not matter.
+LEANOPS_EXPORT const char* leanops_cpu_best_isa();
 }

@@ -1,5 +1,5 @@
-// Element types and their rounding. A chunk is what a thread moves by 16-byte accesses: 8 elements of 16
-// bits, 4 wider ones.
+// Element types and their rounding. A chunk is what a thread loads or stores at once, by 16-byte accesses: 8 elements
+// of a 16-bit type (one access), 4 of fp32 (one access) or of fp64 (two).
 #ifndef LEANOPS_COMMON_NUMBER_CUH
 #define LEANOPS_COMMON_NUMBER_CUH
 
@@ -7,8 +7,9 @@
 
 namespace leanops {
 
+// Work: the type in which a kernel computes. CHUNK: elements of a chunk.
 template <class T>
-struct Element;  // Work: the type arithmetic is done in
+struct Element;
 template <>
 struct Element<float> {
   typedef float Work;
@@ -35,7 +36,7 @@ LEANOPS_DEVICE double widen(double x) { return x; }
 LEANOPS_DEVICE float widen(bf16 x) { return as_float((u32)x.bits << 16); }
 LEANOPS_DEVICE float widen(fp16 x) { return fp16_to_float(x.bits); }
 
-// Ties to even.
+// x rounded to T, ties to even.
 template <class T>
 LEANOPS_DEVICE T narrow(typename Element<T>::Work x);
 template <>
@@ -55,44 +56,48 @@ LEANOPS_DEVICE fp16 narrow<fp16>(float x) {
   return fp16{(u16)pack_fp16(x, 0.0f)};
 }
 
-// Stochastic rounding by 16 random bits r: up with the probability of the discarded fraction; non-finite
-// values stay.
-LEANOPS_DEVICE u32 stochastic_bf16(float x, u32 r) {  // the result in the high half
+// Stochastic rounding by 16 random bits r. It rounds up with a probability that equals the discarded fraction.
+// Non-finite values stay. The result of stochastic_bf16 is in the high half of the word, that of stochastic_fp16 in
+// the low half.
+LEANOPS_DEVICE u32 stochastic_bf16(float x, u32 r) {
   const u32 bits = as_bits(x), magnitude = bits & 0x7fffffffu;
   if (magnitude < 0x7f800000u) return bits + r;
   return magnitude > 0x7f800000u ? bits | 0x00400000u : bits;
 }
-LEANOPS_DEVICE u32 stochastic_fp16(float x, u32 r) {  // the result in the low half
+LEANOPS_DEVICE u32 stochastic_fp16(float x, u32 r) {
   const u32 bits = as_bits(x), magnitude = bits & 0x7fffffffu;
   if (magnitude >= 0x7f800000u) return pack_fp16(x, 0.0f) & 0xffffu;
   if (magnitude >= 0x38800000u) return pack_fp16(as_float((bits + (r >> 3)) & 0xffffe000u), 0.0f) & 0xffffu;
-  return (bits >> 16 & 0x8000u) |
-         (((u32)mul(as_float(magnitude), 0x1p40f) + r) >> 16);  // subnormal fp16: fixed point
+  // subnormal fp16, a multiple of 2^-24: a fixed-point number with 16 fraction bits
+  return (bits >> 16 & 0x8000u) | (((u32)mul(as_float(magnitude), 0x1p40f) + r) >> 16);
 }
 
-// Chunk <-> registers. `random`: 8 halves for stochastic rounding, read by the 16-bit types alone.
+// A chunk's memory <-> its numbers, x [CHUNK]. `words` is [1], and [2] for fp64. `random` [4] has 16 bits for each
+// element of a 16-bit type; wider types do not read it. The last parameter only selects the overload.
 LEANOPS_DEVICE void unpack(const vec16* words, const float*, float* x) {
 #pragma unroll
-  for (int e = 0; e < 4; ++e) x[e] = as_float(words->w[e]);
+  for (int e = 0; e < 4; ++e) x[e] = as_float(words->w[e]);  // [4]
 }
 LEANOPS_DEVICE void unpack(const vec16* words, const double*, double* x) {
 #pragma unroll
   for (int e = 0; e < 4; ++e)
-    x[e] = as_double((u64)words[e / 2].w[e % 2 * 2 + 1] << 32 | words[e / 2].w[e % 2 * 2]);
+    x[e] = as_double((u64)words[e / 2].w[e % 2 * 2 + 1] << 32 | words[e / 2].w[e % 2 * 2]);  // [4]
 }
 LEANOPS_DEVICE void unpack(const vec16* words, const bf16*, float* x) {
 #pragma unroll
-  for (int e = 0; e < 8; ++e) x[e] = as_float(e % 2 ? words->w[e / 2] & 0xffff0000u : words->w[e / 2] << 16);
+  for (int e = 0; e < 8; ++e)
+    x[e] = as_float(e % 2 ? words->w[e / 2] & 0xffff0000u : words->w[e / 2] << 16);  // [8]
 }
 LEANOPS_DEVICE void unpack(const vec16* words, const fp16*, float* x) {
 #pragma unroll
-  for (int e = 0; e < 8; ++e) x[e] = fp16_to_float(e % 2 ? words->w[e / 2] >> 16 : words->w[e / 2] & 0xffffu);
+  for (int e = 0; e < 8; ++e)
+    x[e] = fp16_to_float(e % 2 ? words->w[e / 2] >> 16 : words->w[e / 2] & 0xffffu);  // [8]
 }
 
 template <bool STOCHASTIC>
 LEANOPS_DEVICE void pack(const float* x, const u32*, vec16* words, const float*) {
 #pragma unroll
-  for (int e = 0; e < 4; ++e) words->w[e] = as_bits(x[e]);
+  for (int e = 0; e < 4; ++e) words->w[e] = as_bits(x[e]);  // [4]
 }
 template <bool STOCHASTIC>
 LEANOPS_DEVICE void pack(const double* x, const u32*, vec16* words, const double*) {
@@ -100,7 +105,7 @@ LEANOPS_DEVICE void pack(const double* x, const u32*, vec16* words, const double
   for (int e = 0; e < 4; ++e) {
     const u64 bits = as_bits(x[e]);
     words[e / 2].w[e % 2 * 2] = (u32)bits;
-    words[e / 2].w[e % 2 * 2 + 1] = (u32)(bits >> 32);
+    words[e / 2].w[e % 2 * 2 + 1] = (u32)(bits >> 32);  // [2, 4]
   }
 }
 template <bool STOCHASTIC>
@@ -109,7 +114,7 @@ LEANOPS_DEVICE void pack(const float* x, const u32* random, vec16* words, const 
   for (int e = 0; e < 8; e += 2)
     words->w[e / 2] = STOCHASTIC ? high_halves(stochastic_bf16(x[e], random[e / 2] & 0xffffu),
                                                stochastic_bf16(x[e + 1], random[e / 2] >> 16))
-                                 : pack_bf16(x[e], x[e + 1]);
+                                 : pack_bf16(x[e], x[e + 1]);  // [8]
 }
 template <bool STOCHASTIC>
 LEANOPS_DEVICE void pack(const float* x, const u32* random, vec16* words, const fp16*) {
@@ -117,7 +122,7 @@ LEANOPS_DEVICE void pack(const float* x, const u32* random, vec16* words, const 
   for (int e = 0; e < 8; e += 2)
     words->w[e / 2] = STOCHASTIC ? stochastic_fp16(x[e], random[e / 2] & 0xffffu) |
                                        stochastic_fp16(x[e + 1], random[e / 2] >> 16) << 16
-                                 : pack_fp16(x[e], x[e + 1]);
+                                 : pack_fp16(x[e], x[e + 1]);  // [8]
 }
 
 }  // namespace leanops

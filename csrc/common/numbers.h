@@ -1,5 +1,5 @@
-// Scalar conversions between fp32 and the two 16-bit formats, by bits, without hardware help.
-// Internal linkage throughout: see philox.h.
+// Scalar conversions between fp32 and the two 16-bit formats, by integer arithmetic on their bits.
+// Everything has internal linkage: see philox.h.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ static inline float bits_float(uint32_t u) {
   return x;
 }
 
-constexpr uint32_t kBf16Nan = 0x7fc00000u;  // a quiet NaN, as fp32 bits whose upper half is the bf16
+constexpr uint32_t kBf16Nan = 0x7fc00000u;  // the fp32 bits of a quiet NaN; their upper half is the bf16
 
 static inline float bf16_to_float(uint16_t h) { return bits_float(static_cast<uint32_t>(h) << 16); }
 
@@ -42,19 +42,19 @@ static inline float fp16_to_float(uint16_t h) {
   return bits_float(float_bits(x) | sign);
 }
 
-// fp32 -> fp16, to nearest, ties to even; a NaN keeps its sign and the top of its payload and becomes quiet.
+// fp32 -> fp16, to nearest, ties to even. A NaN becomes quiet, and keeps its sign and the top of its payload.
 static inline uint16_t float_to_fp16(float x) {
   const uint32_t u = float_bits(x);
   const uint16_t sign = static_cast<uint16_t>((u >> 16) & 0x8000u);
   const uint32_t a = u & 0x7fffffffu;
   if (a > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | ((a >> 13) & 0x3ffu));
-  if (a >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // from 65520 on: infinity
+  if (a >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // at least 65520: infinity
   if (a >= 0x38800000u) {                                              // normal
     return static_cast<uint16_t>(sign | ((a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13));
   }
   if (a <= 0x33000000u) return sign;  // at most 2^-25: zero (the tie goes to even)
   const uint32_t shift = 126u - (a >> 23);
-  const uint32_t m = (a & 0x7fffffu) | 0x800000u;  // value = m * 2^(exponent - 150); the result counts 2^-24
+  const uint32_t m = (a & 0x7fffffu) | 0x800000u;  // |x| = m 2^-shift 2^-24; the result is in units of 2^-24
   const uint32_t q = m >> shift;
   const uint32_t rest = m & ((1u << shift) - 1u);
   const uint32_t half = 1u << (shift - 1u);

@@ -6,7 +6,7 @@
 
 namespace leanops {
 
-// What a counter is for: its last word.
+// The last word of a counter. pyops/common/streams.py lists all of them.
 enum Stream : u32 {
   STREAM_GAUSSIAN = 0,
   STREAM_RADEMACHER = 1,
@@ -34,21 +34,22 @@ LEANOPS_DEVICE Words philox(u64 seed, u64 block, u32 tensor_id, u32 stream) {
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  return Words{{c0, c1, c2, c3}};
+  return Words{{c0, c1, c2, c3}};  // [4]
 }
 
-// The 8 random halves of the logical elements from `index` on; they come from one Philox block or from two.
+// 16 random bits for each of the 8 logical elements from `index` on: [4] words. They come from two Philox blocks
+// unless `index` is a multiple of 8.
 LEANOPS_DEVICE Words rounding_halves(u64 seed, u64 index, u32 id) {
   Words x = philox(seed, index / 8, id, STREAM_ROUNDING);
-  const int skip = (int)(index % 8);
-  if (skip != 0) {
+  const int skipped = (int)(index % 8);
+  if (skipped != 0) {
     const Words next = philox(seed, index / 8 + 1, id, STREAM_ROUNDING);
-    u32 w[8] = {x.x[0], x.x[1], x.x[2], x.x[3], next.x[0], next.x[1], next.x[2], next.x[3]};
+    u32 w[8] = {x.x[0], x.x[1], x.x[2], x.x[3], next.x[0], next.x[1], next.x[2], next.x[3]};  // [8]
 #pragma unroll 1
-    for (int left = skip; left; --left)
+    for (int shifts = skipped; shifts; --shifts)  // by 16 bits each
 #pragma unroll
-      for (int i = 0; i < 7; ++i) w[i] = w[i] >> 16 | w[i + 1] << 16;
-    x = Words{{w[0], w[1], w[2], w[3]}};
+      for (int i = 0; i < 7; ++i) w[i] = w[i] >> 16 | w[i + 1] << 16;  // [8]
+    x = Words{{w[0], w[1], w[2], w[3]}};                               // [4]
   }
   return x;
 }

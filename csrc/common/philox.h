@@ -12,7 +12,7 @@ constexpr uint32_t kPhiloxW0 = 0x9E3779B9u;
 constexpr uint32_t kPhiloxW1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
-// counter x[0..3] -> four random words, in place.
+// Replaces a counter x[0..3] by its four random words. (k0, k1) is the key.
 static inline void philox_block(uint32_t x[4], uint32_t k0, uint32_t k1) {
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * x[0];
@@ -26,10 +26,9 @@ static inline void philox_block(uint32_t x[4], uint32_t k0, uint32_t k1) {
   }
 }
 
-// The round constants of a run of blocks (lo .. , hi, tensor_id, stream) whose high counter word hi is one
-// value. Three of the first four multiplications then do not depend on lo: round 1 starts from (lo, hi, id,
-// stream) and leaves x0, x1 constant, so that round 2's product with x0 is constant as well. They are folded
-// in here.
+// The round constants of a run of blocks with counters (lo, hi, tensor_id, stream), of which only lo varies. Some
+// products of the first rounds do not depend on lo, and these constants include them: in round 1 the product with
+// tensor_id, so that x0 and x1 are constants after it; in round 2 the product with x0.
 //   round 1:  x2 = mulhi(M0, lo) ^ r1,  x3 = mullo(M0, lo)
 //   round 2:  q = M1*x2;  x0 = hi(q) ^ r2a,  x1 = lo(q),  x2 = x3 ^ r2b
 //   round 3:  p = M0*x0, q = M1*x2;  x0 = hi(q) ^ x1 ^ k0[2],  x1 = lo(q),  x2 = hi(p) ^ r3,  x3 = lo(p)

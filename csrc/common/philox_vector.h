@@ -1,4 +1,4 @@
-// Runs of Philox blocks, and the bits of stochastic rounding, in the vector vocabulary of simd.h.
+// Runs of Philox blocks, and the bits of stochastic rounding, by the vector operations of simd.h.
 #pragma once
 
 #include "philox.h"
@@ -10,8 +10,8 @@ namespace LEANOPS_ISA {
 
 constexpr int kBatch = W / 2;  // Philox blocks in a batch
 
-// U independent batches of consecutive blocks, side by side to hide latency:
-// a = words 0, 2 of each block in turn, b = words 1, 3.                                     a, b: [U][W]
+// U batches of consecutive blocks; they are computed together to hide latency. a has words 0 and 2 of each block in
+// turn, b has words 1 and 3.                                                                a, b: [U][W]
 template <int U>
 LEANOPS_INLINE void philox_batches(const PhiloxPlan& plan, uint64_t block, I* a, I* b) {
   const P m0 = set_p(kPhiloxM0), m1 = set_p(kPhiloxM1);
@@ -47,14 +47,15 @@ LEANOPS_INLINE void philox_batches(const PhiloxPlan& plan, uint64_t block, I* a,
   }
   const I last = alternate(plan.k0[kPhiloxRounds - 1], plan.k1[kPhiloxRounds - 1]);
 #pragma GCC unroll 8
-  for (int u = 0; u < U; ++u) {  // the last round goes straight to the merged words
+  for (int u = 0; u < U; ++u) {  // the last round, with its results merged into a and b
     const P p = mul_p(x0[u], m0), q = mul_p(x2[u], m1);
     a[u] = xor_i(merge_high(q, p), merge_low(x1[u], x3[u]), last);
     b[u] = merge_low(q, p);
   }
 }
 
-// The words of blocks [block, block + count) in memory order; writes up to one batch more than asked.
+// The words of the blocks from `block` to `block + count - 1` in memory order. It writes whole batches, so up to
+// kBatch - 1 blocks more.
 static inline void philox_words(const PhiloxPlan& plan, uint64_t block, int64_t count, uint32_t* words) {
   constexpr int U = 4;
   int64_t done = 0;
@@ -70,24 +71,24 @@ static inline void philox_words(const PhiloxPlan& plan, uint64_t block, int64_t 
   }
 }
 
-// Philox words are asked for in runs of blocks that share the high half of their number.
+// The high half of a block's number. It is the same for all blocks of a PhiloxPlan.
 static inline uint32_t high32(uint64_t block) { return static_cast<uint32_t>(block >> 32); }
 
-// The 16 bits that stochastic rounding adds to each of at most N consecutive elements. Element i, counted
-// from the start of its whole tensor, takes half-word i % 8 of block i / 8.
+// The 16 bits that stochastic rounding adds to each of at most N consecutive elements. The element with index i in its
+// whole tensor uses half-word i % 8 of block i / 8.
 template <int64_t N>
 struct RoundingBits {
-  static constexpr int64_t kSlack = 8 * kBatch;  // a last batch of blocks, written whole
+  static constexpr int64_t kSlack =
+      8 * kBatch;  // half-words of one batch, because the last one is written whole
   alignas(64) uint16_t bits[N + 8 + kSlack];
 
-  // Of n <= N elements whose first has the index `index`; element j's bits are at the pointer returned, plus
-  // j.
+  // Computes the bits of n <= N elements from index `index` on. Element j's bits are at (returned pointer) + j.
   const uint16_t* fill(uint64_t seed, uint32_t tensor_id, uint64_t index, int64_t n) {
     const uint64_t first = index / 8, end = (index + static_cast<uint64_t>(n) + 7) / 8;
     uint32_t words[(N + 8 + kSlack) / 2];
     int64_t written = 0;
     for (uint64_t block = first; block < end;) {
-      const uint64_t carry = (block | 0xffffffffu) + 1;  // where the high half changes
+      const uint64_t carry = (block | 0xffffffffu) + 1;  // the next block with another high half
       const uint64_t stop = carry - 1 < end - 1 ? carry : end;
       const int64_t count = static_cast<int64_t>(stop - block);
       philox_words(philox_plan(seed, tensor_id, kStreamRounding, high32(block)), block, count,

@@ -1,10 +1,9 @@
-// One vocabulary of vector operations, three implementations, chosen by -DLEANOPS_ISA=baseline|avx2|avx512.
-// All of it lives in namespace leanops::<isa> with internal linkage, so the linker can never merge two
-// versions.
+// Vector operations with three implementations; -DLEANOPS_ISA=baseline|avx2|avx512 selects one. Everything is in
+// namespace leanops::<isa> with internal linkage, so the linker cannot merge two versions.
 //
 //   F  W floats        I  W 32-bit integers        P  W/2 64-bit lanes: Philox words, upper halves ignored
 //
-// A batch is W/2 Philox blocks held as four P; it makes 2W Gaussian numbers from W Box-Muller pairs.
+// A batch is W/2 Philox blocks, held as four P: W Box-Muller pairs, or 2W Gaussian numbers.
 // "pairs" order keeps elements 0, 2, 4, .. in one vector and 1, 3, 5, .. in a second; "natural" order keeps
 // the first W elements in one vector and the next W in the second.
 #pragma once
@@ -20,8 +19,7 @@
 #error "compile with -DLEANOPS_ISA=baseline, avx2 or avx512"
 #endif
 
-// Empty for the sanitizers and for the emulation of AVX-512: one copy of each function takes minutes less to
-// compile.
+// Empty for the sanitizers and for the emulation of AVX-512, which then compile minutes faster.
 #ifndef LEANOPS_ALWAYS_INLINE
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define LEANOPS_ALWAYS_INLINE

@@ -1,4 +1,4 @@
-// AVX2 with FMA and F16C: see simd.h for the vocabulary.
+// The operations of simd.h in AVX2 with FMA and F16C. simd_avx512.h describes them.
 #pragma once
 
 #include <immintrin.h>
@@ -61,11 +61,11 @@ LEANOPS_INLINE F if_nan(F x, F yes, F no) {
 LEANOPS_INLINE F if_zero(F x, F no) {  // x == 0 ? 0 : no
   return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_EQ_OQ), no);
 }
-// The smaller, NaN where either is.
+// The minimum, or NaN if a or b is NaN.
 LEANOPS_INLINE F minimum(F a, F b) {
   return _mm256_or_ps(_mm256_min_ps(a, b), _mm256_cmp_ps(a, a, _CMP_UNORD_Q));  // min_ps gives a NaN in b
 }
-// The larger as unsigned integers: of the bits of floats that are 0 or more, the larger float, or a NaN.
+// The maximum as unsigned integers. For the bits of floats >= 0 that is the larger float, or the NaN if there is one.
 LEANOPS_INLINE I max_u(I a, I b) { return _mm256_max_epu32(a, b); }
 LEANOPS_INLINE uint32_t max_lane(I a) {
   __m128i m = _mm_max_epu32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
@@ -109,7 +109,7 @@ LEANOPS_INLINE void store_words(uint32_t* p, I a, I b) {
   _mm256_storeu_si256(reinterpret_cast<I*>(p + 8), _mm256_permute2x128_si256(lo, hi, 0x31));
 }
 
-// A group is half a word here: the upper half of an odd group's word comes down first.
+// A group has 16 elements, so half a word of signs: an odd group uses the upper half.
 LEANOPS_INLINE I sign_word(const uint32_t* row, int64_t g) {
   return set_i(row[g >> 1] >> ((static_cast<uint32_t>(g) & 1u) * 16u));
 }
@@ -146,13 +146,13 @@ LEANOPS_INLINE I round_bf16(I x) { return add(x, add(set_i(0x7fffu), and_(srl<16
 LEANOPS_INLINE void store_pairs(uint16_t* p, I even, I odd) {
   _mm256_storeu_si256(reinterpret_cast<I*>(p), _mm256_blend_epi16(srl<16>(even), odd, 0xAA));
 }
-// The same from vectors in natural order.
+// The same for vectors in natural order.
 LEANOPS_INLINE void store_halves(uint16_t* p, I first, I second) {
   const I packed = _mm256_packus_epi32(srl<16>(first), srl<16>(second));
   _mm256_storeu_si256(reinterpret_cast<I*>(p), _mm256_permute4x64_epi64(packed, 0xD8));
 }
 
-// 8-bit integers, W of them, and 2W from the low bytes of lanes in [-128, 128).
+// load_i8 loads W 8-bit integers. store_i8 stores 2W, from lanes in [-128, 128).
 LEANOPS_INLINE I load_i8(const int8_t* p) {
   return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }

@@ -1,7 +1,7 @@
-// AVX-512 (F, BW, VL, DQ) with FMA: see simd.h for the vocabulary.
+// The operations of simd.h in AVX-512 (F, BW, VL, DQ) with FMA.
 #pragma once
 
-// GCC 12's own header starts unused operands uninitialised and then warns of it (GCC bug 105593).
+// GCC 12's own header leaves unused operands uninitialised, and GCC warns of it (GCC bug 105593).
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -72,9 +72,9 @@ LEANOPS_INLINE F if_nan(F x, F yes, F no) {
 LEANOPS_INLINE F if_zero(F x, F no) {  // x == 0 ? 0 : no
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ), no);
 }
-// The smaller, NaN where either is.
+// The minimum, or NaN if a or b is NaN.
 LEANOPS_INLINE F minimum(F a, F b) { return if_nan(a, a, _mm512_min_ps(a, b)); }
-// The larger as unsigned integers: of the bits of floats that are 0 or more, the larger float, or a NaN.
+// The maximum as unsigned integers. For the bits of floats >= 0 that is the larger float, or the NaN if there is one.
 LEANOPS_INLINE I max_u(I a, I b) { return _mm512_max_epu32(a, b); }
 LEANOPS_INLINE uint32_t max_lane(I a) { return _mm512_reduce_max_epu32(a); }
 
@@ -122,7 +122,7 @@ LEANOPS_INLINE void store_words(uint32_t* p, I a, I b) {
   _mm512_storeu_si512(p + 16, _mm512_permutex2var_epi32(a, hi, b));
 }
 
-// Signs of the 2W elements of group g in a row of bits: bit i of the row moves to the sign bit of element i.
+// The signs of the 2W elements of group g in a row of bits: bit 2W g + i of the row becomes the sign bit of element i.
 LEANOPS_INLINE void signs_pairs(const uint32_t* row, int64_t g, I& even, I& odd) {
   const I word = set_i(row[g]);
   even = _mm512_sllv_epi32(word, _mm512_set_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
@@ -149,10 +149,10 @@ LEANOPS_INLINE void store_half(uint16_t* p, F x) {
 LEANOPS_INLINE F round_half(F x) {
   return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-LEANOPS_INLINE F half_bits(I h) {
-  return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(h));
-}  // low 16 bits of each lane
-// Adds half a bf16 unit, ties to even; the low 16 bits of the result mean nothing. Not for NaN.
+// The fp16 numbers whose bits are the low 16 bits of each lane.
+LEANOPS_INLINE F half_bits(I h) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(h)); }
+// Rounds fp32 bits, which are no NaN's, to bf16, ties to even. The result is the upper 16 bits of each lane; the lower
+// 16 have no meaning.
 LEANOPS_INLINE I round_bf16(I x) {
   const __mmask16 odd = _mm512_test_epi32_mask(x, set_i(0x10000u));
   return _mm512_mask_add_epi32(_mm512_add_epi32(x, set_i(0x7fffu)), odd, x, set_i(0x8000u));
@@ -161,13 +161,13 @@ LEANOPS_INLINE I round_bf16(I x) {
 LEANOPS_INLINE void store_pairs(uint16_t* p, I even, I odd) {
   _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(even, 16), odd));
 }
-// The same from vectors in natural order.
+// The same for vectors in natural order.
 LEANOPS_INLINE void store_halves(uint16_t* p, I first, I second) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(srl<16>(first)));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + W), _mm512_cvtepi32_epi16(srl<16>(second)));
 }
 
-// 8-bit integers, W of them, and 2W from the low bytes of lanes in [-128, 128).
+// load_i8 loads W 8-bit integers. store_i8 stores 2W, from lanes in [-128, 128).
 LEANOPS_INLINE I load_i8(const int8_t* p) {
   return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }

@@ -1,5 +1,5 @@
-// Portable vectors: plain arrays and loops, the compiler's own vectors where it finds any. See simd.h.
-// fma is the C library's: correct, if slow, on a processor without the instruction.
+// The operations of simd.h for every processor: arrays and loops, which the compiler may vectorise. simd_avx512.h
+// describes them. fma is the C library's, which is correct, but slow on a processor without the instruction.
 #pragma once
 
 #include <math.h>
@@ -119,7 +119,7 @@ LEANOPS_INLINE I truncate(F a) {
   }
   return r;
 }
-// To nearest, ties to even; of magnitudes up to 2^22.
+// To the nearest integer, ties to even, for magnitudes up to 2^22.
 LEANOPS_INLINE I nearest(F a) {
   I r;
   LEANOPS_EACH r.v[j] = float_bits(a.v[j] + 0x1.8p23f) - 0x4b400000u;
@@ -157,12 +157,12 @@ LEANOPS_INLINE F if_zero(F x, F no) {  // x == 0 ? 0 : no
   LEANOPS_EACH no.v[j] = x.v[j] == 0.0f ? 0.0f : no.v[j];
   return no;
 }
-// The smaller, NaN where either is.
+// The minimum, or NaN if a or b is NaN.
 LEANOPS_INLINE F minimum(F a, F b) {
   LEANOPS_EACH b.v[j] = a.v[j] < b.v[j] || a.v[j] != a.v[j] ? a.v[j] : b.v[j];
   return b;
 }
-// The larger as unsigned integers: of the bits of floats that are 0 or more, the larger float, or a NaN.
+// The maximum as unsigned integers. For the bits of floats >= 0 that is the larger float, or the NaN if there is one.
 LEANOPS_INLINE I max_u(I a, I b) {
   LEANOPS_EACH a.v[j] = a.v[j] < b.v[j] ? b.v[j] : a.v[j];
   return a;
@@ -277,7 +277,7 @@ LEANOPS_INLINE void store_pairs(uint16_t* p, I even, I odd) {
     p[2 * j + 1] = static_cast<uint16_t>(odd.v[j] >> 16);
   }
 }
-// The same from vectors in natural order.
+// The same for vectors in natural order.
 LEANOPS_INLINE void store_halves(uint16_t* p, I first, I second) {
   LEANOPS_EACH {
     p[j] = static_cast<uint16_t>(first.v[j] >> 16);
@@ -285,7 +285,7 @@ LEANOPS_INLINE void store_halves(uint16_t* p, I first, I second) {
   }
 }
 
-// 8-bit integers, W of them, and 2W from the low bytes of lanes in [-128, 128).
+// load_i8 loads W 8-bit integers. store_i8 stores 2W, from lanes in [-128, 128).
 LEANOPS_INLINE I load_i8(const int8_t* p) {
   I r;
   LEANOPS_EACH r.v[j] = static_cast<uint32_t>(static_cast<int32_t>(p[j]));

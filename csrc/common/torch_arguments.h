@@ -1,17 +1,18 @@
-// The arguments of an operator as torch's dispatcher hands them over, and their refusal in the operator's words.
+// An operator's arguments as torch's dispatcher passes them, and the checks that refuse them with the messages of the
+// check in Python.
 //
 // An operator has one struct of its arguments. Its members take them from a Stack in the order of the schema, so that
 // each is named once:
 //
 //   struct ScaleCall {
-//     explicit ScaleCall(Stack& from) : stack(from) {}
+//     explicit ScaleCall(Stack& s) : stack(s) {}
 //     Stack& stack;
 //     const TensorList tensors = stack.tensors();
 //     const double factor = stack.take<double>();
 //   };
 //   m.impl("scale_", &boxed<ScaleCall, scale>);
 //
-// OpSpec.launch calls below the check in Python, so a kernel refuses by itself what that check refuses.
+// OpSpec.launch skips the check in Python, so a kernel refuses the same arguments itself.
 #ifndef LEANOPS_COMMON_TORCH_ARGUMENTS_H
 #define LEANOPS_COMMON_TORCH_ARGUMENTS_H
 
@@ -29,8 +30,8 @@
 #include <utility>
 #include <vector>
 
-// A macro, so that a message is made only where it is needed. (STD_TORCH_CHECK would put a function and a line of a
-// file before it.)
+// A macro, so that the message is made only if the condition is false. (STD_TORCH_CHECK would put a function, a file
+// and a line before it.)
 #define LEANOPS_REQUIRE(condition, op, ...)               \
   do {                                                    \
     if (!(condition)) ::leanops::refuse(op, __VA_ARGS__); \
@@ -41,8 +42,7 @@ namespace leanops {
 using OwnedTensor = torch::stable::Tensor;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
-constexpr int64_t kIds =
-    int64_t{1} << 32;  // how many tensors an operator can tell apart; elements of one: 2^63
+constexpr int64_t kIds = int64_t{1} << 32;  // tensor ids are in [0, kIds)
 
 template <class... Parts>
 [[noreturn]] void refuse(const char* op, const Parts&... parts) {
@@ -52,7 +52,7 @@ template <class... Parts>
   throw std::runtime_error(out.str());
 }
 
-// torch's numbers for these, asked once: a call costs as much as a check.
+// torch's numbers of devices, layouts and dtypes, kept because a call for one costs as much as a whole check.
 struct Codes {
   int32_t cpu = aoti_torch_device_type_cpu(), cuda = aoti_torch_device_type_cuda();
   int32_t strided = aoti_torch_layout_strided();
@@ -62,24 +62,26 @@ struct Codes {
 };
 inline const Codes kCodes;
 
-// A tensor that somebody else keeps: what torch::stable::Tensor asks of one, without the allocation that its shared
-// ownership takes for each of thousands.
+// A tensor that somebody else owns, with the questions of torch::stable::Tensor. It spares the allocation that
+// torch::stable::Tensor makes for shared ownership: a call may have thousands of tensors.
 class View {
  public:
   explicit View(AtenTensorHandle handle) : handle_(handle) {}
   View(const OwnedTensor& tensor) : handle_(tensor.get()) {}
 
-  int64_t dim() const { return asked<int64_t>(aoti_torch_get_dim); }
-  int64_t numel() const { return asked<int64_t>(aoti_torch_get_numel); }
-  int32_t dtype() const { return asked<int32_t>(aoti_torch_get_dtype); }
-  int32_t layout() const { return asked<int32_t>(aoti_torch_get_layout); }
-  int32_t device_type() const { return asked<int32_t>(aoti_torch_get_device_type); }
-  int32_t device_index() const { return asked<int32_t>(aoti_torch_get_device_index); }
-  bool is_contiguous() const { return asked<bool>(aoti_torch_is_contiguous); }
-  Sizes sizes() const { return Sizes(asked<int64_t*>(aoti_torch_get_sizes), static_cast<size_t>(dim())); }
-  Sizes strides() const { return Sizes(asked<int64_t*>(aoti_torch_get_strides), static_cast<size_t>(dim())); }
-  const void* const_data_ptr() const { return asked<const void*>(torch_get_const_data_ptr); }
-  void* mutable_data_ptr() const { return asked<void*>(torch_get_mutable_data_ptr); }
+  int64_t dim() const { return property<int64_t>(aoti_torch_get_dim); }
+  int64_t numel() const { return property<int64_t>(aoti_torch_get_numel); }
+  int32_t dtype() const { return property<int32_t>(aoti_torch_get_dtype); }
+  int32_t layout() const { return property<int32_t>(aoti_torch_get_layout); }
+  int32_t device_type() const { return property<int32_t>(aoti_torch_get_device_type); }
+  int32_t device_index() const { return property<int32_t>(aoti_torch_get_device_index); }
+  bool is_contiguous() const { return property<bool>(aoti_torch_is_contiguous); }
+  Sizes sizes() const { return Sizes(property<int64_t*>(aoti_torch_get_sizes), static_cast<size_t>(dim())); }
+  Sizes strides() const {
+    return Sizes(property<int64_t*>(aoti_torch_get_strides), static_cast<size_t>(dim()));
+  }
+  const void* const_data_ptr() const { return property<const void*>(torch_get_const_data_ptr); }
+  void* mutable_data_ptr() const { return property<void*>(torch_get_mutable_data_ptr); }
   OwnedTensor keep() const {
     AtenTensorHandle handle;
     TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle_, &handle));
@@ -87,17 +89,17 @@ class View {
   }
 
  private:
-  template <class Answer>
-  Answer asked(AOTITorchError (*question)(AtenTensorHandle, Answer*)) const {
-    Answer answer;
-    TORCH_ERROR_CODE_CHECK(question(handle_, &answer));
-    return answer;
+  template <class T>
+  T property(AOTITorchError (*getter)(AtenTensorHandle, T*)) const {
+    T value;
+    TORCH_ERROR_CODE_CHECK(getter(handle_, &value));
+    return value;
   }
 
   AtenTensorHandle handle_;
 };
 
-// A list argument, which owns the handles of its tensors.
+// An argument that is a list of tensors. It owns the list and the handles of the tensors.
 class TensorList {
  public:
   explicit TensorList(StableListHandle list) : list_(list) {
@@ -124,7 +126,7 @@ class TensorList {
   size_t size_;
 };
 
-// The arguments of a call, each to be taken once and in order: who takes one owns it.
+// The arguments of a call, to be taken once each, in the order of the schema. The caller owns what it takes.
 class Stack {
  public:
   Stack(StableIValue* first, uint64_t count) : next_(first), end_(first + count) {}
@@ -153,7 +155,8 @@ class Stack {
   StableIValue *next_, *end_;
 };
 
-// A kernel that returns nothing, as the dispatcher calls it. `extra` are further arguments of the call's constructor.
+// The function that the dispatcher calls for a kernel that returns nothing. `extra`: further arguments of the
+// constructor of Call.
 template <class Call, auto function, auto... extra>
 void boxed(StableIValue* arguments, uint64_t count, uint64_t) {
   Stack stack(arguments, count);
@@ -162,9 +165,9 @@ void boxed(StableIValue* arguments, uint64_t count, uint64_t) {
   function(call);
 }
 
-// --- in the words of a message ---------------------------------------------------------------------------------------
+// --- parts of messages -----------------------------------------------------------------------------------------------
 
-// An argument, or a tensor of one.
+// The name of an argument, or of one tensor in a list: `grads` or `grads[2]`.
 struct Name {
   const char* argument;
   int64_t index = -1;
@@ -234,7 +237,7 @@ inline std::string text(double value) {
   return out.str().find_first_not_of("-0123456789") == std::string::npos ? out.str() + ".0" : out.str();
 }
 
-// --- what is refused -------------------------------------------------------------------------------------------------
+// --- checks ----------------------------------------------------------------------------------------------------------
 
 // A device.
 struct Location {
@@ -264,7 +267,7 @@ inline void require_dense(const char* op, const Name& name, View t) {
                   layout_name(t.layout()));
 }
 
-// One of the dtypes; which.
+// Returns the tensor's dtype, which must be one of `dtypes`.
 inline int32_t require_dtype(const char* op, const Name& name, View t,
                              std::initializer_list<int32_t> dtypes) {
   const int32_t dtype = t.dtype();
@@ -297,7 +300,7 @@ inline void require_contiguous(const char* op, const Name& name, View t) {
                   " with strides ", text(t.strides()));
 }
 
-// Numbers for a kernel: on the CPU, or where the tensors are.
+// A tensor of numbers for a kernel: on the CPU, or on the device of the other tensors.
 inline void require_numbers(const char* op, const Name& name, View t, std::initializer_list<int32_t> dtypes,
                             const Location& location) {
   require_dense(op, name, t);
@@ -307,7 +310,7 @@ inline void require_numbers(const char* op, const Name& name, View t, std::initi
          ", got ", location_of(t).name());
 }
 
-// `value` in [0, 2^63 / unit - size): the offset of `size` elements each of which takes `unit` indices.
+// An offset of `size` elements must be in [0, 2^63 / unit - size). `unit`: noise indices that an element takes.
 inline void require_offset(const char* op, const Name& name, int64_t value, int64_t size, int64_t unit = 1) {
   const uint64_t end = (uint64_t{1} << 63) / static_cast<uint64_t>(unit) - static_cast<uint64_t>(size);
   LEANOPS_REQUIRE(value >= 0 && static_cast<uint64_t>(value) < end, op, name, " must be in [0, ", end,

@@ -1,4 +1,4 @@
-// What the files that register CPU kernels share.
+// Shared by the files that register CPU kernels.
 #ifndef LEANOPS_COMMON_TORCH_CPU_H
 #define LEANOPS_COMMON_TORCH_CPU_H
 
@@ -7,7 +7,7 @@
 
 namespace leanops {
 
-// The dtype of a tensor of floats, by torch's number for it.
+// The DType for torch's number of a floating-point dtype.
 inline DType dtype_of_code(int32_t code) {
   return code == kCodes.float32    ? DType::kFloat32
          : code == kCodes.bfloat16 ? DType::kBFloat16

@@ -1,5 +1,4 @@
-// What the files that register CUDA kernels share: the current stream, and torch's types, over the stable
-// ABI.
+// Shared by the files that register CUDA kernels: the current stream and torch's dtypes, over the stable ABI.
 #ifndef LEANOPS_COMMON_TORCH_CUDA_H
 #define LEANOPS_COMMON_TORCH_CUDA_H
 
@@ -17,7 +16,7 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 
 namespace leanops {
 
-// Makes a tensor's device current for a scope, and knows its stream.
+// Makes a tensor's device current while it lives. It has the device's current stream and number of multiprocessors.
 struct Device {
   explicit Device(const torch::stable::Tensor& t) : index(t.get_device_index()), guard(index) {
     void* current = nullptr;

@@ -1,4 +1,4 @@
-// What every family calls the types of elements and the ways to round to them.
+// The element types and the rounding modes of all families.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@ namespace leanops {
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 enum class Rounding : int { kNearest = 0, kStochastic = 1 };
 
-// The Philox stream, a counter's fourth word, of the bits that stochastic rounding adds.
+// The Philox stream (a counter's fourth word) of the random bits for stochastic rounding.
 constexpr uint32_t kStreamRounding = 2;
 
 static constexpr int64_t element_size(DType dtype) {
