@@ -1,5 +1,5 @@
-// What a launch of zo.cuh is told: which tensors, which terms. Plain data, the same bytes for nvcc, NVRTC and
-// NumPy.
+// The argument of a launch of zo.cuh and lowrank.cuh: tensors and terms. Plain data, with the same bytes for nvcc,
+// NVRTC and NumPy (pyops/zo/nvrtc.py).
 #ifndef LEANOPS_ZO_CALL_CUH
 #define LEANOPS_ZO_CALL_CUH
 
@@ -12,32 +12,32 @@ enum Distribution { GAUSSIAN = 0, RADEMACHER = 1 };
 enum Mode {
   NOISE = 0,   // out <- z
   SINGLE = 1,  // out <- round(keep in + c z)
-  MANY = 2,    // the same over any number of terms, or the terms in sequence
+  MANY = 2,    // out <- round(keep in + sum of c z), or one rounding after each term
   PAIR = 3,    // out <- round(in + c z), out2 <- round(in - c z)
 };
 
-const int WARPS = 4;          // warps of a thread block; each takes a unit at a time
-const int UNIT_LONG = 4096;   // elements: 32 Rademacher blocks, one a lane
-const int UNIT_SHORT = 1024;  // MANY: 8 blocks of 4 terms, one a lane
-const int UNIT_ROWS = 32;     // of a unit of low-rank noise; its columns are Call::wide
-const int HELD_ROWS = 4;      // of them, those that a lane holds at a time
+const int WARPS = 4;          // warps of a thread block; a warp takes one unit at a time
+const int UNIT_LONG = 4096;   // elements of a unit: each of 32 lanes computes one Rademacher block of 128
+const int UNIT_SHORT = 1024;  // MANY: 8 Rademacher blocks; 32 lanes compute them for 4 terms
+const int UNIT_ROWS = 32;     // rows of a unit of low-rank noise; it has Call::wide columns
+const int HELD_ROWS = 4;      // rows of the unit that a lane holds at a time
 const int MAX_RANK = 64;
-const int PANEL_FLOATS = 1024;  // of V that a warp keeps: wide * rank is no more
+const int PANEL_FLOATS = 1024;  // room of a warp for V: wide * rank floats
 const int INLINE_SLOTS = 16;    // tensors that travel as kernel parameters; more go through device memory
-const int INLINE_TERMS = 8;     // terms, likewise
+const int INLINE_TERMS = 8;     // terms that travel as kernel parameters; more go through device memory
 
-struct Slot {         // one tensor, contiguous
-  u64 out, in, out2;  // addresses; what a mode lacks equals `out`
+struct Slot {         // one contiguous tensor
+  u64 out, in, out2;  // addresses; those that the mode does not use equal `out`
   i64 offset, numel;  // logical index of the first element, elements
   i64 first;          // units of the tensors before this one
   u64 tensor_id;
-  i64 columns;  // of the whole matrix, for low-rank noise
+  i64 columns;  // low-rank noise: columns of the whole matrix
 };
 
 struct Call {
-  u64 slots, seeds, right_seeds, coeffs, decays;  // device addresses; 0: inline below
+  u64 slots, seeds, right_seeds, coeffs, decays;  // device addresses; 0: the inline values below
   i64 units;
-  i64 rank, wide;  // of low-rank noise
+  i64 rank, wide;  // low-rank noise: columns of U and V, columns of a unit
   int tensors, terms, decay_count, sequential;
   i64 inline_seeds[INLINE_TERMS];
   i64 inline_right_seeds[INLINE_TERMS];
@@ -46,8 +46,8 @@ struct Call {
   Slot inline_slots[INLINE_SLOTS];
 };
 
-// Words that travel as kernel parameters to device memory: there is no host buffer to keep alive, so a graph
-// can capture it.
+// The argument of a launch that copies words to device memory. The words travel as kernel parameters: no host buffer
+// has to stay alive, so a CUDA graph can capture the launch.
 const int UPLOAD_WORDS = 448;
 struct Upload {
   u64 target;

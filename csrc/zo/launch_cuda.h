@@ -1,4 +1,4 @@
-// Host side of zo.cuh without torch: which kernel, which grid, and how tables reach the device.
+// Host side of zo.cuh and lowrank.cuh, without torch: kernels, grids, and the upload of tables to the device.
 #ifndef LEANOPS_ZO_LAUNCH_CUDA_H
 #define LEANOPS_ZO_LAUNCH_CUDA_H
 
@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(32 * WARPS, LOW_RANK_RESIDENT<STOCHASTIC>)
   low_rank<T, STOCHASTIC>(call);
 }
 
-__global__ void __launch_bounds__(128) upload_kernel(const __grid_constant__ Upload from) {
-  copy_words(from);
+__global__ void __launch_bounds__(128) upload_kernel(const __grid_constant__ Upload upload) {
+  copy_words(upload);
 }
 
 template <class T>
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(256) add_bias_kernel(u64 y, u64 bias, i64 rows
   add_bias<T>(y, bias, rows, n);
 }
 
-// Units are aligned to logical indices, so a tensor's first and last may be partial.
+// The units of a tensor. They are aligned to logical indices, so the first and the last may be partial.
 inline i64 units_of(i64 offset, i64 numel, i64 unit) {
   return numel == 0 ? 0 : (offset + numel - 1) / unit - offset / unit + 1;
 }
@@ -57,7 +57,7 @@ inline i64 plan(std::vector<Slot>& slots, Mode mode) {
   return units;
 }
 
-// The same for low-rank noise over matrices of elements of `chunk` to a lane; sets Call::wide as well.
+// The same for low-rank noise over matrices. A lane has `chunk` columns. Sets Call::wide, too.
 inline i64 plan_low_rank(std::vector<Slot>& slots, Call& call, int chunk) {
   call.wide = std::min<i64>(32 * chunk, PANEL_FLOATS / call.rank / chunk * chunk);
   i64 units = 0;
@@ -69,11 +69,12 @@ inline i64 plan_low_rank(std::vector<Slot>& slots, Call& call, int chunk) {
   return units;
 }
 
-// Enough blocks to fill the device several times over; each block then strides through the units.
+// Blocks of a launch: up to 32 for each multiprocessor. With more work, a block takes several parts of it in turn.
 inline int blocks_for(i64 work, i64 per_block, int processors) {
   return (int)std::min<i64>((work + per_block - 1) / per_block, (i64)processors * 32);
 }
 
+// Copies words to device memory, in launches of UPLOAD_WORDS.
 inline cudaError_t upload_words(u64 target, const u64* words, i64 count, cudaStream_t stream) {
   for (i64 done = 0; done < count; done += UPLOAD_WORDS) {
     Upload part;

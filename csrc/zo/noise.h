@@ -1,4 +1,4 @@
-// The Gaussian of zo/1, in the vector vocabulary of simd.h.
+// The Gaussian noise of zo/1, by the vector operations of simd.h.
 #pragma once
 
 #include "../common/philox_vector.h"
@@ -8,7 +8,7 @@ namespace LEANOPS_ISA {
 
 constexpr int64_t G = 2 * W;     // elements in a group, of whole batches
 constexpr int64_t kTile = 4096;  // elements: with signs, bits and accumulators 25 KB
-// Groups whose Philox rounds run side by side. Gaussian bf16 on Zen 5, ns an element for 1, 2, 3, 4, 6:
+// Groups whose Philox rounds are computed together. Gaussian bf16 on Zen 5, ns an element for 1, 2, 3, 4, 6:
 // AVX-512 .60 .42 .41 .34 .30 (but .47 for 6 in the sequential kernel), AVX2 1.42 1.00 .94 .89.
 constexpr int kUnroll = LEANOPS_LEVEL == 0 ? 1 : 4;
 

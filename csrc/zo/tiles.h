@@ -1,6 +1,6 @@
-// The kernels over one tile: at most kTile elements, in groups of G = 2W whose indices are a multiple of G,
-// so that a group is whole Philox batches. The tile's Rademacher signs and rounding bits are made ahead; with
-// several terms the accumulators stay in the first-level cache while the terms pass over them.
+// The kernels over one tile of at most kTile elements. A tile consists of groups of G = 2W elements that begin at a
+// multiple of G, so a group is whole Philox batches. The tile's Rademacher signs and rounding bits are computed before
+// the loop over groups. With several terms the tile's accumulators stay in the first-level cache from term to term.
 #pragma once
 
 #include "../common/formats.h"
@@ -16,14 +16,14 @@ using zo::Terms;
 
 constexpr int64_t kSlack = 4 * kBatch;
 
-// Where the bits of one tile and one term come from.
+// The noise and the rounding bits of one tile and one term.
 struct Source {
-  PhiloxPlan plan;                                      // of the Gaussian
-  const float* z;                                       // of low-rank noise: the tile's
-  int64_t first;                                        // the tile's first group within signs
-  alignas(64) uint32_t signs[kTile / 32 + 4 + kSlack];  // of Rademacher: one bit an element
+  PhiloxPlan plan;                                      // Gaussian
+  const float* z;                                       // low rank: z of the tile
+  int64_t first;                                        // Rademacher: the tile's first group within signs
+  alignas(64) uint32_t signs[kTile / 32 + 4 + kSlack];  // Rademacher: one bit for an element
   RoundingBits<kTile> rounding;
-  const uint16_t* bits;  // of stochastic rounding: 16 bits an element
+  const uint16_t* bits;  // stochastic rounding: 16 bits for an element
 };
 
 template <Distribution D>
@@ -39,7 +39,7 @@ static void prepare_noise(Source& src, uint64_t seed, uint32_t tensor_id, uint64
   }
 }
 
-// Of term k of a call.
+// The noise of term k of a call.
 template <Distribution D>
 static void prepare_term(Source& src, const Terms& terms, int64_t k, uint32_t tensor_id, uint64_t index,
                          int64_t groups, Factors* factors) {
@@ -55,7 +55,7 @@ static void prepare_rounding(Source& src, uint64_t seed, uint32_t tensor_id, uin
   src.bits = src.rounding.fill(seed, tensor_id, index, groups * G);
 }
 
-// z of U groups, g their first within the tile.                                                z: [U][2][W]
+// z [U][2][W] of U groups of the tile from group g on.
 template <Distribution D, bool Pairs, int U>
 LEANOPS_INLINE void values(F* z, const Source& src, uint64_t index, int64_t g) {
   if constexpr (D == Distribution::kGaussian) {
@@ -98,7 +98,7 @@ LEANOPS_INLINE void values(F* z, const Source& src, uint64_t index, int64_t g) {
   }
 }
 
-// step(g, U as a constant) over all groups, kUnroll at a time.
+// Calls step(g, U) for all groups, U = kUnroll at a time and then one at a time. U is a type, Constant<U>.
 template <int N>
 struct Constant {
   static constexpr int value = N;
@@ -128,7 +128,7 @@ static void noise_tile(typename T::Scalar* out, int64_t groups, uint64_t index, 
   });
 }
 
-// One term: read, add, round, write.
+// One term: out = round(keep in + c z).
 template <class T, Distribution D, Rounding R>
 static void one_term(typename T::Scalar* out, const typename T::Scalar* in, int64_t groups, uint64_t index,
                      const Terms& terms, uint32_t tensor_id, Factors* factors) {
@@ -153,7 +153,7 @@ static void one_term(typename T::Scalar* out, const typename T::Scalar* in, int6
   });
 }
 
-// Several terms over one tile of accumulators.
+// Several terms, which are added to one tile of accumulators.
 template <class T, Distribution D, Rounding R, bool Sequential>
 static void many_terms(typename T::Scalar* out, const typename T::Scalar* in, int64_t groups, uint64_t index,
                        const Terms& terms, uint32_t tensor_id, Factors* factors) {
@@ -179,8 +179,8 @@ static void many_terms(typename T::Scalar* out, const typename T::Scalar* in, in
       values<D, T::kPairs, U>(z, src, index, g);
 #pragma GCC unroll 4
       for (int u = 0; u < U; ++u) {
-        float* at = tile + (g + u) * G;
-        F a = load(at), b = load(at + W);
+        float* group = tile + (g + u) * G;
+        F a = load(group), b = load(group + W);
         if constexpr (Sequential) {
           a = mul(a, keep);
           b = mul(b, keep);
@@ -191,8 +191,8 @@ static void many_terms(typename T::Scalar* out, const typename T::Scalar* in, in
           T::template finish<R>(a, b, src.bits + (g + u) * G);
           T::settle(a, b);
         }
-        store(at, a);
-        store(at + W, b);
+        store(group, a);
+        store(group + W, b);
       }
     });
   }
@@ -231,7 +231,7 @@ static void both_tile(typename T::Scalar* plus, typename T::Scalar* minus, const
   });
 }
 
-// minus = round(plus - c b), plus = round(plus + c b): nothing random, any n.
+// minus = round(plus - c b) and plus = round(plus + c b) for any n elements.
 template <class T>
 static void spread_run(void* plus, void* minus, const void* b, int64_t n, float scale) {
   using S = typename T::Scalar;

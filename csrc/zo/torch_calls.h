@@ -1,4 +1,4 @@
-// The arguments of zo_noise_, zo_axpy_ and zo_axpy_into_, and what the kernels refuse of them, on every device.
+// The arguments of zo_noise_, zo_axpy_ and zo_axpy_into_, and their checks, for the kernels of every device.
 #ifndef LEANOPS_ZO_TORCH_CALLS_H
 #define LEANOPS_ZO_TORCH_CALLS_H
 
@@ -10,7 +10,7 @@ namespace leanops {
 namespace zo {
 
 struct NoiseCall {
-  explicit NoiseCall(Stack& from) : stack(from) {}
+  explicit NoiseCall(Stack& s) : stack(s) {}
   Stack& stack;
   const OwnedTensor out = stack.take<OwnedTensor>();
   const OwnedTensor seed = stack.take<OwnedTensor>();
@@ -18,7 +18,7 @@ struct NoiseCall {
   const int64_t offset = stack.take<int64_t>();
   const std::string distribution = stack.text();
 
-  // For kernels on a type of device.
+  // For kernels of a device type.
   void check(int32_t device_type) const {
     const char* op = "zo_noise_";
     const Location location{device_type, View(out).device_index()};
@@ -35,18 +35,18 @@ struct NoiseCall {
   }
 };
 
-// zo_axpy_into_, or in place zo_axpy_, whose `tensors` are both what is read and what is written.
+// zo_axpy_into_; or, if in_place, zo_axpy_, which reads and writes the same tensors.
 struct AxpyCall {
-  AxpyCall(Stack& from, bool in_place) : in_place(in_place), stack(from) {}
+  AxpyCall(Stack& s, bool in_place) : in_place(in_place), stack(s) {}
   const bool in_place;
   Stack& stack;
-  const TensorList out = stack.tensors();  // what is written: the tensors where it is in place
+  const TensorList out = stack.tensors();  // the argument `tensors` if in_place
   const std::optional<TensorList> sources =
       in_place ? std::optional<TensorList>()
                : std::optional<TensorList>(std::in_place, stack.take<StableListHandle>());
   const OwnedTensor seeds = stack.take<OwnedTensor>();   // int64 [K]
   const OwnedTensor coeffs = stack.take<OwnedTensor>();  // float64 [K]
-  const OwnedTensor decays = stack.take<OwnedTensor>();  // float64 [1], or [K] where sequential
+  const OwnedTensor decays = stack.take<OwnedTensor>();  // float64 [1], or [K] if sequential
   const std::vector<int64_t> tensor_ids = stack.take<std::vector<int64_t>>();
   const std::vector<int64_t> offsets = stack.take<std::vector<int64_t>>();
   const std::string distribution = stack.text();
@@ -62,7 +62,7 @@ struct AxpyCall {
   bool low_rank() const { return distribution == "lowrank"; }
   int64_t width(size_t i) const { return columns ? (*columns)[i] : 0; }
 
-  // For kernels on `location`; take(i, dtype, numel) is called for each tensor that has elements, once it is checked.
+  // For kernels on `location`. Calls take(i, dtype, numel) for each tensor that has elements, after its checks.
   template <class Take>
   void check(const Location& location, int64_t max_rank, Take&& take) const {
     check_noise(location, max_rank);

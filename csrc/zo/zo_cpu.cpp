@@ -29,6 +29,7 @@ const Kernels& active_kernels() {
 
 namespace {
 
+// One tensor of a call.
 struct Job {
   char* out;
   const char* in;
@@ -36,12 +37,12 @@ struct Job {
   uint32_t tensor_id;
   uint64_t index;
   uint64_t columns;   // of low-rank noise
-  int64_t begin;      // of its elements in the numbering of all jobs together
-  size_t tensor = 0;  // its place in the call
+  int64_t begin;      // number of its first element, counted over all jobs
+  size_t tensor = 0;  // index in the call
 };
 
-constexpr int64_t kUnit = 4096;        // elements; threads share the work in these
-constexpr int64_t kGrain = 8 * kUnit;  // the least work of one term worth a thread
+constexpr int64_t kUnit = 4096;        // elements; threads take whole units
+constexpr int64_t kGrain = 8 * kUnit;  // elements of one term that are worth a thread
 
 // run(job, first, n) over all elements of all jobs, shared among torch's threads.
 template <class Run>
@@ -49,15 +50,15 @@ void for_all(const std::vector<Job>& jobs, int64_t total, int64_t terms, const R
   const int64_t units = (total + kUnit - 1) / kUnit;
   const int64_t grain = std::max<int64_t>(1, kGrain / kUnit / std::max<int64_t>(terms, 1));
   torch::stable::parallel_for(0, units, grain, [&](int64_t from, int64_t to) {
-    int64_t at = from * kUnit;
+    int64_t begin = from * kUnit;
     const int64_t end = std::min(to * kUnit, total);
-    auto job =
-        std::upper_bound(jobs.begin(), jobs.end(), at, [](int64_t a, const Job& j) { return a < j.begin; }) -
-        1;
-    for (; at < end; ++job) {
+    auto job = std::upper_bound(jobs.begin(), jobs.end(), begin,
+                                [](int64_t number, const Job& j) { return number < j.begin; }) -
+               1;
+    for (; begin < end; ++job) {
       const int64_t stop = std::min(end, job + 1 == jobs.end() ? total : (job + 1)->begin);
-      run(*job, at - job->begin, stop - at);
-      at = stop;
+      run(*job, begin - job->begin, stop - begin);
+      begin = stop;
     }
   });
 }
@@ -80,7 +81,7 @@ void zo_noise_(const NoiseCall& call) {
   if (Tensor target = call.out; dense.get() != target.get()) torch::stable::copy_(target, dense);
 }
 
-// The numbers of a call, and dense copies of them where they have strides.
+// The terms of a call. Tensors with strides are copied, and the copies live as long as this.
 struct DenseTerms {
   explicit DenseTerms(const AxpyCall& call)
       : seeds(torch::stable::contiguous(call.seeds)),
@@ -107,7 +108,7 @@ struct DenseTerms {
 void axpy(const AxpyCall& call) {
   const Kernels& cpu = active_kernels();
   std::vector<Job> jobs;
-  std::vector<size_t> strided;  // tensors whose addresses are not known yet
+  std::vector<size_t> strided;  // jobs whose tensors need dense copies
   jobs.reserve(call.out.size());
   int64_t total = 0;
   call.check({kCodes.cpu, -1}, kMaxRank, [&](size_t i, int32_t dtype, int64_t numel) {
@@ -124,8 +125,8 @@ void axpy(const AxpyCall& call) {
 
   std::vector<Tensor> kept;                           // dense copies, alive while the kernels run
   std::vector<std::pair<Tensor, Tensor>> copied_out;  // (target, dense result)
-  for (size_t place : strided) {
-    Job& job = jobs[place];
+  for (size_t j : strided) {
+    Job& job = jobs[j];
     const View target = call.out[job.tensor];
     if (target.is_contiguous()) {
       job.out = static_cast<char*>(target.mutable_data_ptr());

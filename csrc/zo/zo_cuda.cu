@@ -19,8 +19,8 @@ using torch::stable::Tensor;
 
 Distribution distribution_of(const std::string& name) { return name == "rademacher" ? RADEMACHER : GAUSSIAN; }
 
-// Numbers for a kernel: read in place on the device; from the CPU inline if they fit, else uploaded. Keeps
-// what it points to alive.
+// The device address of numbers for a kernel. Numbers on the CPU are copied into inline_values if they fit, with
+// address 0, and otherwise uploaded. `alive` gets the tensors that the address needs.
 template <class N>
 u64 place(const Tensor& values, N* inline_values, const Tensor& like, const Device& device,
           std::vector<Tensor>& alive) {
@@ -75,13 +75,15 @@ void noise_(const NoiseCall& call) {
   if (!out.is_contiguous()) torch::stable::copy_(out, dense);
 }
 
+// One tensor of a call.
 struct Job {
-  size_t tensor;  // its place in the call
+  size_t tensor;  // index in the call
   int32_t dtype;
   i64 numel;
 };
 
-// The tensors of a dtype, as a kernel reads them. Strided results are copied back once it has run.
+// The slots of all tensors of a dtype that are matrices (or vectors) of low-rank noise. Adds strided results to
+// `strided`; the caller copies them back after the kernel.
 std::vector<Slot> slots_of(const AxpyCall& call, const std::vector<Job>& jobs, int32_t dtype, bool matrices,
                            std::vector<Tensor>& alive, std::vector<std::pair<Tensor, Tensor>>& strided) {
   std::vector<Slot> slots;
@@ -168,10 +170,10 @@ void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(out)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes ownership of what was returned
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes ownership of the returned tensor
 }
 
-// A panel of 8 Mi elements is written and read again within the L2 cache.
+// Elements of a panel of z: it stays in the L2 cache until the product reads it.
 const i64 PANEL = 8 << 20;
 
 std::tuple<Tensor, Tensor> linear(Tensor x, std::optional<Tensor> x_minus, Tensor weight,
@@ -188,7 +190,7 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::optional<Tensor> x_minus, Tenso
   const Tensor dense = torch::stable::contiguous(weight);
   std::optional<Tensor> dense_bias;
   if (bias) dense_bias = torch::stable::contiguous(*bias);
-  const u64 bias_at = dense_bias ? address(*dense_bias) : 0;
+  const u64 bias_address = dense_bias ? address(*dense_bias) : 0;
   const i64 panel_rows = std::max<i64>(1, std::min(n, PANEL / std::max<i64>(m, 1)));
 
   std::vector<Tensor> alive;
@@ -197,8 +199,8 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::optional<Tensor> x_minus, Tenso
   call.seeds = place(seed, call.inline_seeds, x, device, alive);
   call.inline_coeffs[0] = scale;
 
-  // With one x: A = x W^T, B = x z^T, y = A + bias ± c B. With two: each with its own panel of W ± c z; so with
-  // fp16, which B, not small as c B is, may overflow.
+  // With one x: A = x W^T, B = x z^T, y = A + bias ± c B. With two x, each product has its own panel of W ± c z. fp16
+  // does that, too: B itself may overflow, although c B is small.
   const bool pair = x_minus || x.scalar_type() == ScalarType::Half;
   const Mode mode = pair ? PAIR : NOISE;
   Tensor y_plus = pair ? torch::stable::new_empty(x, {rows, n}) : mm(flat, transposed(dense));
@@ -225,15 +227,15 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::optional<Tensor> x_minus, Tenso
       });
     }
     if (pair) {
-      Tensor at_plus = y_plus, at_minus = y_minus;
-      mm_out(flat, transposed(plus), torch::stable::narrow(at_plus, 1, first, width));
-      mm_out(flat_minus, transposed(minus), torch::stable::narrow(at_minus, 1, first, width));
+      Tensor all_plus = y_plus, all_minus = y_minus;
+      mm_out(flat, transposed(plus), torch::stable::narrow(all_plus, 1, first, width));
+      mm_out(flat_minus, transposed(minus), torch::stable::narrow(all_minus, 1, first, width));
     } else if (rows) {
       const Tensor b = mm(flat, transposed(plus));
       for_dtype(x.scalar_type(), [&](auto type) {
         combine_kernel<decltype(type)>
             <<<(int)blocks, 256, 0, device.stream>>>(address(y_plus), address(y_minus), address(y_plus),
-                                                     address(b), bias_at, scale, rows, n, first, width);
+                                                     address(b), bias_address, scale, rows, n, first, width);
         STD_CUDA_CHECK(cudaGetLastError());
       });
     }
@@ -241,7 +243,8 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::optional<Tensor> x_minus, Tenso
   if (pair && bias && rows * n) {
     for (const Tensor& y : {y_plus, y_minus})
       for_dtype(x.scalar_type(), [&](auto type) {
-        add_bias_kernel<decltype(type)><<<(int)blocks, 256, 0, device.stream>>>(address(y), bias_at, rows, n);
+        add_bias_kernel<decltype(type)>
+            <<<(int)blocks, 256, 0, device.stream>>>(address(y), bias_address, rows, n);
         STD_CUDA_CHECK(cudaGetLastError());
       });
   }

@@ -1,49 +1,49 @@
-// The CPU kernels of zo/1, compiled once per instruction set: runs of elements are cut into tiles and groups
-// here. A group cut by the beginning or the end of a run is done whole in a small buffer, with the same bits.
+// The CPU kernels of zo/1, compiled once for each instruction set. They cut runs of elements into tiles and groups. A
+// group of which a run has only a part is computed whole in a small buffer, with the same bits.
 #include "tiles.h"
 
 namespace leanops {
 namespace LEANOPS_ISA {
 namespace {
 
-// Calls work(first element, its index, elements) for each tile of [0, n). Tiles end where the index is a
-// multiple of kTile, so no tile spans two values of a Philox block's high word.
+// Calls work(first, index of element `first`, count) for each tile of [0, n). Tiles end where the index is a multiple
+// of kTile, so the Philox blocks of a tile have the same high word.
 template <class Work>
 LEANOPS_INLINE void for_tiles(int64_t n, uint64_t index, const Work& work) {
   for (int64_t done = 0; done < n;) {
-    const uint64_t at = index + static_cast<uint64_t>(done);
-    const int64_t room = kTile - static_cast<int64_t>(at % kTile);
+    const uint64_t tile_index = index + static_cast<uint64_t>(done);
+    const int64_t room = kTile - static_cast<int64_t>(tile_index % kTile);
     const int64_t count = n - done < room ? n - done : room;
-    work(done, at, count);
+    work(done, tile_index, count);
     done += count;
   }
 }
 
-// Calls body(out, other, in, groups, index) until [0, n) is covered; other and in may be null throughout.
+// Calls body(out, second_out, in, groups, index) for parts of [0, n) in whole groups. second_out and in may be null.
 template <class S, class Body>
-LEANOPS_INLINE void for_whole_groups(S* out, S* other, const S* in, int64_t n, uint64_t index,
+LEANOPS_INLINE void for_whole_groups(S* out, S* second_out, const S* in, int64_t n, uint64_t index,
                                      const Body& body) {
-  for_tiles(n, index, [&](int64_t done, uint64_t at, int64_t count) {
-    const auto cut = [&](int64_t first, int64_t skipped, int64_t elements) {
+  for_tiles(n, index, [&](int64_t done, uint64_t tile_index, int64_t count) {
+    const auto part_of_group = [&](int64_t first, int64_t skipped, int64_t elements) {
       alignas(64) S buffer[G] = {}, second[G];
       const size_t bytes = static_cast<size_t>(elements) * sizeof(S);
       if (in) __builtin_memcpy(buffer + skipped, in + first, bytes);
       body(buffer, second, static_cast<const S*>(buffer), int64_t{1},
            index + static_cast<uint64_t>(first - skipped));
       __builtin_memcpy(out + first, buffer + skipped, bytes);
-      if (other) __builtin_memcpy(other + first, second + skipped, bytes);
+      if (second_out) __builtin_memcpy(second_out + first, second + skipped, bytes);
     };
-    const int64_t skipped = static_cast<int64_t>(at % G);
+    const int64_t skipped = static_cast<int64_t>(tile_index % G);
     int64_t head = skipped ? G - skipped : 0;
     if (head > count) head = count;
     const int64_t groups = (count - head) / G, middle = done + head;
     const int64_t tail = count - head - groups * G;
-    if (head) cut(done, skipped, head);
+    if (head) part_of_group(done, skipped, head);
     if (groups) {
-      body(out + middle, other ? other + middle : nullptr, in ? in + middle : nullptr, groups,
+      body(out + middle, second_out ? second_out + middle : nullptr, in ? in + middle : nullptr, groups,
            index + static_cast<uint64_t>(middle));
     }
-    if (tail) cut(middle + groups * G, 0, tail);
+    if (tail) part_of_group(middle + groups * G, 0, tail);
   });
 }
 
@@ -78,20 +78,20 @@ void both_run(void* plus, void* minus, const void* in, int64_t n, uint64_t seed,
                       });
 }
 
-// fp64 holds and adds the fp32 z; product and sum are rounded one after the other.
+// In fp64, with the z of fp32. Product and sum are rounded separately.
 template <Distribution D>
 void axpy_double(double* out, const double* in, int64_t n, const Terms& terms, uint32_t tensor_id,
                  uint64_t index, Factors* factors) {
-  for_tiles(n, index, [&](int64_t done, uint64_t at, int64_t count) {
+  for_tiles(n, index, [&](int64_t done, uint64_t tile_index, int64_t count) {
     double acc[kTile];
     float z[kTile + W];
     const double start = terms.sequential ? 1.0 : 1.0 - terms.decays[0];
     for (int64_t j = 0; j < count; ++j) acc[j] = in[done + j] * start;
     for (int64_t k = 0; k < terms.count; ++k) {
       if constexpr (D == Distribution::kLowRank) {
-        factors->fill(z, terms.seeds[k], terms.right_seeds[k], tensor_id, at, count);
+        factors->fill(z, terms.seeds[k], terms.right_seeds[k], tensor_id, tile_index, count);
       } else {
-        noise_run<Float32, D>(z, count, terms.seeds[k], tensor_id, at);
+        noise_run<Float32, D>(z, count, terms.seeds[k], tensor_id, tile_index);
       }
       const double keep = terms.sequential ? 1.0 - terms.decays[terms.decay_count > 1 ? k : 0] : 1.0;
       const double c = terms.coeffs[k];
@@ -115,9 +115,9 @@ void noise_by_dtype(void* out, DType dtype, int64_t n, uint64_t seed, uint32_t t
       return noise_run<Float16, D>(static_cast<uint16_t*>(out), n, seed, tensor_id, index);
     case DType::kFloat64: {
       double* wide = static_cast<double*>(out);
-      for_tiles(n, index, [&](int64_t done, uint64_t at, int64_t count) {
+      for_tiles(n, index, [&](int64_t done, uint64_t tile_index, int64_t count) {
         float z[kTile];
-        noise_run<Float32, D>(z, count, seed, tensor_id, at);
+        noise_run<Float32, D>(z, count, seed, tensor_id, tile_index);
         for (int64_t j = 0; j < count; ++j) wide[done + j] = static_cast<double>(z[j]);
       });
     }
@@ -131,7 +131,7 @@ void axpy_by_rounding(void* out, const void* in, int64_t n, const Terms& terms, 
   S* o = static_cast<S*>(out);
   const S* i = static_cast<const S*>(in);
   if constexpr (sizeof(S) == 2) {
-    if (terms.rounding == Rounding::kStochastic && terms.count > 0) {  // no term, no seed to round with
+    if (terms.rounding == Rounding::kStochastic && terms.count > 0) {  // without a term there is no seed
       return axpy_run<T, D, Rounding::kStochastic>(o, i, n, terms, tensor_id, index, factors);
     }
   }
@@ -166,9 +166,9 @@ void both_by_dtype(void* plus, void* minus, const void* in, DType dtype, int64_t
       return both_run<Float16, D>(plus, minus, in, n, seed, coeff, tensor_id, index);
     case DType::kFloat64: {
       const double* a = static_cast<const double*>(in);
-      for_tiles(n, index, [&](int64_t done, uint64_t at, int64_t count) {
+      for_tiles(n, index, [&](int64_t done, uint64_t tile_index, int64_t count) {
         float z[kTile];
-        noise_run<Float32, D>(z, count, seed, tensor_id, at);
+        noise_run<Float32, D>(z, count, seed, tensor_id, tile_index);
         for (int64_t j = 0; j < count; ++j) {
           const double step = coeff * static_cast<double>(z[j]);
           static_cast<double*>(plus)[done + j] = a[done + j] + step;
@@ -213,14 +213,14 @@ void spread(void* plus, void* minus, const void* b, DType dtype, int64_t n, doub
 void words(uint32_t* out, int64_t count, uint64_t block, uint32_t tensor_id, uint32_t stream, uint64_t seed) {
   constexpr int64_t kBlocks = 64;
   for (int64_t done = 0; done < count;) {
-    const uint64_t at = block + static_cast<uint64_t>(done);
-    const int64_t room =
-        kBlocks - static_cast<int64_t>(at % kBlocks);  // never across a carry into the high word
-    const int64_t some = count - done < room ? count - done : room;
+    const uint64_t first = block + static_cast<uint64_t>(done);
+    // a run ends at a multiple of kBlocks, so its blocks have the same high word
+    const int64_t room = kBlocks - static_cast<int64_t>(first % kBlocks);
+    const int64_t blocks = count - done < room ? count - done : room;
     uint32_t buffer[4 * (kBlocks + kBatch)];
-    philox_words(philox_plan(seed, tensor_id, stream, high32(at)), at, some, buffer);
-    __builtin_memcpy(out + 4 * done, buffer, static_cast<size_t>(some) * 16);
-    done += some;
+    philox_words(philox_plan(seed, tensor_id, stream, high32(first)), first, blocks, buffer);
+    __builtin_memcpy(out + 4 * done, buffer, static_cast<size_t>(blocks) * 16);
+    done += blocks;
   }
 }
 
@@ -233,10 +233,10 @@ void noise(void* out, DType dtype, int64_t n, uint64_t seed, uint32_t tensor_id,
   }
 }
 
-// Where a matrix has more columns than a panel of V, panel by panel over blocks of rows.
+// If a matrix has more columns than a panel of V, it is cut into blocks of rows, and each of these into panels.
 void axpy_low_rank(void* out, const void* in, DType dtype, int64_t n, const Terms& terms, uint32_t tensor_id,
                    uint64_t index, uint64_t columns) {
-  constexpr uint64_t kRows = 64;  // a panel's V is made once for so many
+  constexpr uint64_t kRows = 64;  // of a block; V of a panel is computed once for a block
   Factors factors;
   factors.columns = columns;
   factors.rank = terms.rank;
@@ -257,9 +257,9 @@ void axpy_low_rank(void* out, const void* in, DType dtype, int64_t n, const Term
     for (uint64_t column = 0; column < columns; column += panel) {
       const uint64_t width = columns - column < panel ? columns - column : panel;
       for (uint64_t row = top; row < end && row - top < kRows * columns; row += columns) {
-        const uint64_t from = row + column < index ? index : row + column;
-        const uint64_t to = row + column + width < end ? row + column + width : end;
-        if (from < to) run(from, to);
+        const uint64_t run_begin = row + column < index ? index : row + column;
+        const uint64_t run_end = row + column + width < end ? row + column + width : end;
+        if (run_begin < run_end) run(run_begin, run_end);
       }
     }
   }

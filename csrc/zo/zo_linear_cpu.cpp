@@ -14,9 +14,9 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t kPanelBytes = int64_t{1} << 20;  // of scratch a panel, about a second-level cache
+constexpr int64_t kPanelBytes = int64_t{1} << 20;  // scratch of a panel: about a second-level cache
 constexpr int64_t kLeastRows = 64, kRowStep = 64;
-constexpr int64_t kTokens = 1024;  // a block: enough that making z again for each costs a few percent
+constexpr int64_t kTokens = 1024;  // of a block; each block computes z again, which costs a few percent
 
 template <size_t N>
 Tensor call(const char* name, const char* overload, std::array<StableIValue, N> stack) {
@@ -44,14 +44,14 @@ struct Noise {
   uint64_t offset;
 };
 
-// One piece of the work: `tokens` rows of x from `token`, `rows` rows of W from `row`.
+// A part of the work: `tokens` rows of x from `token` on, and `rows` rows of W from `row` on.
 struct Block {
   int64_t token, tokens, row, rows;
 };
 
-// Calls make(), and what it returns for every block. The cut into blocks does not depend on the thread count,
-// and a block's products run on the thread that has the block, so neither do the bits. A region of at least
-// two keeps the BLAS from starting threads of its own where there is a single block.
+// Calls make() in each thread, and the function that it returns for each block. The bits do not depend on the number of
+// threads: the blocks do not, and the products of a block run on one thread. A parallel region has at least two parts,
+// because for a single one torch starts no threads and the BLAS would start its own.
 template <class Make>
 void for_blocks(int64_t tokens, int64_t n, int64_t panel, const Make& make) {
   const int64_t columns = (n + panel - 1) / panel, count = (tokens + kTokens - 1) / kTokens * columns;
@@ -99,16 +99,16 @@ std::tuple<Tensor, Tensor> shared(const Tensor& x, const Tensor& weight, const s
           linear(part, rows_of(weight, block.row, block.rows), part_of(bias, block)));
       const int64_t line = block.rows * size;
       for (int64_t t = 0; t < block.tokens; ++t) {
-        const int64_t at = ((block.token + t) * n + block.row) * size;
-        std::memcpy(p + at, bytes(a) + t * line, static_cast<size_t>(line));
-        noise.cpu.spread(p + at, q + at, bytes(b) + t * line, noise.dtype, block.rows, scale);
+        const int64_t start = ((block.token + t) * n + block.row) * size;
+        std::memcpy(p + start, bytes(a) + t * line, static_cast<size_t>(line));
+        noise.cpu.spread(p + start, q + start, bytes(b) + t * line, noise.dtype, block.rows, scale);
       }
     };
   });
   return {plus, minus};
 }
 
-// Two tiles round(W +- c z) and two products a panel.
+// Computes round(W + c z) and round(W - c z) of a panel, and the product of x with each.
 std::tuple<Tensor, Tensor> perturbed(const Tensor& x, const Tensor& x_minus, const Tensor& weight,
                                      const std::optional<Tensor>& bias, const Noise& noise, double scale,
                                      int64_t panel) {
@@ -127,8 +127,8 @@ std::tuple<Tensor, Tensor> perturbed(const Tensor& x, const Tensor& x_minus, con
         const Tensor y = torch::stable::contiguous(
             linear(part, rows_of(side == 0 ? up : down, 0, block.rows), part_of(bias, block)));
         for (int64_t t = 0; t < block.tokens; ++t) {
-          const int64_t at = ((block.token + t) * n + block.row) * size;
-          std::memcpy(result[side] + at, bytes(y) + t * line, static_cast<size_t>(line));
+          const int64_t start = ((block.token + t) * n + block.row) * size;
+          std::memcpy(result[side] + start, bytes(y) + t * line, static_cast<size_t>(line));
         }
       }
     };
@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor> perturbed(const Tensor& x, const Tensor& x_minus, con
   return {plus, minus};
 }
 
-// Contiguous, and without a gradient: worker threads do not inherit the caller's "below autograd".
+// A contiguous tensor without a gradient. Worker threads do not know that the caller runs below autograd.
 Tensor plain(const Tensor& t) {
   using torch::stable::detail::from;
   return torch::stable::contiguous(call<1>("aten::detach", "", {from(t)}));
@@ -170,8 +170,8 @@ std::tuple<Tensor, Tensor> zo_linear(Tensor x, std::optional<Tensor> x_minus, Te
   const int64_t panel = std::min(n, std::max(kLeastRows, fit));
   const Noise noise = {
       cpu, dtype, kind, seed_of(seed), static_cast<uint32_t>(tensor_id), static_cast<uint64_t>(offset)};
-  // B needs a z that is exact in the dtype, as signs always are and a Gaussian in 16 bits is not, and a wider range
-  // than fp16's: it is not small, as c B is.
+  // B = x z^T needs a z that is exact in the dtype: signs always are, Gaussian numbers in 16 bits are not. It also
+  // needs a wider range than that of fp16, because B itself is not small; only c B is.
   const bool fits = dtype == DType::kFloat32 || dtype == DType::kFloat64 ||
                     (dtype == DType::kBFloat16 && kind == Distribution::kRademacher);
   Tensor plus, minus;

@@ -1,5 +1,4 @@
-// y+- = x (W +- c z)^T + b on the CPU, by panels of rows of W; W is only read and z exists one panel at a
-// time.
+// y+- = x (W +- c z)^T + b on the CPU, by panels of rows of W. W is only read. Memory has one panel of z at a time.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
