@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
-# They follow the words of CXX, so that an -Ofast among those changes no result. CXXFLAGS is not read for that reason.
+# They come after the words of CXX, so that an -Ofast in CXX changes no result. CXXFLAGS is not read, for that reason.
 CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-fast-math", "-ffp-contract=off", "-Wall",
              "-Wextra")  # fmt: skip
 NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA")
@@ -51,7 +51,7 @@ def say(line: str) -> None:
 
 
 def ask(*command: str) -> str:
-    """What a command prints outside of pip's isolated build environment; nothing where the command fails."""
+    """The output of a command that runs outside of pip's isolated build environment; "" if it fails."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
     try:
         return subprocess.run(
@@ -63,15 +63,15 @@ def ask(*command: str) -> str:
 
 def find_cxx() -> list[str]:
     """The C++ compiler as words: CXX may hold a launcher before it and flags after it."""
-    wish = os.environ.get("CXX", "").strip()
+    requested = os.environ.get("CXX", "").strip()
     try:
-        words = [wish] if shutil.which(wish) else shlex.split(wish)
+        words = [requested] if shutil.which(requested) else shlex.split(requested)
     except ValueError as error:
-        raise Unavailable(f"CXX={wish} cannot be split into words: {error}; correct CXX") from None
+        raise Unavailable(f"CXX={requested} cannot be split into words: {error}; correct CXX") from None
     for candidate in [words] if words else [["g++"], ["clang++"]]:
         if found := shutil.which(candidate[0]):
             return [found, *candidate[1:]]
-    looked = f"CXX={wish}" if wish else "CXX, g++ and clang++"
+    looked = f"CXX={requested}" if requested else "CXX, g++ and clang++"
     raise Unavailable(f"no C++ compiler found (looked at {looked}); install g++ or clang++, or set CXX")
 
 
@@ -115,10 +115,10 @@ def find_torch() -> Path:
 
 def cuda_archs() -> list[str]:
     """The architectures to compile for, such as 80 and 90, the newest last."""
-    wishes = re.findall(r"[^\s;,]+", os.environ.get("LEANOPS_CUDA_ARCHS", "80;90;100"))
-    if not wishes:
+    requested = re.findall(r"[^\s;,]+", os.environ.get("LEANOPS_CUDA_ARCHS", "80;90;100"))
+    if not requested:
         raise Unavailable("LEANOPS_CUDA_ARCHS is empty")
-    archs = {arch for wish in wishes for arch in (_native_archs() if wish == "native" else [wish.replace(".", "")])}
+    archs = {arch for word in requested for arch in (_native_archs() if word == "native" else [word.replace(".", "")])}
     if unknown := [arch for arch in archs if not re.fullmatch(r"\d+[af]?", arch)]:
         raise Unavailable(f"LEANOPS_CUDA_ARCHS must be native or architectures such as 80;90, got {', '.join(unknown)}")
     return sorted(archs, key=lambda arch: (int(arch.rstrip("af")), arch))
@@ -138,7 +138,7 @@ def _native_archs() -> list[str]:
 
 
 class Object(NamedTuple):
-    """One compilation. ``variant`` tells it from other compilations of the same source."""
+    """One compilation. ``variant`` distinguishes compilations of the same source."""
 
     source: Path  # relative to the folder in which ninja runs
     compiler: Sequence[str | Path]
@@ -219,8 +219,8 @@ def parallel(files: int) -> tuple[int, int]:
     for limit in MEMORY_LIMITS:
         with contextlib.suppress(OSError, ValueError):  # no such file, or the word max
             limits.append(int(limit.read_text()))
-    wish = os.environ.get("MAX_JOBS", "")
-    most = max(1, int(wish) if wish.isdecimal() else min(limits, default=GIB) // GIB)
+    requested = os.environ.get("MAX_JOBS", "")
+    most = max(1, int(requested) if requested.isdecimal() else min(limits, default=GIB) // GIB)
     cores = len(os.sched_getaffinity(0))
     jobs = min(files, cores, most)
     return jobs, min(cores, most // jobs)

@@ -1,5 +1,5 @@
-// What the NumPy bindings of the families share. tests/<family>/bindings.cpp defines a family's own: a static
-// `Bindings` adds them to the module as its submodule.
+// Shared by the families' NumPy bindings. tests/<family>/bindings.cpp defines those of a family: a static `Bindings`
+// adds them to the module as the family's submodule.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -41,7 +41,7 @@ inline DType dtype_of(const std::string& name) {
   throw std::invalid_argument("unknown dtype " + name);
 }
 
-// 16-bit floats travel as uint16 bits.
+// Also checks the array. 16-bit floats are passed as their bits, in uint16.
 inline DType dtype_of(const std::string& name, const py::array& array) {
   const DType dtype = dtype_of(name);
   if (array.itemsize() != element_size(dtype)) throw std::invalid_argument("item size does not fit " + name);

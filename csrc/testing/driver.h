@@ -1,5 +1,5 @@
-// What the families' checks under the sanitizers share. tests/<family>/driver.cpp defines a family's own: a
-// static `Check` adds it to the driver.
+// Shared by the families' checks under the sanitizers. tests/<family>/driver.cpp defines those of a family: a static
+// `Check` adds them to the driver.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace leanops {
 namespace testing {
 
 struct Runs {
-  int runs = 0, bad = 0;  // bad: with other bits than they should have
+  int runs = 0, bad = 0;  // bad: runs with wrong bits
 };
 
 using RunCheck = Runs (*)(const std::string& set);
@@ -28,7 +28,7 @@ struct Check {
   explicit Check(RunCheck run) { all_checks().push_back(run); }
 };
 
-// run(first, count) over n elements, cut among threads.
+// Calls run(first, count) for parts of n elements, one for each thread.
 template <class Run>
 void in_threads(int64_t n, int threads, const Run& run) {
   std::vector<std::thread> pool;

@@ -1,4 +1,4 @@
-// The kernels by the name that tests give: an instruction set of this machine, or AVX-512 emulated.
+// The kernels by a name: an instruction set of this machine, or AVX-512 emulated.
 #pragma once
 
 #include <stdexcept>
@@ -21,7 +21,7 @@ inline std::vector<std::string> isas() {
   return names;
 }
 
-// What kernels are tested with.
+// The names with which kernels are tested.
 inline std::vector<std::string> kernel_sets() {
   std::vector<std::string> names = isas();
   names.push_back(kEmulated);
