@@ -1,4 +1,4 @@
-// Host side of sm3.cuh without torch: which kernel, and which grid.
+// Host side of sm3.cuh, without torch: kernels and grids.
 #ifndef LEANOPS_SM3_LAUNCH_CUDA_H
 #define LEANOPS_SM3_LAUNCH_CUDA_H
 
@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(THREADS, (RESIDENT<T, M, STOCHASTIC>))
 
 template <class T, int M, bool STOCHASTIC>
 cudaError_t launch(const Call& call, int processors, cudaStream_t stream) {
-  // enough blocks to fill the device several times over; each then strides through the tiles
+  // up to 32 blocks for each multiprocessor; with more tiles, a block takes several of them in turn
   const int blocks = (int)std::min<i64>(call.tiles, (i64)processors * 32);
   sm3_kernel<T, M, STOCHASTIC><<<blocks, THREADS, 0, stream>>>(call);
   return cudaGetLastError();

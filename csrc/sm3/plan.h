@@ -1,4 +1,4 @@
-// How a list of tensors becomes the table of a launch of sm3.cuh. pyops/sm3/plan.py and nvrtc.py are the same in Python,
+// Makes the table of a launch of sm3.cuh from a list of tensors. pyops/sm3/plan.py and nvrtc.py do the same in Python,
 // and a test compares them.
 #ifndef LEANOPS_SM3_PLAN_H
 #define LEANOPS_SM3_PLAN_H
@@ -11,6 +11,7 @@
 namespace leanops {
 namespace sm3 {
 
+// One tensor of a call.
 struct Item {
   u64 param, grad, cover, momentum, scale;  // addresses; 0: none
   const i64* sizes;
@@ -19,30 +20,33 @@ struct Item {
   u32 tensor_id;
 };
 
-// A shape as a matrix, and its tiles.
+// A shape as a matrix, and its number of tiles.
 struct Cut {
   i64 rows, cols, tiles;
   int split, threads_log2;
   bool flat;
 };
 
+// The least k with 2^k >= n.
 inline int log2_up(i64 n) {
   int log2 = 0;
   while (((i64)1 << log2) < n) ++log2;
   return log2;
 }
 
-// Threads along a row: a warp for wide matrices, fewer for narrow ones or where that leaves no tile with less
-// than its columns, more where there are too few rows to go round. A block of an int8 momentum is one warp's.
+// log2 of the threads along a row of a tile: a warp for wide matrices. Fewer where the columns need no more, or where
+// tiles then cut the columns into equal parts. More where the matrix has too few rows for all threads of a block. With
+// int8 momenta a warp has one block of 256 columns.
 inline int threads_log2_of(i64 rows, i64 cols, bool int8) {
   const int needed = std::min(log2_up((cols + LANE - 1) / LANE), 8);
   int log2 = std::min(needed, 5);
   while (log2 >= 5 && log2 < needed && (THREADS >> (log2 + 1)) * STEPS >= rows) ++log2;
-  for (int less = log2; less >= 3 && log2 <= 5 && !int8; --less)
-    if (cols % (LANE << less) == 0) return less;
+  for (int fewer = log2; fewer >= 3 && log2 <= 5 && !int8; --fewer)
+    if (cols % (LANE << fewer) == 0) return fewer;
   return log2;
 }
 
+// The matrix of a shape: the split into rows and columns whose sum is least.
 inline Cut cut_of(const i64* sizes, int rank, bool int8) {
   i64 numel = 1;
   for (int axis = 0; axis < rank; ++axis) numel *= sizes[axis];
@@ -53,7 +57,7 @@ inline Cut cut_of(const i64* sizes, int rank, bool int8) {
     for (int split = 2; split < rank; ++split) {
       rows *= sizes[split - 1];
       const i64 cols = numel / rows;
-      if (int8 && cols % BLOCK != 0) continue;  // its blocks lie in rows of axis 0
+      if (int8 && cols % BLOCK != 0) continue;  // blocks lie in rows of axis 0, and must lie in rows here
       if (rows + cols < cut.rows + cut.cols) cut = {rows, cols, 0, split, 0, false};
     }
     cut.threads_log2 = threads_log2_of(cut.rows, cut.cols, int8);
@@ -63,14 +67,14 @@ inline Cut cut_of(const i64* sizes, int rank, bool int8) {
   return cut;
 }
 
-// Words of the table: slots, then shapes. Slot::maxima counts words of scratch from 1, until `place` gives
-// addresses.
+// The table of a launch. Until `place` is called, Slot::maxima is the number of a word of scratch, counted from 1.
 struct Table {
-  std::vector<u64> words;
-  i64 tiles = 0, scratch = 0;  // words of 4 bytes that have to be zero
+  std::vector<u64> words;      // slots, then shapes
+  i64 tiles = 0, scratch = 0;  // scratch: words of 4 bytes, which must be zero at the launch
   int tensors = 0;
 
   Slot* slots() { return (Slot*)words.data(); }
+  // Turns Slot::maxima into addresses.
   void place(u64 scratch_address) {
     for (int t = 0; t < tensors; ++t)
       if (slots()[t].maxima) slots()[t].maxima = scratch_address + 4 * (slots()[t].maxima - 1);
@@ -113,7 +117,8 @@ inline Table table_of(const std::vector<Item>& items, Momentum kind, int param_s
     slot.split = (u8)cut.split;
     slot.threads_log2 = (u8)cut.threads_log2;
     u64 addresses = item.param | item.grad | (cut.flat ? item.cover : 0);
-    addresses |= item.momentum * (16 / std::min(16, chunk * stored));  // its accesses may be narrower
+    // a chunk of the momentum is chunk * stored bytes: an access may be narrower than 16 bytes
+    addresses |= item.momentum * (16 / std::min(16, chunk * stored));
     const bool aligned = addresses % 16 == 0 && (cut.flat || cut.cols % chunk == 0);
     slot.flags = (u8)((cut.flat ? FLAT : 0) | (aligned ? ALIGNED : 0));
     shapes.insert(shapes.end(), item.sizes, item.sizes + item.rank);

@@ -1,11 +1,11 @@
-// The tensors of a step cut into tiles, in one numbering that threads share. No torch, no threads of its own:
+// The tensors of a step, cut into tiles that are numbered together, for threads to share. No torch, and no threads:
 //
 //   Schedule schedule(numbers, kernels);  schedule.add(parameter) for each;  schedule.prepare();
 //   schedule.run(from, to) for ranges that make up [0, schedule.units()), on any threads;  schedule.finish();
 //
-// A thread that has all tiles of a tensor gathers its maxima in memory of its own and writes them over the
-// accumulators; where threads share one, they meet in a second buffer by an atomic maximum, which is exact
-// and has no order, and finish() copies it.
+// A thread that has all tiles of a tensor gathers the maxima in memory of its own, and writes them over the
+// accumulators. Threads that share a tensor gather them in a second buffer by an atomic maximum, which is exact in
+// every order, and finish() copies that buffer.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@
 namespace leanops {
 namespace sm3 {
 
-// One parameter with its state, dense. Sizes are read by add() alone.
+// One parameter with its state; all memory is contiguous. Only add() reads `sizes`.
 struct Parameter {
   void* param;
   const void* grad;
@@ -39,7 +39,7 @@ struct Parameter {
 
 class Schedule {
  public:
-  static constexpr int64_t kUnit = 4096;  // of work, about one element each; threads share it in these
+  static constexpr int64_t kUnit = 4096;  // work, of about 4,096 elements; threads take whole units
 
   Schedule(const Numbers& numbers, const Kernels& kernels) : numbers_(numbers), kernels_(kernels) {}
 
@@ -52,12 +52,12 @@ class Schedule {
     Job job;
     job.parameter = parameter;
     job.first_axis = axes_.size();
-    int64_t numel = 1, start = 0, longer = 0;
+    int64_t numel = 1, start = 0, long_axes = 0;
     for (int64_t k = 0; k < parameter.rank; ++k) {
       axes_.push_back({start, parameter.sizes[k]});
       start += parameter.sizes[k];
       numel *= parameter.sizes[k];
-      longer += parameter.sizes[k] != 1;
+      long_axes += parameter.sizes[k] != 1;
     }
     if (parameter.rank == 0) axes_.push_back({0, start = 1});
     if (numel == 0) {
@@ -68,7 +68,7 @@ class Schedule {
     job.length = parameter.rank > 1 ? numel / parameter.sizes[0] : numel;
     const size_t rank = axes_.size() - job.first_axis;
     Axis* axes = axes_.data() + job.first_axis;
-    if (longer < 2) {  // a vector: one row, whatever the axes of size 1 are
+    if (long_axes < 2) {  // a vector, perhaps with axes of size 1: a single row
       std::sort(axes, axes + rank, [](const Axis& a, const Axis& b) { return a.size < b.size; });
       split(job, rank, rank - 1, 1, numel);
     } else {
@@ -90,28 +90,28 @@ class Schedule {
     size_t size = 0;
     for (Job& job : jobs_) {
       if (job.tiles == 1) continue;  // never shared
-      job.meeting = size;
-      size += static_cast<size_t>(job.entries_kept());
+      job.first_shared = size;
+      size += static_cast<size_t>(job.maxima_entries());
     }
-    // zeros that the system gives when first touched, and most tensors are not shared
-    meetings_.reset(static_cast<uint32_t*>(std::calloc(std::max<size_t>(size, 1), sizeof(uint32_t))));
-    if (!meetings_) throw std::bad_alloc();
-    shared_.assign(jobs_.size(), 0);
+    // the system makes these zeros when they are first touched, and most tensors are not shared
+    shared_maxima_.reset(static_cast<uint32_t*>(std::calloc(std::max<size_t>(size, 1), sizeof(uint32_t))));
+    if (!shared_maxima_) throw std::bad_alloc();
+    is_shared_.assign(jobs_.size(), 0);
   }
 
   int64_t units() const { return (total_ + kUnit - 1) / kUnit; }
 
-  // All tiles that begin in units [from, to).
+  // Takes all tiles that begin in units [from, to).
   void run(int64_t from, int64_t to) {
     const int64_t end = std::min(to * kUnit, total_);
-    int64_t at = from * kUnit;
-    if (at >= end) return;
+    const int64_t begin = from * kUnit;
+    if (begin >= end) return;
     Scratch scratch;
-    auto job = std::upper_bound(jobs_.begin(), jobs_.end(), at,
-                                [](int64_t a, const Job& j) { return a < j.begin; }) -
+    auto job = std::upper_bound(jobs_.begin(), jobs_.end(), begin,
+                                [](int64_t work, const Job& j) { return work < j.begin; }) -
                1;
     for (; job != jobs_.end() && job->begin < end; ++job) {
-      const int64_t skipped = std::max<int64_t>(at - job->begin, 0);
+      const int64_t skipped = std::max<int64_t>(begin - job->begin, 0);
       const int64_t first = (skipped + job->cost - 1) / job->cost;
       const int64_t last = std::min(job->tiles, (end - job->begin + job->cost - 1) / job->cost);
       const bool ends = job + 1 == jobs_.end() || (job + 1)->begin >= end;
@@ -121,15 +121,15 @@ class Schedule {
 
   void finish() {
     for (size_t j = 0; j < jobs_.size(); ++j) {
-      if (shared_[j]) put(jobs_[j], meetings_.get() + jobs_[j].meeting);
+      if (is_shared_[j]) write_cover(jobs_[j], shared_maxima_.get() + jobs_[j].first_shared);
     }
   }
 
  private:
-  static constexpr int64_t kTile = 32768;  // elements, about
-  // Columns of a tile, where there are more: their accumulators and maxima stay in the first two levels of cache.
+  static constexpr int64_t kTile = 32768;  // about the elements of a tile
+  // The most columns of a tile: their accumulators and maxima stay in the first two levels of cache.
   static constexpr int64_t kWide = 8192;
-  static constexpr int64_t kTileCost = 256;  // of a tile beside its elements
+  static constexpr int64_t kTileCost = 256;  // the cost of a tile itself, in elements
 
   struct Axis {
     int64_t start, size;  // within the cover
@@ -140,21 +140,21 @@ class Schedule {
     size_t first_axis, row_axes, column_axes;
     int64_t entries;  // of the cover
     int64_t rows = 0, columns = 0;
-    int64_t length;  // of a row of axis 0
-    int64_t band;    // rows that tiles are cut from
+    int64_t length;  // elements of a row of axis 0
+    int64_t band;    // rows of a band; a tile lies within one band
     int64_t tile_rows, tile_columns;
-    int64_t tiles_a_band, bands, tiles, cost;
-    int64_t begin;       // in the numbering of all work
-    size_t meeting = 0;  // where threads that share the tensor gather its maxima
+    int64_t tiles_per_band, bands, tiles, cost;
+    int64_t begin;            // its first work, counted over all jobs
+    size_t first_shared = 0;  // index of its maxima in shared_maxima_
 
-    bool single() const { return rows == 1; }
-    // Of a vector, its own axis is written in place: only axes of size 1 are left, whose maximum is one.
-    int64_t entries_kept() const { return single() ? 1 : entries; }
+    bool single_row() const { return rows == 1; }
+    // The accumulators of a vector's own axis are written in place. Its axes of size 1 share one maximum.
+    int64_t maxima_entries() const { return single_row() ? 1 : entries; }
   };
 
   struct Scratch {
-    std::vector<uint32_t> maxima, row_most, column_most;
-    std::vector<float> row_least, column_least;
+    std::vector<uint32_t> maxima, row_maxima, column_maxima;
+    std::vector<float> row_cover, column_cover;
   };
 
   struct Free {
@@ -168,13 +168,13 @@ class Schedule {
     job.columns = columns;
   }
 
-  // Runs of a tile's elements begin at the edge of an int8 block: see Tile.
+  // A tile's runs of consecutive elements begin at the edges of int8 blocks: see Tile.
   static void cut(Job& job) {
     const int64_t rows_of_axis0 = std::max<int64_t>(job.length / job.columns, 1);
     job.band = job.rows;
     job.tile_columns = job.columns;
     if (rows_of_axis0 == 1) {
-      const int64_t widest = job.single() ? kTile : kWide;
+      const int64_t widest = job.single_row() ? kTile : kWide;
       if (job.columns > widest) {
         const int64_t parts = (job.columns + widest - 1) / widest;
         job.tile_columns = ((job.columns + parts - 1) / parts + kBlock - 1) / kBlock * kBlock;
@@ -189,23 +189,23 @@ class Schedule {
     }
     job.tile_rows = std::min(job.tile_rows, job.band);
     job.bands = job.rows / job.band;
-    job.tiles_a_band = (job.band + job.tile_rows - 1) / job.tile_rows;
-    job.tiles = job.bands * job.tiles_a_band * ((job.columns + job.tile_columns - 1) / job.tile_columns);
+    job.tiles_per_band = (job.band + job.tile_rows - 1) / job.tile_rows;
+    job.tiles = job.bands * job.tiles_per_band * ((job.columns + job.tile_columns - 1) / job.tile_columns);
     job.cost = job.tile_rows * job.tile_columns + kTileCost;
   }
 
-  // Tiles [first, last) of a tensor: rows go faster than columns, so that a thread passes once through the
-  // accumulators of a run of columns. `next` is the tensor after it.
+  // Takes tiles [first, last) of a tensor. Tiles are numbered down the rows first, so that a thread passes once through
+  // the accumulators of a run of columns. `next`: the parameter that the thread takes after this one, or null.
   void work(const Job& job, int64_t first, int64_t last, const Parameter* next, Scratch& scratch) {
     const Parameter& p = job.parameter;
     const bool whole = last - first == job.tiles;
     uint32_t* maxima;
     if (whole) {
-      scratch.maxima.assign(static_cast<size_t>(job.entries_kept()), 0);
+      scratch.maxima.assign(static_cast<size_t>(job.maxima_entries()), 0);
       maxima = scratch.maxima.data();
     } else {
-      __atomic_store_n(&shared_[static_cast<size_t>(&job - jobs_.data())], 1, __ATOMIC_RELAXED);
-      maxima = meetings_.get() + job.meeting;
+      __atomic_store_n(&is_shared_[static_cast<size_t>(&job - jobs_.data())], 1, __ATOMIC_RELAXED);
+      maxima = shared_maxima_.get() + job.first_shared;
     }
     const Axis* row_axes = axes_.data() + job.first_axis;
     const Axis* column_axes = row_axes + job.row_axes;
@@ -220,12 +220,13 @@ class Schedule {
     tile.kind = p.kind;
     tile.tensor_id = p.tensor_id;
     tile.offset = p.offset;
-    tile.single = job.single();
+    tile.single = job.single_row();
     tile.width = job.columns;
     tile.length = job.length;
-    const int64_t down = job.bands * job.tiles_a_band;
+    const int64_t down = job.bands * job.tiles_per_band;
     for (int64_t t = first; t < last; ++t) {
-      const int64_t across = t / down, band = t % down / job.tiles_a_band, part = t % down % job.tiles_a_band;
+      const int64_t across = t / down, band = t % down / job.tiles_per_band,
+                    part = t % down % job.tiles_per_band;
       tile.column = across * job.tile_columns;
       tile.columns = std::min(job.tile_columns, job.columns - tile.column);
       tile.row = band * job.band + part * job.tile_rows;
@@ -233,26 +234,26 @@ class Schedule {
 
       const bool begins = t == first || t % down == 0, ends = t + 1 == last || (t + 1) % down == 0;
       if (begins) {
-        tile.column_least = plain_columns ? p.cover + column_axes->start + tile.column
-                                          : least(scratch.column_least, p.cover, column_axes, job.column_axes,
-                                                  tile.column, tile.columns);
-        if (job.single()) {
-          tile.column_most = reinterpret_cast<uint32_t*>(p.cover + column_axes->start + tile.column);
+        tile.column_cover = plain_columns ? p.cover + column_axes->start + tile.column
+                                          : least_cover(scratch.column_cover, p.cover, column_axes,
+                                                        job.column_axes, tile.column, tile.columns);
+        if (job.single_row()) {
+          tile.column_maxima = reinterpret_cast<uint32_t*>(p.cover + column_axes->start + tile.column);
         } else if (whole && plain_columns) {
-          tile.column_most = maxima + column_axes->start + tile.column;
+          tile.column_maxima = maxima + column_axes->start + tile.column;
         } else {
-          scratch.column_most.assign(static_cast<size_t>(tile.columns), 0);
-          tile.column_most = scratch.column_most.data();
+          scratch.column_maxima.assign(static_cast<size_t>(tile.columns), 0);
+          tile.column_maxima = scratch.column_maxima.data();
         }
       }
-      tile.row_least = plain_rows
-                           ? p.cover + row_axes->start + tile.row
-                           : least(scratch.row_least, p.cover, row_axes, job.row_axes, tile.row, tile.rows);
-      if (whole && plain_rows && !job.single()) {
-        tile.row_most = maxima + row_axes->start + tile.row;
+      tile.row_cover =
+          plain_rows ? p.cover + row_axes->start + tile.row
+                     : least_cover(scratch.row_cover, p.cover, row_axes, job.row_axes, tile.row, tile.rows);
+      if (whole && plain_rows && !job.single_row()) {
+        tile.row_maxima = maxima + row_axes->start + tile.row;
       } else {
-        scratch.row_most.assign(static_cast<size_t>(tile.rows), 0);
-        tile.row_most = scratch.row_most.data();
+        scratch.row_maxima.assign(static_cast<size_t>(tile.rows), 0);
+        tile.row_maxima = scratch.row_maxima.data();
       }
 
       if (next && t + 1 == last) {
@@ -261,23 +262,23 @@ class Schedule {
       }
       kernels_.tile(numbers_, tile);
 
-      if (job.single()) {
-        raise(maxima, *tile.row_most);
+      if (job.single_row()) {
+        raise(maxima, *tile.row_maxima);
         continue;
       }
-      if (tile.row_most == scratch.row_most.data()) {
-        most(maxima, row_axes, job.row_axes, tile.row, tile.rows, tile.row_most);
+      if (tile.row_maxima == scratch.row_maxima.data()) {
+        raise_axes(maxima, row_axes, job.row_axes, tile.row, tile.rows, tile.row_maxima);
       }
-      if (ends && tile.column_most == scratch.column_most.data()) {
-        most(maxima, column_axes, job.column_axes, tile.column, tile.columns, tile.column_most);
+      if (ends && tile.column_maxima == scratch.column_maxima.data()) {
+        raise_axes(maxima, column_axes, job.column_axes, tile.column, tile.columns, tile.column_maxima);
       }
     }
-    if (whole) put(job, maxima);
+    if (whole) write_cover(job, maxima);
   }
 
-  // The new accumulators, over the old ones.
-  void put(const Job& job, const uint32_t* maxima) const {
-    if (!job.single()) {
+  // Writes the new accumulators over the old ones.
+  void write_cover(const Job& job, const uint32_t* maxima) const {
+    if (!job.single_row()) {
       std::memcpy(job.parameter.cover, maxima, static_cast<size_t>(job.entries) * sizeof(float));
       return;
     }
@@ -286,44 +287,44 @@ class Schedule {
     }
   }
 
-  // Calls visit(first, count along the last axis, index along it, the other axes' indices) for what [from,
-  // from + n) of a side's indices has in each line of its last axis.
+  // Splits the indices [from, from + n) of a side into runs along its last axis. For each run it calls visit(position
+  // in [0, n), count, index along the last axis, index of the other axes together).
   template <class Visit>
   static void for_lines(const Axis* axes, size_t rank, int64_t from, int64_t n, const Visit& visit) {
     int64_t done = 0;
     const int64_t line = axes[rank - 1].size;
     while (done < n) {
-      const int64_t at = (from + done) % line, count = std::min(line - at, n - done);
-      visit(done, count, at, (from + done) / line);
+      const int64_t index = (from + done) % line, count = std::min(line - index, n - done);
+      visit(done, count, index, (from + done) / line);
       done += count;
     }
   }
 
-  // min over a side's axes, in memory of the scratch. [n]
-  static const float* least(std::vector<float>& out, const float* cover, const Axis* axes, size_t rank,
-                            int64_t from, int64_t n) {
+  // [n], the least accumulator at the indices [from, from + n) of a side. `out`: scratch that holds it.
+  static const float* least_cover(std::vector<float>& out, const float* cover, const Axis* axes, size_t rank,
+                                  int64_t from, int64_t n) {
     out.resize(static_cast<size_t>(n));
     if (rank == 0) {  // a vector without axes of size 1
       out[0] = __builtin_inff();
       return out.data();
     }
-    for_lines(axes, rank, from, n, [&](int64_t done, int64_t count, int64_t at, int64_t others) {
+    for_lines(axes, rank, from, n, [&](int64_t done, int64_t count, int64_t index, int64_t others) {
       float c = __builtin_inff();
       for (size_t k = rank - 1; k-- > 0; others /= axes[k].size) {
-        c = lesser(c, cover[axes[k].start + others % axes[k].size]);
+        c = min_or_nan(c, cover[axes[k].start + others % axes[k].size]);
       }
-      const float* along = cover + axes[rank - 1].start + at;
-      for (int64_t j = 0; j < count; ++j) out[static_cast<size_t>(done + j)] = lesser(c, along[j]);
+      const float* along = cover + axes[rank - 1].start + index;
+      for (int64_t j = 0; j < count; ++j) out[static_cast<size_t>(done + j)] = min_or_nan(c, along[j]);
     });
     return out.data();
   }
 
-  // Maxima of a side's indices to the axes that these are made of.
-  static void most(uint32_t* maxima, const Axis* axes, size_t rank, int64_t from, int64_t n,
-                   const uint32_t* found) {
-    for_lines(axes, rank, from, n, [&](int64_t done, int64_t count, int64_t at, int64_t others) {
+  // Raises the maxima of a side's axes to those that were found at its indices [from, from + n).
+  static void raise_axes(uint32_t* maxima, const Axis* axes, size_t rank, int64_t from, int64_t n,
+                         const uint32_t* found) {
+    for_lines(axes, rank, from, n, [&](int64_t done, int64_t count, int64_t index, int64_t others) {
       uint32_t top = 0;
-      uint32_t* along = maxima + axes[rank - 1].start + at;
+      uint32_t* along = maxima + axes[rank - 1].start + index;
       for (int64_t j = 0; j < count; ++j) {
         top = std::max(top, found[done + j]);
         raise(along + j, found[done + j]);
@@ -334,12 +335,12 @@ class Schedule {
     });
   }
 
-  static float lesser(float a, float b) { return a < b || a != a ? a : b; }  // NaN where either is
+  static float min_or_nan(float a, float b) { return a < b || a != a ? a : b; }  // NaN if a or b is NaN
 
-  static void raise(uint32_t* to, uint32_t value) {
-    uint32_t seen = __atomic_load_n(to, __ATOMIC_RELAXED);
+  static void raise(uint32_t* maximum, uint32_t value) {
+    uint32_t seen = __atomic_load_n(maximum, __ATOMIC_RELAXED);
     while (seen < value &&
-           !__atomic_compare_exchange_n(to, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+           !__atomic_compare_exchange_n(maximum, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
   }
 
@@ -348,8 +349,8 @@ class Schedule {
   std::vector<Axis> axes_;
   std::vector<Job> jobs_;
   int64_t total_ = 0;
-  std::unique_ptr<uint32_t[], Free> meetings_;
-  std::vector<unsigned char> shared_;
+  std::unique_ptr<uint32_t[], Free> shared_maxima_;
+  std::vector<unsigned char> is_shared_;
 };
 
 }  // namespace sm3

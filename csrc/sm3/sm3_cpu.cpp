@@ -13,7 +13,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kGrain = 8;  // units of work, the least worth a thread
+constexpr int64_t kGrain = 8;  // units of work that are worth a thread
 
 Momentum momentum_of_code(int32_t code) {
   return code == kCodes.int8      ? Momentum::kInt8
@@ -26,7 +26,7 @@ N number(View t) {
   return *static_cast<const N*>(t.const_data_ptr());
 }
 
-// Once the call is checked.
+// For a call that has been checked.
 Options options_of(const StepCall& call) {
   Options options;
   options.lr = View(call.lr).dtype() == kCodes.float64 ? number<double>(call.lr) : number<float>(call.lr);

@@ -1,5 +1,4 @@
-// Registers SM3 for CUDA, over torch's stable ABI. Nothing here waits for the device: numbers that lie there
-// are read there.
+// Registers SM3 for CUDA, over torch's stable ABI. Nothing here waits for the device: kernels read the numbers on it.
 #include <map>
 #include <mutex>
 #include <utility>
@@ -27,7 +26,7 @@ ScalarType type_of(int32_t code) {
                                    : ScalarType::Double;
 }
 
-// A number's address on the device; 0 where it is on the CPU, and then its value.
+// A number's address on the device. For a number on the CPU it returns 0 and sets `value`.
 template <class N>
 u64 place(View t, N& value) {
   if (t.device_type() != kCodes.cpu) return (u64)t.const_data_ptr();
@@ -35,8 +34,8 @@ u64 place(View t, N& value) {
   return 0;
 }
 
-// Lifts, for a scope, what a graph's capture forbids its thread: torch pins memory by such calls, and older
-// versions of it fail there (pytorch/pytorch#167507).
+// Allows, while it lives, calls that a graph's capture forbids to its thread. torch pins memory by such calls, and its
+// older versions fail during capture (pytorch/pytorch#167507).
 struct Relaxed {
   Relaxed() { STD_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode)); }
   ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
@@ -51,8 +50,8 @@ Tensor pinned_words(i64 count) {
   return torch::stable::empty({count}, ScalarType::Long, std::nullopt, cpu, true, std::nullopt);
 }
 
-// The table to the device, from pinned memory, which torch keeps until the copy is done. A CUDA graph copies
-// again at every replay, so what it captures is kept for good.
+// Copies the table to the device from pinned memory, which torch keeps until the copy is done. A CUDA graph copies
+// again at every replay, so memory that it captured is never freed.
 Tensor upload(const std::vector<u64>& words, const Tensor& like, const Device& device) {
   static std::mutex mutex;
   static std::vector<Tensor>* captured = new std::vector<Tensor>;  // outlives the graphs
@@ -70,7 +69,7 @@ Tensor upload(const std::vector<u64>& words, const Tensor& like, const Device& d
   return target;
 }
 
-// Once the call is checked; `found` becomes found_inf where that is on the CPU.
+// For a call that has been checked. Sets `found` to found_inf if that is on the CPU.
 Call numbers_of(const StepCall& call, float& found) {
   Call numbers = {};
   numbers.lr_is_float = View(call.lr).dtype() == kCodes.float32;

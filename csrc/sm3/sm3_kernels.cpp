@@ -1,5 +1,5 @@
-// The CPU kernels of sm3/1, compiled once per instruction set: a tile is cut into chunks, where something has
-// to be staged in the first-level cache, and chunks into rows.
+// The CPU kernels of sm3/1, compiled once for each instruction set. They cut a tile into rows. If something must be
+// staged in the first-level cache, they first cut it into chunks.
 #include "../common/philox_vector.h"
 #include "blocks.h"
 #include "rows.h"
@@ -11,7 +11,7 @@ namespace {
 using sm3::Tile;
 
 constexpr int64_t kChunk = 1024;    // elements staged at a time
-constexpr int64_t kNarrow = 2 * G;  // rows this long and no multiple of G are worked on several at once
+constexpr int64_t kNarrow = 2 * G;  // shorter rows that are no multiple of G are computed several at once
 
 const float kNoLimit[1] = {__builtin_inff()};
 
@@ -30,7 +30,7 @@ Run run_by_rounding(Momentum kind, Rounding rounding) {
   return run_by_momentum<T, Rounding::kNearest>(kind);
 }
 
-// fp64 runs as the fp32 that it is staged in.
+// fp64 is staged in fp32, so it runs as fp32.
 Run run_of(DType dtype, Momentum kind, Rounding rounding) {
   if (dtype == DType::kBFloat16) return run_by_rounding<BFloat16In<false>>(kind, rounding);
   if (dtype == DType::kFloat16) return run_by_rounding<Float16>(kind, rounding);
@@ -52,8 +52,8 @@ class Worker {
         size_(element_size(tile.dtype)),
         moment_size_(staged_ ? 4 : momentum_size(tile.kind)),
         run_(run_of(tile.dtype, staged_ ? Momentum::kFloat32 : tile.kind, numbers.rounding)) {
-    if (wide_) {  // the kernel then gives the step itself: 1 * step + (-0) * 1
-      numbers_.gain = numbers_.rate = numbers_.shrink = 1.0f;
+    if (wide_) {  // the kernel then returns the step: 1 * step + (-0) * 1
+      numbers_.grad_factor = numbers_.minus_lr = numbers_.decay_factor = 1.0f;
       numbers_.coupled = false;
     }
   }
@@ -66,15 +66,16 @@ class Worker {
 
  private:
   const Tile& tile_;
-  const Numbers& given_;
-  Numbers numbers_;  // as the kernel takes them
+  const Numbers& given_;  // of the step
+  Numbers numbers_;       // for run_
   const bool wide_, narrow_, coded_;
-  const bool staged_;  // int8 whose blocks are not parts of the matrix's rows, or too small ones
+  const bool
+      staged_;  // int8 momenta are decoded first: blocks are no parts of the matrix's rows, or rows are narrow
   const bool random_;
   const int64_t size_, moment_size_;  // bytes of an element
   const Run run_;
 
-  // Slack takes the rest of a vector, and of a row that a chunk cuts.
+  // Room for the rest of a vector, and for the rest of a row of which a chunk has only a part.
   static constexpr int64_t kSlack = kNarrow + W;
   alignas(64) float values_[kChunk + kPair];  // momenta of int8
   alignas(64) int8_t codes_[kChunk + kPair];
@@ -83,7 +84,7 @@ class Worker {
   alignas(64) uint32_t most_[kSlack + kChunk + kSlack];
   RoundingBits<kChunk> bits_;
 
-  // n elements that lie one after another, from `first` on, in chunks where anything is staged.
+  // Takes n consecutive elements from `first` on, in chunks if anything is staged.
   void span(int64_t first, int64_t n) {
     const bool cut = wide_ || narrow_ || staged_ || random_;
     const int64_t length = tile_.length;
@@ -123,7 +124,7 @@ class Worker {
     if (wide_) store_wide(first, n);
   }
 
-  // Row by row, of which the first and the last may be cut.
+  // Takes a chunk row by row. It may have only a part of the first and of the last row.
   void whole_rows(Rows& a, int64_t first, int64_t n) {
     const Tile& t = tile_;
     int64_t row = first / t.width, column = first % t.width;
@@ -131,10 +132,10 @@ class Worker {
     while (n) {
       a.rows = column || n < t.width ? 1 : n / t.width;
       a.columns = n < t.width - column ? n : t.width - column;
-      a.row_least = t.row_least + (row - t.row);
-      a.row_most = t.row_most + (row - t.row);
-      a.column_least = t.column_least + (column - t.column);
-      a.column_most = t.column_most + (column - t.column);
+      a.row_cover = t.row_cover + (row - t.row);
+      a.row_maxima = t.row_maxima + (row - t.row);
+      a.column_cover = t.column_cover + (column - t.column);
+      a.column_maxima = t.column_maxima + (column - t.column);
       run_(numbers_, a);
       const int64_t done = a.rows * a.columns;
       a.param += done * (wide_ ? 4 : size_);
@@ -148,8 +149,8 @@ class Worker {
     }
   }
 
-  // As if the chunk were one row, every element having its own accumulator: min(R, C) laid out before, the
-  // maxima taken after.
+  // Takes a chunk as a single row in which every element has its own accumulator: min(R, C) is written to memory
+  // before, and the maxima of rows and columns are taken after.
   void several_rows(Rows& a, int64_t first, int64_t n) {
     const Tile& t = tile_;
     const int64_t row = first / t.width - t.row, column = first % t.width, width = t.width;
@@ -159,21 +160,21 @@ class Worker {
     float of_columns[kNarrow] = {};
     uint32_t inside[kNarrow] = {}, top[kNarrow] = {};
     for (int64_t j = 0; j < width; ++j) {
-      of_columns[j] = t.column_least[j];
+      of_columns[j] = t.column_cover[j];
       inside[j] = ~0u;
     }
     for (int64_t r = 0; r < rows; ++r) {
-      const F of_row = set_f(t.row_least[row + r]);
-      float* to = least + r * width - column;  // what goes beyond the row, the next one writes again
-      for (int64_t j = 0; j < width; j += W) store(to + j, minimum(of_row, load(of_columns + j)));
+      const F of_row = set_f(t.row_cover[row + r]);
+      float* target = least + r * width - column;  // the next row overwrites what goes beyond this one
+      for (int64_t j = 0; j < width; j += W) store(target + j, minimum(of_row, load(of_columns + j)));
     }
     uint32_t unused = 0;
     a.rows = 1;
     a.columns = n;
-    a.row_least = kNoLimit;
-    a.row_most = &unused;
-    a.column_least = least;
-    a.column_most = most;
+    a.row_cover = kNoLimit;
+    a.row_maxima = &unused;
+    a.column_cover = least;
+    a.column_maxima = most;
     a.set = true;
     run_(numbers_, a);
     __builtin_memset(most - column, 0, static_cast<size_t>(column) * 4);
@@ -187,10 +188,10 @@ class Worker {
         store_i(top + j, max_u(load_i(top + j), x));
       }
       const uint32_t x = max_lane(of_row);
-      if (x > t.row_most[row + r]) t.row_most[row + r] = x;
+      if (x > t.row_maxima[row + r]) t.row_maxima[row + r] = x;
     }
     for (int64_t j = 0; j < width; ++j) {
-      if (top[j] > t.column_most[j]) t.column_most[j] = top[j];
+      if (top[j] > t.column_maxima[j]) t.column_maxima[j] = top[j];
     }
   }
 
@@ -198,8 +199,8 @@ class Worker {
     const double* p = reinterpret_cast<const double*>(tile_.param) + first;
     const double* g = reinterpret_cast<const double*>(tile_.grad) + first;
     for (int64_t j = 0; j < n; ++j) {
-      const float x = static_cast<float>(g[j]) * given_.gain;
-      grad_[j] = given_.coupled ? __builtin_fmaf(given_.decay, static_cast<float>(p[j]), x) : x;
+      const float x = static_cast<float>(g[j]) * given_.grad_factor;
+      grad_[j] = given_.coupled ? __builtin_fmaf(given_.coupled_decay, static_cast<float>(p[j]), x) : x;
       param_[j] = -0.0f;
     }
     a.param = reinterpret_cast<char*>(param_);
@@ -210,7 +211,7 @@ class Worker {
     double* p = reinterpret_cast<double*>(tile_.param) + first;
     for (int64_t j = 0; j < n; ++j) {
       const double step = given_.lr * static_cast<double>(param_[j]);
-      p[j] = p[j] * given_.shrink64 - step;
+      p[j] = p[j] * given_.decay_factor64 - step;
     }
   }
 
@@ -231,7 +232,8 @@ class Worker {
     __builtin_memcpy(tile_.momentum + first, codes_, static_cast<size_t>(n));
   }
 
-  // Calls block(its first element, counted from `first`, its scale, its length) for the blocks of n elements.
+  // Calls block(position, scale, count) for each int8 block in n elements from `first` on. A position
+  // counts from `first`.
   template <class Block>
   void for_blocks(int64_t first, int64_t n, const Block& block) const {
     const int64_t length = tile_.length;

@@ -1,4 +1,4 @@
-// The arguments of sm3_step_, and what the kernels refuse of them, on every device.
+// The arguments of sm3_step_, and their checks, for the kernels of every device.
 #ifndef LEANOPS_SM3_TORCH_CALLS_H
 #define LEANOPS_SM3_TORCH_CALLS_H
 
@@ -10,17 +10,17 @@
 namespace leanops {
 namespace sm3 {
 
-// One parameter of a step, checked.
+// One parameter of a step that has been checked.
 struct Checked {
   View param, grad, cover;
   std::optional<View> momentum, scales;  // scales: of an int8 momentum
   Sizes sizes;
   int64_t numel;
-  int32_t dtype, momentum_dtype;  // the latter 0 without momentum
+  int32_t dtype, momentum_dtype;  // momentum_dtype: 0 without momentum
 };
 
 struct StepCall {
-  explicit StepCall(Stack& from) : stack(from) {}
+  explicit StepCall(Stack& s) : stack(s) {}
   Stack& stack;
   const TensorList params = stack.tensors();
   const TensorList grads = stack.tensors();
@@ -41,8 +41,8 @@ struct StepCall {
   const bool maximize = stack.take<bool>();
   const bool stochastic_rounding = stack.take<bool>();
 
-  // For kernels on `location`, whose int8 momenta have a scale for each `block` elements; take(i, checked) is called for
-  // each parameter, once it is checked.
+  // For kernels on `location`, with `block` elements for a scale of an int8 momentum. Calls take(i, checked) for each
+  // parameter, after its checks.
   template <class Take>
   void check(const Location& location, int64_t block, Take&& take) const {
     check_numbers(location);
@@ -144,7 +144,7 @@ struct StepCall {
     if (int8) t.scales = s;
   }
 
-  // What the optimizer keeps; its dtype.
+  // Checks a tensor of the optimizer's state, and returns its dtype.
   static int32_t require_state(const Name& name, View t, std::initializer_list<int32_t> dtypes,
                                const Location& location) {
     require_dense(kOp, name, t);

@@ -1,4 +1,4 @@
-// The arithmetic of sm3/1 on the elements that a thread takes of a row.
+// The arithmetic of sm3/1 on the LANE elements of a row that a thread has.
 #ifndef LEANOPS_SM3_UPDATE_CUH
 #define LEANOPS_SM3_UPDATE_CUH
 
@@ -8,37 +8,37 @@
 namespace leanops {
 namespace sm3 {
 
-// The numbers of a call that its kernel works out once.
+// The numbers of a call that a block computes once.
 struct Numbers {
-  float grad;   // factor of the gradient: its scale's reciprocal, negative to maximize
-  float lr;     // -lr
-  double rate;  // lr
-  double keep;  // factor of the parameter: 1 - lr decay
-  float keep_float;
+  float grad_factor;  // 1 / grad_scale, or -1 / grad_scale to maximize
+  float minus_lr;
+  double lr;
+  double decay_factor;  // 1 - lr weight_decay
+  float decay_factor_float;
   u64 seed;
-  bool eps_in_range;  // nu < 2^40 puts nu + eps into the range of `quotients`
+  bool eps_in_range;  // nu + eps is in the range of sqrt_in_range for all nu < 2^40
 };
 
 LEANOPS_DEVICE Numbers numbers_of(const Call& call) {
   Numbers k;
   const float scale = call.grad_scale ? *global<const float>(call.grad_scale) : call.grad_scale_value;
   const float inverse = div(1.0f, scale);
-  k.grad = call.maximizes ? -inverse : inverse;
-  k.rate = !call.lr           ? call.lr_value
-           : call.lr_is_float ? (double)*global<const float>(call.lr)
-                              : *global<const double>(call.lr);
-  k.lr = -(float)k.rate;
-  k.keep = call.weight_decay == 0.0 ? 1.0 : add(1.0, -mul(k.rate, call.weight_decay));
-  k.keep_float = (float)k.keep;
+  k.grad_factor = call.maximizes ? -inverse : inverse;
+  k.lr = !call.lr           ? call.lr_value
+         : call.lr_is_float ? (double)*global<const float>(call.lr)
+                            : *global<const double>(call.lr);
+  k.minus_lr = -(float)k.lr;
+  k.decay_factor = call.weight_decay == 0.0 ? 1.0 : add(1.0, -mul(k.lr, call.weight_decay));
+  k.decay_factor_float = (float)k.decay_factor;
   k.seed = (u64)(call.seed ? *global<const i64>(call.seed) : call.seed_value);
   k.eps_in_range = call.eps >= 0x1p-100f && call.eps < 0x1p40f;
   return k;
 }
 
-// u = g / sqrt(nu + eps), and 0 where nu is 0, in place of g. `top`: bits of the largest nu, NaN being the
-// largest of all.
+// g <- u = g / sqrt(nu + eps), and 0 where nu is 0. g and nu are [LANE]. `top`: bits of the largest nu; those of a NaN
+// are larger than all others.
 LEANOPS_DEVICE void quotients(float* g, const float* nu, u32 top, float eps, bool eps_in_range) {
-  u32 least = 0xffffffffu;  // of 2 |g|'s bits - 1, which is large for 0
+  u32 least = 0xffffffffu;  // the least 2 bits(|g|) - 1; for g = 0 that is the largest number
 #pragma unroll
   for (int e = 0; e < LANE; ++e) least = min(least, 2 * as_bits(g[e]) - 1);
   bool in_range = top < 0x53800000u && least >= 2 * 0x0d800000u - 1;  // nu < 2^40, |g| >= 2^-100 or 0
@@ -50,25 +50,26 @@ LEANOPS_DEVICE void quotients(float* g, const float* nu, u32 top, float eps, boo
 #pragma unroll
     for (int e = 0; e < LANE; ++e) {
       const float u = div_in_range(g[e], sqrt_in_range(add(nu[e], eps)));
-      g[e] = as_float((as_bits(u) & 0x7fffffffu) | (as_bits(g[e]) & 0x80000000u));
+      g[e] = as_float((as_bits(u) & 0x7fffffffu) | (as_bits(g[e]) & 0x80000000u));  // [LANE]
     }
   } else {
-    float rare[2][LANE];  // in local memory: one copy of the code, and no registers, for what hardly occurs
+    // rare: an array in local memory and a loop that is not unrolled, for short code and no more registers
+    float rare[2][LANE];  // [2, LANE]
 #pragma unroll
     for (int e = 0; e < LANE; ++e) {
-      rare[0][e] = g[e];
+      rare[0][e] = g[e];  // [2, LANE]
       rare[1][e] = add(nu[e], eps);
     }
 #pragma unroll 1
-    for (int e = 0; e < LANE; ++e) rare[0][e] = div(rare[0][e], sqrt(rare[1][e]));
+    for (int e = 0; e < LANE; ++e) rare[0][e] = div(rare[0][e], sqrt(rare[1][e]));  // [2, LANE]
 #pragma unroll
-    for (int e = 0; e < LANE; ++e) g[e] = rare[0][e];
+    for (int e = 0; e < LANE; ++e) g[e] = rare[0][e];  // [LANE]
   }
 #pragma unroll
-  for (int e = 0; e < LANE; ++e) g[e] = nu[e] == 0.0f ? 0.0f : g[e];
+  for (int e = 0; e < LANE; ++e) g[e] = nu[e] == 0.0f ? 0.0f : g[e];  // [LANE]
 }
 
-// The largest x of the threads along a row that share a warp; `along` of them, a power of two.
+// The largest x of the `along` threads of a warp that are along the same row; `along` is a power of two.
 LEANOPS_DEVICE u32 max_along(u32 x, int along) {
   if (along == 32) return warp_max(x);
 #pragma unroll 1
@@ -76,29 +77,29 @@ LEANOPS_DEVICE u32 max_along(u32 x, int along) {
   return x;
 }
 
-// An int8 block's scale and the inverse it is coded with; `largest`: bits of the largest magnitude, at most
-// 127 scale.
+// An int8 block's scale, and its inverse by which the codes are computed. `largest`: bits of the largest |m|.
 struct Scale {
   float scale, inverse;
-  bool lost;  // a NaN or an infinity: the block shall read NaN
+  bool not_finite;  // a NaN or an infinity is in the block: its scale is NaN, so all of it reads NaN
 };
 LEANOPS_DEVICE Scale scale_of(u32 largest) {
   const float a = as_float(largest);
-  const bool lost = largest >= 0x7f800000u, zero = largest < 0x03800000u;  // below 2^-120
-  return Scale{lost   ? as_float(0x7fc00000u)
-               : zero ? 0.0f
-                      : div(a, 127.0f),
-               zero ? 0.0f : div(127.0f, a), lost};
+  const bool not_finite = largest >= 0x7f800000u, zero = largest < 0x03800000u;  // below 2^-120
+  return Scale{not_finite ? as_float(0x7fc00000u)
+               : zero     ? 0.0f
+                          : div(a, 127.0f),
+               zero ? 0.0f : div(127.0f, a), not_finite};
 }
 
-LEANOPS_DEVICE float moved(float w, float step, const Numbers& k) {
-  return fma(k.lr, step, mul(w, k.keep_float));
+// decay_factor w - lr m.
+LEANOPS_DEVICE float moved(float w, float m, const Numbers& k) {
+  return fma(k.minus_lr, m, mul(w, k.decay_factor_float));
 }
-LEANOPS_DEVICE double moved(double w, float step, const Numbers& k) {
-  return add(mul(w, k.keep), -mul(k.rate, (double)step));
+LEANOPS_DEVICE double moved(double w, float m, const Numbers& k) {
+  return add(mul(w, k.decay_factor), -mul(k.lr, (double)m));
 }
 
-// What the rows of a tensor have in common.
+// The numbers that all rows of a tensor share.
 struct Tensor {
   u64 param, grad, momentum, scale;  // addresses
   i64 offset;
@@ -112,48 +113,49 @@ struct Tensor {
         id(slot.tensor_id) {}
 };
 
-// A row's elements, as they are loaded before any is stored.
+// A thread's elements of a row, as they are in memory before the step.
 template <class T, int M>
 struct Row {
   Lane<T> lane;
-  i64 block;  // of an int8 momentum
-  Raw<T> param, grad;
-  Raw<typename Stored<M>::Type> momentum;
+  i64 block;                               // int8 momentum: index of the scale
+  Raw<T> param, grad;                      // [LANE]
+  Raw<typename Stored<M>::Type> momentum;  // [LANE]
   float scale;
 
   template <bool WHOLE>
   LEANOPS_DEVICE void load(const Tensor& tensor) {
-    lane.template load<WHOLE>(tensor.param, param);
-    lane.template load<WHOLE>(tensor.grad, grad);
-    if (M != NO_MOMENTUM) lane.template load<WHOLE>(tensor.momentum, momentum);
+    lane.template load<WHOLE>(tensor.param, param);                              // [LANE]
+    lane.template load<WHOLE>(tensor.grad, grad);                                // [LANE]
+    if (M != NO_MOMENTUM) lane.template load<WHOLE>(tensor.momentum, momentum);  // [LANE]
     if (M == INT8) scale = WHOLE || lane.left > 0 ? global<const float>(tensor.scale)[block] : 0.0f;
   }
 };
 
-// Updates parameter and momentum of a row in which c has the smallest accumulators; sets nu, and returns the
-// bits of the largest. All threads of a warp take part for INT8; `along` of them share the row.
+// Updates the parameter and the momentum of a thread's elements of a row. c [LANE] has the smallest accumulator of each
+// element. Sets nu [LANE], and returns the bits of the largest nu. With INT8 all threads of a warp must call it;
+// `along` of them share the row.
 template <class T, int M, bool STOCHASTIC, bool WHOLE>
 LEANOPS_DEVICE u32 update(const Row<T, M>& row, const float* c, float* nu, const Call& call,
                           const Tensor& tensor, const Numbers& k, int along) {
   typedef typename Element<T>::Work Work;
-  Work w[LANE];
-  float step[LANE];  // g, then u, then the step
+  Work w[LANE];      // [LANE]
+  float step[LANE];  // [LANE]: g, then u, then the new momentum m
 #pragma unroll
   for (int e = 0; e < LANE; ++e) {
-    w[e] = widen(get(row.param.w, e, (const T*)0));
-    step[e] = mul((float)widen(get(row.grad.w, e, (const T*)0)), k.grad);
+    w[e] = widen(get(row.param.w, e, (const T*)0));                               // [LANE]
+    step[e] = mul((float)widen(get(row.grad.w, e, (const T*)0)), k.grad_factor);  // [LANE]
   }
   if (call.couples) {
 #pragma unroll
-    for (int e = 0; e < LANE; ++e) step[e] = fma(call.coupled_decay, (float)w[e], step[e]);
+    for (int e = 0; e < LANE; ++e) step[e] = fma(call.coupled_decay, (float)w[e], step[e]);  // [LANE]
   }
   if (call.averages) {
 #pragma unroll
     for (int e = 0; e < LANE; ++e)
-      nu[e] = fma(call.one_minus_beta, mul(step[e], step[e]), mul(call.beta, c[e]));
+      nu[e] = fma(call.one_minus_beta, mul(step[e], step[e]), mul(call.beta, c[e]));  // [LANE]
   } else {
 #pragma unroll
-    for (int e = 0; e < LANE; ++e) nu[e] = fma(step[e], step[e], c[e]);
+    for (int e = 0; e < LANE; ++e) nu[e] = fma(step[e], step[e], c[e]);  // [LANE]
   }
   u32 top = 0;
 #pragma unroll
@@ -162,43 +164,44 @@ LEANOPS_DEVICE u32 update(const Row<T, M>& row, const float* c, float* nu, const
 
   if constexpr (M != NO_MOMENTUM) {
     typedef typename Stored<M>::Type S;
-    float m[LANE];
+    float old[LANE];  // [LANE]
     if constexpr (M == INT8) {
-      from_codes(row.momentum, row.scale, m);
+      from_codes(row.momentum, row.scale, old);  // [LANE]
     } else {
 #pragma unroll
-      for (int e = 0; e < LANE; ++e) m[e] = widen(get(row.momentum.w, e, (const S*)0));
+      for (int e = 0; e < LANE; ++e) old[e] = widen(get(row.momentum.w, e, (const S*)0));  // [LANE]
     }
 #pragma unroll
-    for (int e = 0; e < LANE; ++e) step[e] = fma(call.one_minus_momentum, step[e], mul(call.momentum, m[e]));
-    Raw<S> stored;
+    for (int e = 0; e < LANE; ++e)
+      step[e] = fma(call.one_minus_momentum, step[e], mul(call.momentum, old[e]));  // [LANE]
+    Raw<S> stored;                                                                  // [LANE]
     if constexpr (M == INT8) {
       u32 largest = 0;
 #pragma unroll
       for (int e = 0; e < LANE; ++e) largest = max(largest, as_bits(step[e]) & 0x7fffffffu);
       const Scale s = scale_of(max_along(largest, along));
-      if (s.lost) {
-        stored.w[0] = stored.w[1] = 0x01010101u;
+      if (s.not_finite) {
+        stored.w[0] = stored.w[1] = 0x01010101u;  // [LANE], codes 1
       } else {
-        to_codes(step, s.inverse, stored);
+        to_codes(step, s.inverse, stored);  // [LANE]
       }
       if (((int)threadIdx.x & (along - 1)) == 0 && (WHOLE || row.lane.left > 0))
         global<float>(tensor.scale)[row.block] = s.scale;
     } else if constexpr (M == BFLOAT16) {
 #pragma unroll
-      for (int e = 0; e < LANE; e += 2) stored.w[e / 2] = pack_bf16(step[e], step[e + 1]);
+      for (int e = 0; e < LANE; e += 2) stored.w[e / 2] = pack_bf16(step[e], step[e + 1]);  // [LANE]
     } else {
 #pragma unroll
-      for (int e = 0; e < LANE; ++e) stored.w[e] = as_bits(step[e]);
+      for (int e = 0; e < LANE; ++e) stored.w[e] = as_bits(step[e]);  // [LANE]
     }
-    row.lane.template store<WHOLE>(tensor.momentum, stored);
+    row.lane.template store<WHOLE>(tensor.momentum, stored);  // [LANE]
   }
 
 #pragma unroll
-  for (int e = 0; e < LANE; ++e) w[e] = moved(w[e], step[e], k);
-  Raw<T> rounded;
-  round_lane<T, STOCHASTIC>(w, k.seed, (u64)(tensor.offset + row.lane.at), tensor.id, rounded);
-  row.lane.template store<WHOLE>(tensor.param, rounded);
+  for (int e = 0; e < LANE; ++e) w[e] = moved(w[e], step[e], k);  // [LANE]
+  Raw<T> rounded;                                                 // [LANE]
+  round_lane<T, STOCHASTIC>(w, k.seed, (u64)(tensor.offset + row.lane.start), tensor.id, rounded);
+  row.lane.template store<WHOLE>(tensor.param, rounded);  // [LANE]
   return top;
 }
 

@@ -1,4 +1,4 @@
-"""The call of SM3's operator: its arguments, each named once, and the ranges of its options."""
+"""The call of SM3's operator: its arguments as fields, and the ranges of its options."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from leanops.common.checks import LARGEST_FLOAT32
 
 
 class StepOptions(NamedTuple):
-    """The numbers of a step that are alike for all its parameters, and that no schedule on the device changes."""
+    """The options of a step: they are the same for all parameters, and never on the device."""
 
     momentum: float
     beta: float
@@ -22,7 +22,7 @@ class StepOptions(NamedTuple):
     stochastic_rounding: bool
 
     def check(self, op: str) -> None:
-        """ValueError for a number out of its range. A NaN is in none, and what is infinite in float32 is not finite."""
+        """Raise ValueError for a number out of its range. A NaN is in no range. Finite means finite in float32."""
         if not 0 <= self.momentum < 1:
             raise ValueError(f"{op}: momentum must be in [0, 1), got {self.momentum}")
         if not 0 < self.beta <= 1:

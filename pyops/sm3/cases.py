@@ -1,4 +1,4 @@
-"""Inputs of the SM3 operator: cases, fuzzing, bad input, and a tensor past 2^31 elements."""
+"""Inputs of the SM3 operator: cases, fuzzing, bad input, and a tensor of more than 2^31 elements."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ RESNET_50 = [(256, 256, 3, 3)] * 6 + [(512, 512, 3, 3)] * 3 + [(2048, 512, 1, 1)
 
 
 class Options(NamedTuple):
-    """What a case asks for beyond shapes."""
+    """The options of a case, beside its shapes."""
 
     momentum_dtype: torch.dtype | None = None
-    momentum: float = 0.9  # where there is one
+    momentum: float = 0.9  # used if there is a momentum_dtype
     beta: float = 1.0
     eps: float = 1e-30
     weight_decay: float = 0.0
@@ -45,7 +45,7 @@ def numbers(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
 def _state(
     shapes: Shapes, dtype: torch.dtype | None, device: torch.device, generator: torch.Generator
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Covers, momenta and scales as they are after some steps on gradients of about 1e-3."""
+    """Covers, momenta and scales as after some steps with gradients of about 1e-3."""
     covers = [1e-5 * torch.rand(sum(axes_of(s)), generator=generator).to(device) for s in shapes]
     if dtype is None:
         return covers, [], []
@@ -86,7 +86,7 @@ def _strided(t: Tensor, gaps: bool) -> Tensor:
 def step_inputs(
     shapes: Shapes, o: Options, device: torch.device, dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[Any, ...]:
-    """The operator's arguments: weights, gradients and state of the magnitudes that training has."""
+    """The operator's arguments: weights, gradients and state with the magnitudes of training."""
     params, grads = (
         [(std * torch.randn(s, generator=generator)).to(device, dtype) for s in shapes] for std in (0.02, 1e-3)
     )
@@ -183,7 +183,7 @@ def step_fuzz(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 def step_large(device: torch.device) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """A matrix past what a 32-bit index reaches, whose gradient repeats one row; and its last rows as a shard."""
+    """A matrix of more than 2^31 elements, whose gradient repeats one row; and its last rows as a shard."""
     rows, columns, last = 2**16 + 1, 2**15 + 3, 3
     generator = torch.Generator().manual_seed(0)
     gradient = (1e-2 * torch.randn(columns, generator=generator)).to(device, torch.bfloat16)
@@ -234,8 +234,8 @@ def step_bad() -> tuple[BadInput, ...]:
                 "maximize": False,
                 "stochastic_rounding": False,
             }
-            for name, wish in change.items():
-                values[name] = wish(values[name]) if callable(wish) else wish
+            for name, new in change.items():
+                values[name] = new(values[name]) if callable(new) else new
             return tuple(values.values())
 
         return build

@@ -1,4 +1,4 @@
-"""What the SM3 operator refuses. The function takes the operator's call; see ``_registry``."""
+"""The checks of the SM3 operator's arguments. ``step`` takes the operator's call; see ``_registry``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _dense(name: str, t: Tensor, dtypes: Sequence[torch.dtype], device: torch.de
 
 
 def _fit(call: Step) -> bool:
-    """Whether :func:`_explain` would find nothing, in an eighth of its time for a thousand parameters."""
+    """Whether all tensors fit, as :func:`_explain` defines it, in an eighth of its time for a thousand parameters."""
     params, grads, covers, momenta, scales = call[:5]
     kept = [*covers, *momenta, *scales]
     tensors = [*params, *grads, *kept]
@@ -68,7 +68,7 @@ def _explain(call: Step) -> None:
 
 
 def _state(name: str, t: Tensor, dtypes: Sequence[torch.dtype], shape: Sequence[int], param: Tensor, why: str) -> None:
-    """A tensor that the optimizer keeps: contiguous, of the shape that the parameter asks for."""
+    """Check a tensor of the optimizer's state: it must be contiguous and have the shape that follows from ``why``."""
     _dense(name, t, dtypes, param.device, "params[0]")
     if t.shape != torch.Size(shape):
         raise ValueError(f"{_OP}: {name} must have shape {list(shape)} for {why}, got {list(t.shape)}")

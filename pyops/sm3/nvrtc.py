@@ -39,7 +39,7 @@ CALL = np.dtype(
 
 @cache
 def _threads_log2(rows: int, cols: int, int8: bool) -> int:
-    """Of the threads along a row of a tile."""
+    """log2 of the threads along a row of a tile; threads_log2_of in csrc/sm3/plan.h is the same."""
     needed = min((-(-cols // LANE) - 1).bit_length(), 8)
     log2 = min(needed, 5)
     while 5 <= log2 < needed and (THREADS >> (log2 + 1)) * STEPS >= rows:
@@ -50,7 +50,7 @@ def _threads_log2(rows: int, cols: int, int8: bool) -> int:
 
 
 def _tile_of(matrix: plan.Matrix, int8: bool) -> tuple[int, int]:
-    """``2048 / threads`` rows of ``8 threads`` columns."""
+    """(rows, columns) of a tile: with t threads along a row, 2048 / t rows and 8 t columns."""
     log2 = 5 if matrix.split == 0 else _threads_log2(matrix.rows, matrix.cols, int8)
     return (THREADS >> log2) * STEPS, LANE << log2
 
@@ -59,15 +59,15 @@ TILING = plan.Tiling(_tile_of, lambda tiles, rank: tiles > 1 or rank > 2, SLOT.i
 
 
 class Table(NamedTuple):
-    """A launch's tensors as the kernel reads them. Until ``place``, ``maxima`` counts words of scratch from 1."""
+    """A launch's tensors as the kernel reads them. Before ``place``, ``maxima`` is the number of a word of scratch."""
 
     slots: np.ndarray[Any, Any]
     sizes: np.ndarray[Any, np.dtype[np.int64]]
     tiles: int
-    scratch: int  # words of 4 bytes that have to be zero
+    scratch: int  # words of 4 bytes, which must be zero at the launch
 
     def place(self, scratch: int) -> None:
-        """Turn counts into addresses, once that of the scratch is known."""
+        """Turn these numbers into addresses. ``scratch``: the address of the scratch."""
         self.slots["maxima"] = plan.addresses(self.slots["maxima"], scratch)
 
     def words(self) -> np.ndarray[Any, np.dtype[np.uint64]]:
@@ -92,7 +92,7 @@ def table(items: Sequence[plan.Item]) -> Table:
 
 
 def step(dtype: torch.dtype, momentum: torch.dtype | None, stochastic: bool) -> nvrtc.Kernel:
-    """The kernel that serves parameters and momenta of these types."""
+    """The kernel for parameters and momenta of these dtypes."""
     random = "true" if stochastic and dtype.itemsize == 2 else "false"
     arguments = f"<{CXX_NAMES[dtype]}, {plan.KINDS[momentum]}, {random}>"
     parameters = ("const __grid_constant__ Call",)
@@ -100,7 +100,7 @@ def step(dtype: torch.dtype, momentum: torch.dtype | None, stochastic: bool) -> 
 
 
 def _place(call: np.ndarray[Any, Any], name: str, value: Tensor | None) -> None:
-    """A number for the kernel: read in place on the device, or at once from the CPU."""
+    """Put a number into a call: its address if it is on the device, its value if it is on the CPU."""
     if value is None:
         return
     if value.device.type == "cpu":
@@ -138,6 +138,6 @@ def sm3_step_(call: Step) -> None:
                 numbers["table"] = 0
                 numbers["words"][0, : words.size] = words
             else:
-                there = to_device(torch.from_numpy(words.view(np.int64)), like.device)
-                numbers["table"] = there.data_ptr()
+                table_words = to_device(torch.from_numpy(words.view(np.int64)), like.device)
+                numbers["table"] = table_words.data_ptr()
             nvrtc.launch(kernel, like, min(made.tiles, nvrtc.processors(like) * 32), (numbers,))

@@ -1,4 +1,4 @@
-"""SM3: one step of the optimizer on many tensors, and the state that it keeps."""
+"""SM3: one step of the optimizer on many tensors, and its state."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _ops = torch.ops.leanops
 
 
 def _list(name: str, tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """One or many; the dispatcher refuses what is no tensor without a word where."""
+    """A tensor or a sequence of tensors, as a list. torch's own error for other values omits the argument's name."""
     if isinstance(tensors, Tensor):
         return [tensors]
-    if not isinstance(tensors, Iterable):  # not by require(): a message with the values costs milliseconds
+    if not isinstance(tensors, Iterable):  # require() would format the values at every call
         raise TypeError(f"sm3_step_: {name} must be a tensor or a sequence of tensors, got {tensors!r}")
     items = list(tensors)
     for i, t in enumerate(items):

@@ -1,7 +1,7 @@
-"""How a call becomes launches on a device, for the backends in Python: which tensors, as what matrices, in which tiles.
+"""The launches of a call, for the backends in Python: their tensors as matrices, and how these are cut into tiles.
 
-Tensors of equal types make one launch. A table on the device tells it of each tensor as a matrix, cut into tiles: rows
-of words, then the sizes of all tensors. csrc/sm3/plan.h is the same in C++.
+Tensors with the same dtypes make one launch. It reads a table on the device: a row of words for each tensor, then the
+sizes of all tensors. csrc/sm3/plan.h does the same in C++.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KINDS = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.int8: 3}  # of mome
 
 
 class Item(NamedTuple):
-    """One tensor of a launch: contiguous memory, and what is known of it."""
+    """One parameter of a launch, with its gradient and state. All tensors are contiguous."""
 
     param: Tensor
     grad: Tensor
@@ -35,37 +35,37 @@ class Item(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A shape seen as a matrix. One of rank 0 or 1 has rows of 256 elements, the last of which may be incomplete."""
+    """A shape as a matrix. At rank 0 or 1 it has rows of 256 elements, and the last row may be incomplete."""
 
     rows: int
     cols: int
-    split: int  # axes before it are rows
+    split: int  # number of axes that are rows
 
 
 class Tiling(NamedTuple):
     """How a backend cuts matrices into tiles."""
 
     tile_of: Callable[[Matrix, bool], tuple[int, int]]  # rows and columns of a tile; the flag: int8 momenta
-    gathers: Callable[[int, int], bool]  # whether a tensor of so many tiles and that rank needs scratch for its maxima
-    slot_words: int  # of a tensor's row in the table
+    gathers: Callable[[int, int], bool]  # (tiles, rank): whether the tensor needs scratch words for its maxima
+    slot_words: int  # words of a tensor's row in the table
 
 
 class Row(NamedTuple):
-    """A tensor as a kernel reads it: addresses and integers. A backend adds what its tiles ask for."""
+    """A tensor as a kernel reads it: addresses and integers. A backend adds fields of its own."""
 
     param: int
     grad: int
     cover: int
     momentum: int  # 0: none
     scale: int  # 0: none
-    maxima: int  # a word of scratch, from 1 on (see `addresses`); 0: none
+    maxima: int  # number of its first word of scratch, from 1 on (see `addresses`); 0: none
     rows: int
     cols: int
     numel: int
     offset: int
     first: int  # tiles of the tensors before this one
     tiles: int
-    sizes: int  # where in the table they are, in words
+    sizes: int  # index of its sizes in the table's words
     tensor_id: int
     rank: int
     split: int
@@ -77,12 +77,12 @@ class Table(NamedTuple):
     rows: list[Row]
     sizes: list[int]  # of all tensors, one after another
     tiles: int
-    scratch: int  # words of 4 bytes that have to be zero
+    scratch: int  # words of 4 bytes, which must be zero at the launch
 
 
 @cache
 def matrix_of(shape: tuple[int, ...], int8: bool) -> Matrix:
-    """Blocks of an int8 momentum lie in rows of axis 0, and must lie in those of the matrix."""
+    """The split into rows and columns whose sum is least. An int8 momentum's blocks must lie in rows of the matrix."""
     if len(shape) < 2:
         return Matrix(-(-prod(shape) // BLOCK), BLOCK, 0)
     splits = [Matrix(prod(shape[:k]), prod(shape[k:]), k) for k in range(1, len(shape))]
@@ -132,13 +132,13 @@ def table(items: Sequence[Item], tiling: Tiling) -> Table:
 
 
 def addresses(maxima: np.ndarray[Any, Any], scratch: int) -> np.ndarray[Any, Any]:
-    """The addresses of tensors' words of scratch, whose own is known now."""
+    """The addresses of the tensors' first words of scratch, from their numbers and the address of the scratch."""
     return np.where(maxima != 0, scratch + 4 * (maxima - 1), maxima)
 
 
 @contextmanager
 def launches(call: Step) -> Iterator[list[list[Item]]]:
-    """The non-empty tensors, contiguous, by their types; strided parameters are copied back afterwards."""
+    """The non-empty tensors, contiguous, a list for each pair of dtypes. Strided parameters are copied back last."""
     groups: dict[tuple[torch.dtype, torch.dtype | None], list[Item]] = {}
     strided: list[tuple[Tensor, Tensor]] = []
     for k, (p, g) in enumerate(zip(call.params, call.grads, strict=True)):

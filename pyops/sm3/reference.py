@@ -1,8 +1,8 @@
 """SM3 in pure PyTorch: the specification that every kernel is compared with, bit for bit.
 
 ``sm3/1`` defines one step as a fixed sequence of fp32 operations, each rounded to nearest even, with every fma
-written out. Minima and maxima are exact and do not depend on their order, so neither do the results: not on threads,
-tiles or the split of the axes, and not on shards of axis 0, once a maximum combines their covers of the other axes.
+written out. Minima and maxima are exact in every order. So the results do not depend on threads, tiles or the split of
+the axes, nor on shards of axis 0, if a maximum combines the shards' covers of the other axes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ VERSION = "sm3/1"
 
 BLOCK = 256  # elements that share one scale of an int8 momentum; blocks lie within rows of axis 0
 _SMALL = 2.0**-120  # a block with no larger magnitude is stored as zeros, so that no scale underflows
-_CHUNK = 1 << 18  # elements worked on at a time, so that the temporaries stay small (a multiple of BLOCK)
+_CHUNK = 1 << 18  # elements computed at a time, so that the temporaries stay small; a multiple of BLOCK
 
 
 def axes_of(shape: Sequence[int]) -> tuple[int, ...]:
@@ -68,7 +68,7 @@ def _along(axis: Tensor, k: int, rank: int) -> Tensor:
 
 
 def _maximum(nu: Tensor, k: int) -> Tensor:
-    """The largest nu of every slice across axis k, NaN where there is one."""
+    """The largest nu of every slice across axis k, or NaN if the slice has a NaN."""
     return nu.movedim(k, 0).reshape(nu.shape[k], -1).amax(1)
 
 

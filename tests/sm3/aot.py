@@ -35,11 +35,10 @@ def _triton(arch: int) -> Iterable[Source]:
     signature = {"table": "*i64", "tensors": "i32", "lr": "*fp32", "seed": "*i64", "grad_scale": "*fp32"}
     signature |= {"found_inf": "*fp32"} | dict.fromkeys(("lr_bits", "decay_bits", "seed_value"), "i64")
     signature |= {"scale_value": "fp32", "sign": "fp32", "averages": "i32", "couples": "i32"}
-    signature |= dict.fromkeys(("coupled", "eps", "beta", "one_minus_beta", "kept", "share"), "fp32")
-    pointers = dict.fromkeys(
-        ("lr", "seed", "grad_scale", "found_inf"), "*i64"
-    )  # the launcher passes the table for a number of the host
-    flags = ("LR_THERE", "SEED_THERE", "SCALE_THERE", "FOUND_THERE")
+    signature |= dict.fromkeys(("coupled_decay", "eps", "beta", "one_minus_beta", "beta_m", "one_minus_beta_m"), "fp32")
+    # for a number on the host, the launcher passes the table as its pointer
+    pointers = dict.fromkeys(("lr", "seed", "grad_scale", "found_inf"), "*i64")
+    flags = ("LOAD_LR", "LOAD_SEED", "LOAD_SCALE", "LOAD_FOUND_INF")
     for dtype, kind in {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "fp64": tl.float64}.items():
         for number, momentum in enumerate(_MOMENTA):
             for stochastic in (False, True) if dtype in ("bf16", "fp16") else (False,):
