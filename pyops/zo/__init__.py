@@ -1,4 +1,4 @@
-"""Zeroth-order perturbation: MeZO, FedKSeed and what builds on seeded noise."""
+"""Zeroth-order operators: seeded noise for MeZO, FedKSeed and methods like them."""
 
 from __future__ import annotations
 

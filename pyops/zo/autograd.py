@@ -1,4 +1,4 @@
-"""The backward of ``zo_linear``, in torch operators, so that it can be differentiated again."""
+"""The backward of ``zo_linear``. It consists of torch operators, so torch can differentiate it again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from leanops.zo.calls import Linear
 
-_PANEL = 1 << 22  # elements of z that exist at a time
+_PANEL = 1 << 22  # elements of z in memory at a time
 
 
 def linear_setup_context(ctx: Any, call: Linear, output: Any) -> None:
@@ -19,7 +19,7 @@ def linear_setup_context(ctx: Any, call: Linear, output: Any) -> None:
 
 
 def _times_z(ctx: Any, seed: Tensor, g: Tensor, weight: Tensor) -> Tensor:
-    """g z for g [T, n] and z [n, m], made in panels of rows."""
+    """g z [T, m] for g [T, n] and z [n, m]. z is made in panels of rows."""
     n, m = weight.shape
     out = g.new_zeros(g.shape[0], m)
     rows = max(1, _PANEL // max(m, 1))

@@ -1,4 +1,4 @@
-"""The calls of the zeroth-order operators: their arguments, each named once."""
+"""The calls of the zeroth-order operators: a class for each operator, with its arguments as fields."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ class Noise(NamedTuple):
 
 
 class NoiseSum(NamedTuple):
-    """What an axpy adds to its tensors: (1 - decay) p + sum_k c_k z(s_k). ``tensor_ids``, ``offsets`` and ``columns``
-    have an entry for each tensor."""
+    """The noise of an axpy, which computes (1 - decay) p + sum_k c_k z(s_k).
+
+    ``tensor_ids``, ``offsets`` and ``columns`` have an entry for each tensor.
+    """
 
     seeds: Tensor  # int64 [K]
     coeffs: Tensor  # float64 [K]
-    decays: Tensor  # float64 [1], or [K] where sequential
+    decays: Tensor  # float64 [1], or [K] if sequential
     tensor_ids: Sequence[int]
     offsets: Sequence[int]  # index of a tensor's first element in its whole tensor
     distribution: str  # gaussian, rademacher or lowrank
@@ -48,7 +50,7 @@ class NoiseSum(NamedTuple):
     rank: int = 2  # of low-rank noise
 
     def widths(self) -> Sequence[int]:
-        """``columns``, which without low-rank noise are 0."""
+        """``columns``, or zeros without low-rank noise."""
         return [0] * len(self.tensor_ids) if self.columns is None else self.columns
 
 
@@ -75,7 +77,7 @@ class Linear(NamedTuple):
     """``zo_linear``: x (W + scale z)^T + b and x_minus (W - scale z)^T + b."""
 
     x: Tensor  # [..., m]
-    x_minus: Tensor | None  # x where it is None
+    x_minus: Tensor | None  # [..., m]; None: x
     weight: Tensor  # [n, m]
     bias: Tensor | None  # [n]
     seed: Tensor  # int64 [1]

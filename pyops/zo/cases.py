@@ -1,4 +1,4 @@
-"""Inputs of the zeroth-order operators: cases, fuzzing, bad input, and tensors past 2^31 elements."""
+"""Inputs of the zeroth-order operators: cases, fuzzing, bad input, and tensors of more than 2^31 elements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AXPY_DISTRIBUTIONS = (*DISTRIBUTIONS, "lowrank")
 
 ROUNDINGS = ("nearest", "stochastic")
 
-_LARGE = 2**31 + 1777  # elements: past what a 32-bit index reaches
+_LARGE = 2**31 + 1777  # elements; a 32-bit index cannot reach the last ones
 
 # the parameter lists of two models, as {shape: how many}
 OPT_125M = {(50272, 768): 1, (2050, 768): 1, (768, 768): 48, (768,): 122, (3072, 768): 12, (3072,): 12, (768, 3072): 12}
@@ -94,7 +94,7 @@ def noise_like(name: str, shape: Sequence[int], distribution: str) -> Case:
 
 
 def low_rank(distribution: str, right_seeds: Tensor, columns: Sequence[int], rank: int = 2) -> tuple[Any, ...]:
-    """An axpy's last arguments: right_seeds, columns and rank, for the noise that has them."""
+    """The last arguments of an axpy: right_seeds, columns and rank. Only low-rank noise has the first two."""
     return (right_seeds, list(columns), rank) if distribution == "lowrank" else (None, None, 2)
 
 
@@ -270,7 +270,7 @@ def axpy_bad(name: str) -> tuple[BadInput, ...]:
 def linear_case(
     name: str, t: int, n: int, m: int, distribution: str, pair: bool = False, bench: bool = False, std: float = 1.0
 ) -> Case:
-    """x normal with deviation ``std``, W with m^-1/2."""
+    """x is normal with standard deviation ``std``, and W with m^-1/2."""
 
     def make(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
         def random(*shape: int, std: float = 1.0) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the zeroth-order operators refuse. Each function takes the operator's call; see ``_registry``."""
+"""The checks of the zeroth-order operators' arguments. Each function takes the operator's call; see ``_registry``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from leanops.common.checks import IDS, INDICES, in_range, one_of, require, same_
 from leanops.common.dtypes import FLOATS, dtype_names
 from leanops.zo.calls import Axpy, AxpyInto, Linear, Noise, NoiseInPlace, NoiseSum
 
-MAX_RANK = 64  # of low-rank noise: the factors of a tile fit the buffers of every backend
+MAX_RANK = 64  # of low-rank noise; U and V of a tile then fit the buffers of every backend
 
 
 def _float_tensor(op: str, name: str, t: Tensor) -> None:
@@ -79,7 +79,7 @@ def axpy_into(call: AxpyInto) -> None:
 
 
 def _written(op: str, name: str, written: Sequence[Tensor], noise: NoiseSum) -> None:
-    """The tensors that an axpy writes, which have the argument's name, and the noise for them."""
+    """Check the tensors that an axpy writes, which are the argument ``name``, and the noise for them."""
     device = written[0].device if written else None
     for i, t in enumerate(written):
         if t.dtype not in FLOATS or t.layout != torch.strided:
@@ -87,9 +87,9 @@ def _written(op: str, name: str, written: Sequence[Tensor], noise: NoiseSum) -> 
         if t.device != device:
             raise ValueError(f"{op}: {name}[{i}] must be on {device} as {name}[0], got {t.device}")
     _terms(op, noise, device)
-    for what, values in (("tensor_ids", noise.tensor_ids), ("offsets", noise.offsets)):
+    for argument, values in (("tensor_ids", noise.tensor_ids), ("offsets", noise.offsets)):
         if len(values) != len(written):
-            raise ValueError(f"{op}: {what} must have one entry a tensor ({len(written)}), got {len(values)}")
+            raise ValueError(f"{op}: {argument} must have one entry a tensor ({len(written)}), got {len(values)}")
     for i, (t, tensor_id, offset) in enumerate(zip(written, noise.tensor_ids, noise.offsets, strict=True)):
         if not 0 <= tensor_id < IDS:
             in_range(op, f"tensor_ids[{i}]", tensor_id, 0, IDS)
@@ -131,14 +131,14 @@ def _low_rank(op: str, written: Sequence[Tensor], noise: NoiseSum, device: torch
         raise ValueError(f"{op}: columns must have one entry a tensor ({len(written)}), got {len(columns)}")
     for i, (t, width, offset) in enumerate(zip(written, columns, noise.offsets, strict=True)):
         in_range(op, f"columns[{i}]", width, 0, INDICES // rank)
-        if width:  # the factors' own indices have 63 bits too
+        if width:  # an index of U or V must have 63 bits, too
             in_range(op, f"offsets[{i}]", offset, 0, INDICES // rank - t.numel())
 
 
 def linear(call: Linear) -> None:
     op, x, weight = "zo_linear", call.x, call.weight
-    for name, given in (("x", x), ("weight", weight)):
-        require(given is not None, f"{op}: {name} must be a tensor, got None")  # the dispatcher lets it pass
+    for name, value in (("x", x), ("weight", weight)):
+        require(value is not None, f"{op}: {name} must be a tensor, got None")  # the dispatcher accepts None
     _float_tensor(op, "x", x)
     require(weight.dim() == 2, f"{op}: weight must be [n, m], got shape {list(weight.shape)}")
     n, m = weight.shape

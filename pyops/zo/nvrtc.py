@@ -24,7 +24,7 @@ SLOT = np.dtype(
     + [(n, "i8") for n in ("offset", "numel", "first")]
     + [("tensor_id", "u8"), ("columns", "i8")]
 )
-_SLOT_NAMES = {"source": "in"}  # where a row of the plan has another name than in C++
+_SLOT_NAMES = {"source": "in"}  # fields of plan.Row that have another name in C++
 CALL = np.dtype(
     [(n, "u8") for n in ("slots", "seeds", "right_seeds", "coeffs", "decays")]
     + [(n, "i8") for n in ("units", "rank", "wide")]
@@ -35,7 +35,7 @@ CALL = np.dtype(
 )
 _UPLOAD = np.dtype([("target", "u8"), ("count", "i8"), ("words", "u8", _UPLOAD_WORDS)])
 
-_PANEL = 8 << 20  # elements of z (or of W ± c z) at a time: they stay in the L2 cache until the product reads them
+_PANEL = 8 << 20  # elements of z (or of W ± c z) at a time; they stay in the L2 cache until the product reads them
 
 
 def _core(body: str, parameters: Sequence[str], threads: int = 256, resident: str = "1") -> nvrtc.Kernel:
@@ -43,7 +43,7 @@ def _core(body: str, parameters: Sequence[str], threads: int = 256, resident: st
 
 
 def work(dtype: torch.dtype, distribution: str, mode: int, stochastic: bool) -> nvrtc.Kernel:
-    """The kernel that serves a call."""
+    """The kernel of noise and axpy."""
     random = "true" if stochastic and dtype.itemsize == 2 else "false"
     body = f"work<{CXX_NAMES[dtype]}, {int(distribution == 'rademacher')}, {mode}, {random}>"
     resident = f"RESIDENT<{CXX_NAMES[dtype]}, {mode}, {random}>"
@@ -51,7 +51,7 @@ def work(dtype: torch.dtype, distribution: str, mode: int, stochastic: bool) -> 
 
 
 def low_rank(dtype: torch.dtype, stochastic: bool) -> nvrtc.Kernel:
-    """The kernel that serves matrices of low-rank noise."""
+    """The kernel of axpy with low-rank noise, for matrices."""
     random = "true" if stochastic and dtype.itemsize == 2 else "false"
     body, resident = f"low_rank<{CXX_NAMES[dtype]}, {random}>", f"LOW_RANK_RESIDENT<{random}>"
     parameters = ("const __grid_constant__ Call",)
@@ -70,7 +70,7 @@ def add_bias(dtype: torch.dtype) -> nvrtc.Kernel:
 
 
 def _upload(words: np.ndarray[Any, Any], like: Tensor) -> Tensor:
-    """Words to the device as kernel parameters: no host buffer to keep alive, so a graph can capture it."""
+    """Copy words to the device as kernel parameters. No host buffer has to stay alive, so a graph can capture it."""
     target = torch.empty(words.size, dtype=torch.int64, device=like.device)
     for done in range(0, words.size, _UPLOAD_WORDS):
         part = np.zeros(1, _UPLOAD)
@@ -82,7 +82,9 @@ def _upload(words: np.ndarray[Any, Any], like: Tensor) -> Tensor:
 
 
 def _place(call: np.ndarray[Any, Any], name: str, values: Tensor, like: Tensor) -> Tensor:
-    """Numbers for a kernel: read in place on the device, inline if they fit, else uploaded."""
+    """Put numbers into a call: by their address if they are on the device, inline if they fit, otherwise uploaded.
+
+    The caller keeps the result alive until the launch."""
     values = values.contiguous()
     if values.device == like.device and values.device.type != "cpu":
         call[name] = values.data_ptr()
@@ -168,8 +170,8 @@ def zo_axpy_(call: Axpy) -> None:
 
 
 def zo_linear(call: Linear) -> tuple[Tensor, Tensor]:
-    """With one x: A = x W^T, B = x z^T, y = A + bias ± c B. With two: each has its own panel of W ± c z; so with
-    fp16, which B, not small as c B is, may overflow."""
+    """With one x: A = x W^T, B = x z^T, y = A + bias ± c B. With two x, each product has its own panel of W ± c z. fp16
+    does that, too: B itself may overflow, although c B is small."""
     x, x_minus, scale = call.x, call.x_minus, call.scale
     n, m = call.weight.shape
     flat, w = x.reshape(-1, m) if m else x.new_empty(x.shape[:-1].numel(), 0), call.weight.contiguous()
@@ -177,7 +179,7 @@ def zo_linear(call: Linear) -> tuple[Tensor, Tensor]:
     pair = x_minus is not None or x.dtype == torch.float16
     flat_minus = flat if x_minus is None else x_minus.reshape(rows, m)
     b = None if call.bias is None else call.bias.contiguous()
-    bias_at = np.uint64(0 if b is None else b.data_ptr())
+    bias_address = np.uint64(0 if b is None else b.data_ptr())
     step = max(1, min(n, _PANEL // max(m, 1)))
     numbers = np.zeros(1, CALL)
     numbers["terms"] = 1
@@ -198,13 +200,13 @@ def zo_linear(call: Linear) -> tuple[Tensor, Tensor]:
             y_plus[:, first : first + width] = flat @ plus.t()
             y_minus[:, first : first + width] = flat_minus @ minus.t()
         elif rows:
-            turn = flat @ plus.t()
-            arguments = [np.uint64(t.data_ptr()) for t in (y_plus, y_minus, y_plus, turn)]
-            arguments += [bias_at, np.float64(scale), *map(np.int64, (rows, n, first, width))]
+            x_z = flat @ plus.t()
+            arguments = [np.uint64(t.data_ptr()) for t in (y_plus, y_minus, y_plus, x_z)]
+            arguments += [bias_address, np.float64(scale), *map(np.int64, (rows, n, first, width))]
             nvrtc.launch(combine(x.dtype), x, _grid(rows * width, 256, x), arguments)
     if pair and b is not None and rows * n:
         for y in (y_plus, y_minus):
-            arguments = [np.uint64(y.data_ptr()), bias_at, np.int64(rows), np.int64(n)]
+            arguments = [np.uint64(y.data_ptr()), bias_address, np.int64(rows), np.int64(n)]
             nvrtc.launch(add_bias(x.dtype), x, _grid(rows * n, 256, x), arguments)
     shape = (*x.shape[:-1], n)
     return y_plus.reshape(shape), y_minus.reshape(shape)

@@ -1,7 +1,7 @@
-"""How a call becomes launches on a device, for the backends in Python: which tensors, and how they are cut into tiles.
+"""The launches of a call, for the backends in Python: their tensors, and how these are cut into tiles.
 
-Tensors of one dtype make one launch; low-rank noise makes one of the matrices and one of the vectors, which have
-Gaussian noise. A launch reads a table with a row for each tensor, in csrc/zo/call.cuh too.
+All tensors of a dtype make one launch. With low-rank noise there are two: one of the matrices, and one of the vectors,
+which have Gaussian noise. A launch reads a table with a row for each tensor: ``Row``, or ``Slot`` in csrc/zo/call.cuh.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor
 
 from leanops.zo.calls import AxpyInto
 
-Tile = int | tuple[int, int]  # so many elements, or so many rows and columns of a matrix
+Tile = int | tuple[int, int]  # elements, or (rows, columns) of a matrix
 
 
 class Pair(NamedTuple):
-    """One tensor's contiguous memory to read and to write; the same memory where it is updated in place."""
+    """The contiguous memory that is read and written for one tensor. In place both are the same."""
 
     target: Tensor
     source: Tensor
     tensor_id: int
     offset: int
     columns: int = 0  # of low-rank noise
-    second: Tensor | None = None  # the target of source - c z where ``target`` gets source + c z
+    second: Tensor | None = None  # gets source - c z; ``target`` then gets source + c z
 
 
 class Row(NamedTuple):
@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
 @contextmanager
 def dense(out: Tensor) -> Iterator[Tensor]:
-    """A contiguous tensor to write; copied to ``out`` afterwards where that is another."""
+    """A contiguous tensor to write: ``out``, or one that is copied to ``out`` afterwards."""
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     yield target
     if target is not out:
@@ -52,7 +52,7 @@ def dense(out: Tensor) -> Iterator[Tensor]:
 
 @contextmanager
 def launches(call: AxpyInto) -> Iterator[list[list[Pair]]]:
-    """The non-empty tensors as contiguous pairs, a list for each launch; strided results are copied back afterwards."""
+    """The non-empty tensors as contiguous pairs, a list for each launch. Strided results are copied back afterwards."""
     groups: dict[torch.dtype, tuple[list[Pair], list[Pair]]] = {}
     strided: list[tuple[Tensor, Tensor]] = []
     places = zip(call.noise.tensor_ids, call.noise.offsets, call.noise.widths(), strict=True)
@@ -71,8 +71,8 @@ def launches(call: AxpyInto) -> Iterator[list[list[Pair]]]:
 
 
 def tiles_of(tile: Tile, offset: int, numel: int, columns: int) -> int:
-    """In how many tiles a tensor has a part. Tiles are aligned to logical indices, so the first and the last may be
-    partial."""
+    """The number of tiles that have elements of a tensor. Tiles are aligned to logical indices, so the first and the
+    last may be partial."""
     last = offset + numel - 1
     if isinstance(tile, int):
         return last // tile - offset // tile + 1

@@ -1,9 +1,8 @@
 """The zeroth-order operators in pure PyTorch: the specification that every kernel is compared with.
 
 ``zo/1`` defines the noise ``z`` as a function of (seed, tensor_id, index) alone: Philox4x32-10 counters, 24-bit
-uniforms, and a Box-Muller transform of fixed fp32 polynomials with every fma written out. Low-rank noise is made of
-two such Gaussians, one of rows and one of columns. Read from the top down; the operators at the end only apply
-it.
+uniforms, and a Box-Muller transform of fixed fp32 polynomials with every fma written out. Low-rank noise consists of
+two such Gaussian factors, one for rows and one for columns. The operators at the end of the file apply the noise.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from leanops.zo.calls import Axpy, AxpyInto, Linear, Noise, NoiseInPlace, NoiseS
 
 VERSION = "zo/1"
 
-_CHUNK = 1 << 18  # elements worked on at a time, so that the temporaries stay small (a multiple of 128)
+_CHUNK = 1 << 18  # elements computed at a time, so that the temporaries stay small; a multiple of 128
 
 # minimax polynomials, rounded to fp32: -2 ln(1 + f) / f on [-1/4, 1/2]; -sin(pi y) / y and cos(pi y) in y^2, |y| <= 1/2
 _LOG = [float.fromhex(c) for c in (
@@ -62,7 +61,7 @@ def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def gaussian(index: Tensor, seed: int, tensor_id: int, stream: int) -> Tensor:
     """Standard normal values, fp32, at a contiguous run of indices (int64) of a stream."""
     x = words_at(index, 4, stream, seed, tensor_id)
-    half = (index % 4 // 2)[:, None] * 2  # which pair of words: 0 or 2
+    half = (index % 4 // 2)[:, None] * 2  # first word of the pair: 0 or 2
     even, odd = box_muller(x.gather(1, half)[:, 0], x.gather(1, half + 1)[:, 0])
     return torch.where(index % 2 == 0, even, odd)
 
@@ -77,8 +76,8 @@ def low_rank(index: Tensor, left: int, right: int, tensor_id: int, columns: int,
     def factor(lines: Tensor, seed: int, stream: int) -> Tensor:
         """The factor's rows ``lines``: [n, rank]."""
         low, high = int(lines.min()), int(lines.max()) + 1
-        at = torch.arange(low * rank, high * rank, device=index.device)
-        return gaussian(at, seed, tensor_id, stream).view(-1, rank)[lines - low]
+        entries = torch.arange(low * rank, high * rank, device=index.device)
+        return gaussian(entries, seed, tensor_id, stream).view(-1, rank)[lines - low]
 
     u, v = factor(index // columns, left, LEFT), factor(index % columns, right, RIGHT)
     z = u[:, 0] * v[:, 0]

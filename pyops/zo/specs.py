@@ -16,7 +16,7 @@ from leanops.zo.calls import Axpy, AxpyInto, Linear, Noise, NoiseInPlace
 
 
 def _backends(name: str) -> dict[str, Loader]:
-    """Python launchers of an operator; their modules are imported at the first call."""
+    """The Python launchers of an operator. Their modules are imported at the first call."""
     return {backend: late(f"leanops.zo.{backend}", name) for backend in ("triton", "nvrtc")}
 
 
