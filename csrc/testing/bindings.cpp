@@ -1,5 +1,5 @@
-// leanops_native: the torch-free cores on NumPy arrays, for tests. 16-bit floats travel as uint16 bits. The
-// families' bindings are submodules; see bindings.h.
+// leanops_native: the torch-free cores on NumPy arrays, for tests. 16-bit floats are passed as their bits, in uint16.
+// The families' bindings are submodules; see bindings.h.
 #include <cstdint>
 
 #include "common/numbers.h"

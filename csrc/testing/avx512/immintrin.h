@@ -8,7 +8,7 @@
 
 #include "../../common/numbers.h"
 
-// Never inlined: thousands of inlined loops took minutes to compile.
+// Never inlined: thousands of inlined loops take minutes to compile.
 #define EMULATED __attribute__((noinline, unused)) static
 #define EACH_LANE for (int j = 0; j < 16; ++j)
 
@@ -47,7 +47,7 @@ EMULATED void _mm512_storeu_si512(void* to, __m512i x) { std::memcpy(to, &x, siz
 EMULATED void _mm256_storeu_si256(__m256i* to, __m256i x) { std::memcpy(to, &x, sizeof x); }
 EMULATED void _mm_storeu_si128(__m128i* to, __m128i x) { std::memcpy(to, &x, sizeof x); }
 
-// Constants. Lanes are given from the last to the first.
+// Constants. The arguments are the lanes from the last to the first.
 
 EMULATED __m512 _mm512_setzero_ps() { return __m512{}; }
 EMULATED __m512 _mm512_set1_ps(float x) {
@@ -96,7 +96,7 @@ EMULATED __m512 _mm512_sqrt_ps(__m512 a) {
   EACH_LANE a[j] = __builtin_sqrtf(a[j]);
   return a;
 }
-EMULATED __m512 _mm512_min_ps(__m512 a, __m512 b) {  // b where either is a NaN and where both are zero
+EMULATED __m512 _mm512_min_ps(__m512 a, __m512 b) {  // b if a or b is a NaN, or if both are zero
   EACH_LANE b[j] = a[j] < b[j] ? a[j] : b[j];
   return b;
 }
@@ -120,7 +120,8 @@ EMULATED uint32_t _mm512_reduce_max_epu32(__m512i a) {
 EMULATED __m512i _mm512_add_epi64(__m512i a, __m512i b) {
   return reinterpret_cast<__m512i>(reinterpret_cast<emulated_u64>(a) + reinterpret_cast<emulated_u64>(b));
 }
-EMULATED __m512i _mm512_mul_epu32(__m512i a, __m512i b) {  // of the low halves of the 64-bit lanes
+// The product of the low halves of the 64-bit lanes.
+EMULATED __m512i _mm512_mul_epu32(__m512i a, __m512i b) {
   const emulated_u64 x = reinterpret_cast<emulated_u64>(a), y = reinterpret_cast<emulated_u64>(b);
   return reinterpret_cast<__m512i>((x & 0xffffffffu) * (y & 0xffffffffu));
 }
@@ -133,10 +134,10 @@ EMULATED __m512i _mm512_ternarylogic_epi32(__m512i a, __m512i b, __m512i c, int 
   return r;
 }
 EMULATED __m512i _mm512_ternarylogic_epi64(__m512i a, __m512i b, __m512i c, int table) {
-  return _mm512_ternarylogic_epi32(a, b, c, table);  // bits know no lanes
+  return _mm512_ternarylogic_epi32(a, b, c, table);  // bitwise: the width of a lane does not matter
 }
 
-// Shifts: those by a constant give zeros, or copies of the sign, from the lane's width on.
+// Shifts. A shift by a constant that is not less than the lane's width gives zeros, or copies of the sign.
 
 EMULATED __m512i _mm512_slli_epi32(__m512i a, unsigned count) { return count < 32 ? a << count : __m512i{}; }
 EMULATED __m512i _mm512_srli_epi32(__m512i a, unsigned count) { return count < 32 ? a >> count : __m512i{}; }
@@ -199,7 +200,7 @@ EMULATED __m512i _mm512_permutex2var_epi32(__m512i a, __m512i from, __m512i b) {
   EACH_LANE r[j] = from[j] & 16 ? b[from[j] & 15] : a[from[j] & 15];
   return r;
 }
-// Within each four lanes, lane j is lane `order` >> 2 j & 3.
+// In each group of four lanes, lane j of the result is lane (order >> 2 j & 3) of the operand.
 EMULATED __m512i _mm512_mask_shuffle_epi32(__m512i other, __mmask16 mask, __m512i a, _MM_PERM_ENUM order) {
   __m512i r;
   EACH_LANE r[j] = a[(j & 12) | (order >> 2 * (j & 3) & 3)];
