@@ -67,6 +67,8 @@ def _replay(options: argparse.Namespace) -> int:
 
     if not Path(options.base).exists():
         raise CommandError(f"no file {options.base}")
+    if Path(options.log).is_dir():
+        raise CommandError(f"RUN.zolog must be a log, got the folder {options.log}; BASE comes first")
     if not Path(options.log).is_file():
         raise CommandError(f"no file {options.log}")
     if wrong := [pair for pair in options.name if "=" not in pair]:

@@ -64,19 +64,20 @@ def layout(folder: Path, shapes: Mapping[str, Shape]) -> Layout:
     with _quiet():
         try:
             import transformers
-        except ImportError:
-            raise NoLayout(f"the names of {architecture} may need transformers, which is not installed") from None
-        model = _empty_model(transformers, architecture, folder)
-        revert = _revert(transformers, model, shapes)
-        state = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in model.state_dict().items()}
+        except ImportError as error:
+            raise NoLayout(f"{architecture} may need transformers, which does not import: {_line(error)}") from error
         try:
+            model = _empty_model(transformers, architecture, folder)
+            revert = _revert(transformers, model, shapes)
+            state = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in model.state_dict().items()}
             trace = Trace(state)
             with trace:
                 files = revert(state)
-        except Exception as error:
-            raise NoLayout(
-                f"transformers {transformers.__version__} cannot convert {architecture} ({error})"
-            ) from error
+        except NoLayout:
+            raise
+        except Exception as error:  # a configuration that does not fit, or another version's rules, can raise anything
+            version = transformers.__version__
+            raise NoLayout(f"transformers {version} does not tell of {architecture}: {_line(error)}") from error
     prefix = str(getattr(model, "base_model_prefix", ""))
     in_file = {n: n if n in shapes or _other(n, prefix) in files else _other(n, prefix) for n in files}
     converted = {in_file[n]: tuple(t.shape) for n, t in files.items()}
@@ -103,18 +104,18 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def _empty_model(transformers: Any, architecture: str, folder: Path) -> Any:
     """The model on the meta device. No code from the folder is run."""
     kind = getattr(transformers, architecture, None)
     if kind is None:
         raise NoLayout(f"transformers {transformers.__version__} has no {architecture}")
-    try:
-        config = kind.config_class.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta"):
-            return kind(config)
-    except Exception as error:  # whatever a configuration that does not fit can raise
-        text = " ".join(str(error).split())
-        raise NoLayout(f"transformers {transformers.__version__} cannot make {architecture} ({text})") from error
+    config = kind.config_class.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        return kind(config)
 
 
 def _revert(transformers: Any, model: Any, names: Iterable[str]) -> Revert:

@@ -120,7 +120,10 @@ def test_names_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     Path("names.json").write_text(json.dumps(names | {"0.bias": "typo"}))
     words = ["base.safetensors", "run.zolog", "-o", "out.safetensors"]
     error = one_line_error(words, capsys)
-    assert "moves parameter 0.weight, which is not in the file (no config.json lies beside it)" in error
+    assert (
+        "moves parameter 0.weight, which is not in the file (no config.json lies beside it; 3 more are missing)"
+        in error
+    )
     assert "--name LOG=BASE, --names FILE.json" in error
     assert "replay_ on the model in memory" in error
     assert "moves parameter typo, which is not" in one_line_error([*words, "--names", "names.json"], capsys)
@@ -131,6 +134,7 @@ def test_names_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert "argument --stop: must be a number of steps, 0 or more, got -1" in one_line_error(
         [*words, "--stop=-1"], capsys
     )
+    assert "got the folder .; BASE comes first" in one_line_error(["run.zolog", ".", "-o", "out"], capsys)
     assert "within [0, 11], got 0 and 12" in one_line_error([*words, "--stop", "12"], capsys)
     assert not Path("out.safetensors").exists()
     assert cli.main(["replay", *words, "--names", "names.json", "--name", "0.bias=net/0.bias"]) == 0

@@ -285,7 +285,7 @@ def test_the_error_says_what_would_help(tmp_path: Path, monkeypatch: pytest.Monk
     wanted = {
         "has no MyViT": {**config, "architectures": ["MyViT"]},
         "names no architecture": {},
-        "cannot make ViTForImageClassification": {**config, "hidden_size": "wide"},
+        "does not tell of ViTForImageClassification: ": {**config, "hidden_size": "wide"},
         "lead to no tensor": {**config, "architectures": ["LlamaForCausalLM"]},
     }
     for message, text in wanted.items():
@@ -300,8 +300,11 @@ def test_the_error_says_what_would_help(tmp_path: Path, monkeypatch: pytest.Monk
         patch.setitem(sys.modules, "transformers.conversion_mapping", None)
         assert "has no rules for names; transformers 5 has" in refusal(base, log)
     with monkeypatch.context() as patch:
+        patch.setattr("transformers.core_model_loading.rename_source_key", lambda: None)
+        assert "does not tell of ViTForImageClassification: TypeError" in refusal(base, log)
+    with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "transformers", None)
-        assert "may need transformers, which is not installed" in refusal(base, log)
+        assert "ViTForImageClassification may need transformers, which does not import: " in refusal(base, log)
     bias = "vit.layers.0.attention.q_proj.bias"
     assert "moves parameter typo, which is not in the file" in refusal(base, log, names={bias: "typo"})
     assert "got classifier.bias for several" in refusal(base, log, names={bias: "classifier.bias"})
