@@ -71,6 +71,8 @@ def test_one_wheel_serves_every_python(built):
     assert "leanops/lib/libleanops_cpu.so" in names
     assert "leanops/lib/csrc/zo/zo.cuh" in names
     assert "leanops/py.typed" in names
+    assert "leanops/integrations/transformers.py" in names
+    assert not any(name.startswith("leanops/optim/integrations") for name in names)
     tops = {name.split("/")[0] for name in names}
     assert all(top in ("leanops", "leanops_command") or top.startswith("leanops-") for top in tops)
     assert "leanops_command/__init__.py" in names

@@ -50,6 +50,17 @@ def test_import_takes_less_than_150_ms_beyond_torch(tmp_path):
     assert best < 0.150
 
 
+def test_import_loads_no_trainer(tmp_path):
+    out = run(
+        """
+        import sys, leanops.optim, leanops.integrations
+        print([m for m in ("transformers", "accelerate", "lightning", "peft") if m in sys.modules])
+        """,
+        tmp_path,
+    )
+    assert out == "[]\n"
+
+
 def test_import_loads_no_inputs_of_tests(tmp_path):
     out = run(
         """

@@ -248,7 +248,8 @@ class MeZO(Optimizer):
         if closure is None:
             raise RuntimeError(
                 "MeZO.step: needs a closure that evaluates the loss, as in opt.step(lambda: loss_fn(model(x), y)); "
-                "a trainer that calls backward() and step() by itself has to call step(closure) in its training step"
+                "a trainer that calls backward() and step() by itself has to call step(closure) in its training step. "
+                "leanops.integrations has trainers that do"
             )
         for group in self.param_groups:
             self._check_options(group)

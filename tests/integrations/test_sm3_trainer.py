@@ -173,6 +173,13 @@ def test_what_needs_all_gradients_at_once_is_refused(tmp_path: Path, options: di
         by_class(tmp_path, make_model(), (SM3, {}), **options)
 
 
+def test_a_gradscaler_is_refused(tmp_path: Path) -> None:
+    trainer = by_class(tmp_path, make_model(), (SM3, {}))
+    trainer.args.fp16 = True  # on a GPU, an argument
+    with pytest.raises(ValueError, match=r"FusedTrainer: args.fp16 must be False, got True: GradScaler needs all"):
+        FusedTrainer(make_model(), trainer.args, train_dataset=make_data())
+
+
 def test_other_optimizers_and_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     with pytest.raises(ValueError, match="optimizers must hold an optimizer of fuse_into_backward, got SM3; or"):
