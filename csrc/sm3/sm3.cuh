@@ -266,7 +266,7 @@ LEANOPS_DEVICE void matrix(const Call& call, const i64* shape, Shared& s) {
     global<float>(slot.cover)[i] = as_float(load_shared_by_blocks(maxima + 1 + i));  // [length]
 }
 
-// One kernel: a block takes the tiles blockIdx.x, blockIdx.x + gridDim.x, ... of a call.
+// One kernel. The blocks take the tiles of a call in turn.
 template <class T, int M, bool STOCHASTIC>
 LEANOPS_DEVICE void step(const Call& call) {
   if (call.found_inf && !(*global<const float>(call.found_inf) == 0.0f)) return;

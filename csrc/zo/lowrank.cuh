@@ -23,7 +23,7 @@ LEANOPS_DEVICE void round_from(const A* acc, u64 seed, u64 index, u32 id, vec16*
   pack<STOCHASTIC>(acc, random.x, words, (const T*)0);
 }
 
-// One kernel: a warp takes the units blockIdx.x * WARPS + warp, + gridDim.x * WARPS, ... of a call.
+// One kernel. The warps of all blocks take the units of a call in turn.
 template <class T, bool STOCHASTIC>
 LEANOPS_DEVICE void low_rank(const Call& call) {
   typedef typename Element<T>::Work A;

@@ -34,7 +34,7 @@ LEANOPS_DEVICE int find_slot(const Slot* slots, int low, int count, i64 unit) {
   return low;
 }
 
-// One kernel: a warp takes the units blockIdx.x * WARPS + warp, + gridDim.x * WARPS, ... of a call.
+// One kernel. The warps of all blocks take the units of a call in turn.
 template <class T, int DIST, int MODE, bool STOCHASTIC>
 LEANOPS_DEVICE void work(const Call& call) {
   typedef typename Element<T>::Work A;
