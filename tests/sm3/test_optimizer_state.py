@@ -114,7 +114,7 @@ def test_copies_and_pickles_go_on_independently(options: dict[str, Any]) -> None
         assert all(map(torch.equal, m.parameters(), model.parameters()))
         assert equal(o.state_dict()["state"], opt.state_dict()["state"])
         assert o.param_groups[0]["param_names"][0] == "0.weight"
-        assert o._step_supports_amp_scaling
+        assert o._step_supports_amp_scaling == opt._step_supports_amp_scaling
 
 
 def test_older_states_get_defaults_for_options_that_they_lack() -> None:
