@@ -15,6 +15,7 @@ import leanops as lo
 from leanops.common import seeds as seed_rule
 from leanops.optim import MeZO
 from leanops.optim.zo import estimate
+from leanops.optim.zo.perturb_at_use import Scratch
 
 F64 = torch.float64
 
@@ -191,20 +192,27 @@ def test_evaluations_see_the_same_dropout_and_the_state_advances_once() -> None:
     assert not torch.equal(masks[0], masks[1])
 
 
-def test_auto_copies_what_is_small_and_has_the_bits_of_every_exact_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    scalars, kinds = [], []
-    for perturb, small in (("scratch", 1), ("copy", 1), ("auto", 1), ("auto", 10**6)):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_auto_copies_what_is_small_and_has_the_bits_of_every_exact_mode(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, kinds = [], []
+    elements = sum(p.numel() for p in nn.TransformerEncoderLayer(16, 2, 32).parameters())
+    for perturb, small in (("scratch", 1), ("copy", 1), ("auto", elements - 1), ("auto", elements)):
         monkeypatch.setattr(estimate, "SMALL", small)
         torch.manual_seed(0)
-        model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).to(dtype)
         opt = MeZO(model.parameters(), lr=1e-3, perturb=perturb)
-        x = torch.randn(2, 5, 16)
+        x = torch.randn(2, 5, 16, dtype=dtype)
         for _ in range(3):
-            opt.step(lambda model=model, x=x: model(x)[..., 0].square().sum())
-        scalars.append(opt.log.scalars().tolist())
-        kinds.append(type(opt._evaluator._perturber).__name__)
+            opt.step(lambda model=model, x=x: model(x)[..., 0].float().square().sum())
+        runs.append((opt.log.scalars().tolist(), [p.detach() for p in model.parameters()]))
+        perturber = opt._evaluator._perturber
+        kinds.append(type(perturber).__name__)
+        if isinstance(perturber, Scratch):  # beyond the limit there is no copy, and scratch for one use at a time
+            assert perturber.held is None
     assert kinds == ["Scratch", "Copy", "Scratch", "Copy"]
-    assert all(s == scalars[0] for s in scalars)
+    assert all(scalars == runs[0][0] and all(map(torch.equal, weights, runs[0][1])) for scalars, weights in runs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
