@@ -237,6 +237,7 @@ class SM3(Optimizer):
             before.remove()
             after.remove()
 
+    @_disable_dynamo
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for name, parameter in inspect.signature(SM3.__init__).parameters.items():

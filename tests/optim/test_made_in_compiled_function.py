@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -132,3 +133,10 @@ def test_a_compiled_training_step_runs_the_hooks_of_a_fused_backward_as_they_are
             run_step()
         results.append([p.detach() for p in model.parameters()])
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("kind", [SM3, MeZO])
+def test_a_copy_made_in_a_compiled_function_is_whole(kind: Any) -> None:
+    opt = kind([nn.Parameter(torch.ones(3))], lr=0.1)
+    made = torch.compile(lambda: copy.deepcopy(opt), backend="eager")()
+    assert vars(made).keys() == vars(copy.deepcopy(opt)).keys()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
+import tiers
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -23,10 +24,15 @@ from torch.testing._internal.common_optimizers import (
     get_error_inputs_for_all_optims,
     optims,
 )
+from torch.testing._internal.common_utils import TEST_WITH_TORCHDYNAMO
 
 from leanops.optim import SM3
 
 hypothesis.settings.load_profile("default")  # torch's test utilities load one of their own for the whole process
+
+
+# compiling takes a second or two for each set of options; the tier exhaustive has them all
+UNDER_DYNAMO = ("Tensor lr", "no momentum", "int8 momentum", "stochastic rounding")
 
 
 def inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
@@ -48,6 +54,8 @@ def inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
         "capturable with weight decay": {"capturable": True, "weight_decay": 0.1},
         "Tensor lr with capturable": {"capturable": True, "lr": torch.tensor(0.01)},
     }
+    if TEST_WITH_TORCHDYNAMO and not tiers.at_least("exhaustive"):
+        options = {desc: options[desc] for desc in UNDER_DYNAMO}
     return [OptimizerInput(params=None, kwargs=kwargs, desc=desc) for desc, kwargs in options.items()]
 
 

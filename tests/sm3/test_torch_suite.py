@@ -26,6 +26,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "torch-suite.md"
 class TestSM3(TestCase):
     """Names as in torch's test/test_optim.py, class TestOptimRenewed."""
 
+    dynamo_strict = True  # under Dynamo, an error of the compiler fails the test
+
     @sm3
     def test_optim_infos_do_not_specify_global_cliquey_kwargs(self, device, dtype, optim_info):
         for entry in optim_info.optim_inputs_func(device=device):
