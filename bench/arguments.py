@@ -70,8 +70,10 @@ def _pattern(text: str) -> str:
     return text
 
 
-def _add_formats(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    files = parser.add_argument_group("files", "missing folders are created")
+def _add_formats(parser: argparse.ArgumentParser, names: Sequence[str], usual: str = "") -> None:
+    """``usual``: the files that are written where no option names one."""
+    default = f"{usual} where none is named; " if usual else ""
+    files = parser.add_argument_group("files", f"{default}missing folders are created")
     for name in names:
         files.add_argument(f"--{name}", metavar="FILE", help=FORMATS[name])
 
@@ -101,7 +103,7 @@ def parser(version: str) -> Parser:
     bench.add_argument(
         "--case", type=_pattern, default="", metavar="REGEX", help="only cases with a match in their key"
     )
-    _add_formats(bench, ("json", "csv", "html", "markdown"))
+    _add_formats(bench, ("json", "csv", "html", "markdown"), "results/bench.json and .html")
 
     step = commands.add_parser("mezo-step", help="measure a whole MeZO step against its forward passes")
     _add_measuring(step, "fewer rounds")
@@ -109,7 +111,7 @@ def parser(version: str) -> Parser:
     step.add_argument(
         "--size", choices=("37K", "1.2M", "8.3M", "101M"), default="101M", help="parameters of the transformer (101M)"
     )
-    _add_formats(step, ("json", "csv", "html", "markdown"))
+    _add_formats(step, ("json", "csv", "html", "markdown"), "results/mezo-step.json and .html")
 
     training = commands.add_parser(
         "convergence",
@@ -125,7 +127,7 @@ def parser(version: str) -> Parser:
     training.add_argument("--tokens", type=int, metavar="N", help="tokens that each method trains on")
     training.add_argument("--seed", type=int, metavar="N", help="seed of the weights and of the order of the text (0)")
     training.add_argument("--folder", help="finished work, from which a killed run continues (results/convergence)")
-    _add_formats(training, ("json", "html", "svg", "markdown"))
+    _add_formats(training, ("json", "html", "svg", "markdown"), "results/convergence.json, .html and .svg")
 
     agreement = commands.add_parser(
         "agreement",

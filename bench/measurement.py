@@ -193,7 +193,7 @@ class Measurement:
             raise Unavailable(NO_TIME)
         seconds = turns.add(peer.label, rotating([peer.make(self.job.spec.bind(*a)) for a in copies]))
         if not (main and self.settings.quick) and seconds > self.settings.peer_limit_s:
-            raise Unavailable(f"one call takes {seconds:.1f} s, over {self.settings.peer_limit_s:g} s")
+            raise Unavailable(f"one call takes {seconds:.2f} s, over the limit of {self.settings.peer_limit_s:g} s")
         if main:
             self.least_s = limit.spent + LEAST_ROUNDS * turns.round_s
         elif LEAST_ROUNDS * turns.round_s > limit.left:

@@ -20,6 +20,7 @@ from leanops.bench.peers import check_wanted, wanted
 from leanops.bench.plan import Settings, device_of
 from leanops.bench.progress import Progress
 from leanops.bench.results import StepCase, StepResults, StepRow, header
+from leanops.bench.text import counted
 from leanops.common.dtypes import dtype_name
 from leanops.optim import MeZO
 
@@ -196,7 +197,7 @@ def run(
     cases = []
     try:
         for dtype, count in pairs:
-            progress.step(f"mezo-step, {dtype}, {count} threads")
+            progress.step(f"mezo-step, {dtype}, {counted(count, 'thread')}")
             cases.append(
                 measure(
                     getattr(torch, dtype),

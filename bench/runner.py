@@ -21,6 +21,7 @@ from leanops.bench.plan import Job, Settings
 from leanops.bench.progress import Progress
 from leanops.bench.results import OperatorResults, Row, header
 from leanops.bench.schedule import NOT_REACHED, QUICK_S, Forecast, choose, headlines
+from leanops.bench.text import counted
 
 
 def run(
@@ -81,7 +82,7 @@ class Session:
                 measurement.place(self.rooflines[measurement.job.threads])
 
     def _measure_machine(self, threads: int) -> None:
-        self.progress.step(f"roofline, {threads} threads")
+        self.progress.step(f"roofline, {counted(threads, 'thread')}")
         self.rooflines[threads] = self._roofline(threads)
 
     def _measure_machine_again(self, threads: int) -> None:
@@ -89,7 +90,7 @@ class Session:
         if self.end - self.clock.now() < self.roofline_s:
             self.progress.skip(1)
             return
-        self.progress.step(f"roofline again, {threads} threads")
+        self.progress.step(f"roofline again, {counted(threads, 'thread')}")
         first, again = self.rooflines[threads], self._roofline(threads)
         self.drifts.append(first.drift(again))
         self.rooflines[threads] = first.best(again)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -147,13 +148,16 @@ def show(lines: Iterable[Line], stream: TextIO | None) -> None:
 
 
 def hanging(texts: Iterable[str], width: int | None) -> list[Line]:
-    """Lines that are wrapped under their own indentation."""
+    """Lines such as ``  name    value``, wrapped under the value; a line without a name under its own beginning."""
     lines = []
     for text in texts:
-        indent = " " * (len(text) - len(text.lstrip()))
-        words = text.lstrip()
+        name = re.match(r" *(?:\S+ {2,})?", text)
+        indent = " " * (name.end() if name else 0)
         if width is None or len(text) <= width:
             lines.append(Line(text))
         else:
-            lines += [Line(line) for line in wrapped(words, width, indent)]
+            wrapped_lines = textwrap.wrap(
+                text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+            )
+            lines += map(Line, wrapped_lines)
     return lines

@@ -74,17 +74,18 @@ def skipped(rows: Sequence[Row]) -> str:
     parts = [_skipped_rows(reason, names) for reason, names in reasons.items()]
     peers = sum(result.reason == NO_TIME for row in rows for result in row.peers)
     if peers:
-        parts.append(f"{_counted(peers, 'peer')} {NO_TIME}")
+        parts.append(f"{counted(peers, 'peer')} {NO_TIME}")
     return f"skipped: {'; '.join(parts)}" if parts else ""
 
 
 def _skipped_rows(reason: str, names: Sequence[str]) -> str:
     different = list(dict.fromkeys(names))
     shown = ", ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
-    return f"{_counted(len(names), 'row')} of {shown}: {reason}"
+    return f"{counted(len(names), 'row')} of {shown}: {reason}"
 
 
-def _counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """The number with its noun: 1 thread, 2 threads."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
@@ -109,7 +110,7 @@ def parameters(case: StepCase) -> str:
 def step_case(case: StepCase) -> str:
     return (
         f"{parameters(case)} parameters, {case.tokens} tokens, {case.dtype}, "
-        f"{case.distribution}, {case.threads} threads, A/A noise {100 * case.noise:.1f}%"
+        f"{case.distribution}, {counted(case.threads, 'thread')}, A/A noise {100 * case.noise:.1f}%"
     )
 
 
@@ -124,7 +125,7 @@ def rooflines(results: OperatorResults) -> list[str]:
         bandwidth = ", ".join(f"{name} {value * 1e-9:.3g}" for name, value in roof.bandwidth.items())
         gemm = ", ".join(f"{name} {value * 1e-9:.4g}" for name, value in roof.gemm.items())
         lines.append(
-            f"roofline, {roof.threads} threads: GB/s {bandwidth}; GEMM GFLOP/s {gemm}; "
+            f"roofline, {counted(roof.threads, 'thread')}: GB/s {bandwidth}; GEMM GFLOP/s {gemm}; "
             f"one torch call {seconds(roof.dispatch_s)}"
         )
     noise = "n/a" if results.noise_floor is None else f"{100 * results.noise_floor:.1f}%"

@@ -62,7 +62,7 @@ def lines(info: dict[str, Any]) -> list[str]:
     out += [
         "",
         "devices",
-        f"  cpu          {cpu['name']}, {cpu['cores']} cores, torch uses {cpu['threads']} threads",
+        f"  cpu          {cpu['name']}, {cpu['cores']} cores, threads of torch: {cpu['threads']}",
     ]
     out += [f"               {' '.join(cpu['isa']) or 'no instruction set named'}" + (f"; {sizes}" if sizes else "")]
     for i, gpu in enumerate(info["gpus"]):

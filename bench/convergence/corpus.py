@@ -85,7 +85,9 @@ def load(library: Path | None = None) -> Text:
         digest.update(inside.as_posix().encode() + END + content)
         parts[part_of(inside.as_posix())].append(content)
     if empty := [name for name, contents in parts.items() if not contents]:
-        raise ValueError(f"convergence needs the standard library's source files, no {empty[0]} text in {library}")
+        raise ValueError(
+            f"leanops convergence: no {empty[0]} text among the standard library's source files in {library}"
+        )
     tensors = {
         name: torch.frombuffer(bytearray(b"".join(contents)), dtype=torch.uint8) for name, contents in parts.items()
     }
@@ -95,7 +97,7 @@ def load(library: Path | None = None) -> Text:
 def windows(text: Tensor, context: int) -> Tensor:
     """[n, context + 1]: consecutive windows, each of which starts with the last byte of the one before."""
     if text.numel() <= context:
-        raise ValueError(f"convergence needs more than {context} bytes of text, got {text.numel()}")
+        raise ValueError(f"leanops convergence needs more than {context} bytes of text, got {text.numel()}")
     return text.unfold(0, context + 1, context)
 
 
@@ -117,7 +119,7 @@ class Batches:
         self.windows, self.batch, self.seed = windows(text, context), batch, seed
         self.per_epoch = len(self.windows) // batch
         if not self.per_epoch:
-            raise ValueError(f"convergence needs {batch} windows of text for a batch, got {len(self.windows)}")
+            raise ValueError(f"leanops convergence needs {batch} windows of text for a batch, got {len(self.windows)}")
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def __call__(self, step: int) -> Tensor:

@@ -42,10 +42,10 @@ def chosen(only: str) -> list[Method]:
     try:
         matches = re.compile(only).search
     except re.error as error:
-        raise ValueError(f"convergence: --only must be a regular expression, got {only}: {error}") from None
+        raise ValueError(f"leanops convergence: --only must be a regular expression, got {only}: {error}") from None
     found = [m for m in METHODS if matches(m.key) or matches(m.label)]
     if not found:
-        raise ValueError(f"convergence: --only matches none of {', '.join(m.key for m in METHODS)}, got {only}")
+        raise ValueError(f"leanops convergence: --only matches none of {', '.join(m.key for m in METHODS)}, got {only}")
     return found
 
 
@@ -82,17 +82,17 @@ def claim(folder: Path, wanted: dict[str, Any]) -> None:
     path = folder / "run.json"
     if not path.exists():
         if any(p.name != "lock" for p in folder.iterdir()):
-            raise ValueError(f"convergence: {folder} holds something else; give another --folder")
+            raise ValueError(f"leanops convergence: {folder} holds something else; give another --folder")
         write_atomically(path, json.dumps(wanted, indent=1).encode())
         return
     try:
         found = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"convergence: {path} is not JSON: {error}") from None
+        raise ValueError(f"leanops convergence: {path} is not JSON: {error}") from None
     if lines := differences(found, wanted):
         shown = "; ".join(lines[:4]) + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")
         raise ValueError(
-            f"convergence: {folder} holds a run that this one cannot continue ({shown}); "
+            f"leanops convergence: {folder} holds a run that this one cannot continue ({shown}); "
             "give another --folder, or delete that one"
         )
 
@@ -108,7 +108,7 @@ def locked(folder: Path) -> Iterator[int]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise ValueError(f"convergence: {folder} is in use by another run") from None
+                raise ValueError(f"leanops convergence: {folder} is in use by another run") from None
         yield descriptor
     finally:
         os.close(descriptor)
@@ -152,7 +152,7 @@ def work(folder: Path, method: Method, settings: Settings, progress: Progress, l
                 process.wait()
     if status or not (own / "train.json").exists():
         last = (log.read_text().strip().splitlines() or ["no message"])[-1]
-        raise ValueError(f"convergence: {method.key} ended with status {status}: {last} (see {log})")
+        raise ValueError(f"leanops convergence: {method.key} ended with status {status}: {last} (see {log})")
     for _ in range(units(settings) - units_done):
         progress.step(f"{method.label}: stopped early")
 

@@ -69,11 +69,11 @@ class Settings:
     def check(self) -> None:
         least = max(part for part, _ in self.rounds) * self.batch * self.context
         if self.tokens < least:
-            raise ValueError(f"convergence: --tokens must be at least {least}, got {self.tokens}")
+            raise ValueError(f"leanops convergence: --tokens must be at least {least}, got {self.tokens}")
         if self.threads < 1:
-            raise ValueError(f"convergence: --threads must be 1 or more, got {self.threads}")
+            raise ValueError(f"leanops convergence: --threads must be 1 or more, got {self.threads}")
         if not 0 <= self.seed < 1 << 32:
-            raise ValueError(f"convergence: --seed must be in [0, 2^32), got {self.seed}")
+            raise ValueError(f"leanops convergence: --seed must be in [0, 2^32), got {self.seed}")
         device_of(self.device)
         if fingerprint.package_version("transformers") is None:
-            raise ValueError("convergence needs the package transformers: pip install transformers")
+            raise ValueError("leanops convergence: transformers is not installed (pip install transformers)")

@@ -70,7 +70,7 @@ def cells(row: TrainingRow) -> list[str]:
 def facts(results: TrainingResults) -> list[str]:
     """Machine, model, text and procedure, and what the figures do not cover."""
     s, source = results.settings, results.text
-    machine = results.processor + (f", {s.threads} threads" if s.device == "cpu" else "")
+    machine = results.processor + (f", {text.counted(s.threads, 'thread')}" if s.device == "cpu" else "")
     versions = ", ".join(f"{name} {version}" for name, version in results.software.items())
     trials = ", then ".join(f"{count} rates for {results.steps // part} steps" for part, count in s.rounds)
     lines = [

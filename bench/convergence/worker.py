@@ -167,7 +167,7 @@ class Training:
         whole = torch.load(path, map_location=self.settings.device, weights_only=True)
         seen = whole["seen"]
         if (seen["lr"], seen["steps"]) != (self.lr, self.steps):
-            raise ValueError(f"convergence: {path} is of another run: {seen['lr']}, {seen['steps']} steps")
+            raise ValueError(f"leanops convergence: {path} is of another run: {seen['lr']}, {seen['steps']} steps")
         self.model.load_state_dict(whole["model"])
         self.optimizer.load_state_dict(whole["optimizer"])
         if self.selection is not None:

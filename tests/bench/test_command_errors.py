@@ -79,6 +79,14 @@ def test_convergence_writes_no_file_named_minus(option, folder, capsys):
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.parametrize(("command", "files"), [("bench", "bench.json and .html"), ("mezo-step", "mezo-step.json and")])
+def test_help_names_the_files_that_are_written_by_default(command, files, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert f"results/{files}" in capsys.readouterr().out
+
+
 def test_a_failure_of_any_kind_is_one_line_and_its_traceback_can_be_had(folder, monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError("something\nof torch")

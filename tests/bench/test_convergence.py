@@ -66,7 +66,7 @@ def test_text_is_whole_files_in_order_without_tests_and_generated_tables(tmp_pat
     (tmp_path / "b.py").write_text("# B.py\n")
     assert corpus.load(tmp_path).sha256 != text.sha256
     (tmp_path / "shutil.py").unlink()
-    with pytest.raises(ValueError, match="no test text in"):
+    with pytest.raises(ValueError, match="no test text among"):
         corpus.load(tmp_path)
 
 
@@ -337,6 +337,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, tmp_path, 
     assert out == ""
     assert error.count("\n") == 1
     assert message in error
+    assert "convergence: convergence" not in error
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from leanops.bench import compare, progress, report, terminal
+from leanops.bench import compare, progress, report, terminal, text
 from leanops.bench.convergence import summary
 from leanops.bench.convergence.results import TrainingResults
 from leanops.bench.results import OperatorResults, StepResults, load
@@ -91,6 +91,25 @@ def test_a_name_too_long_for_its_column_stands_on_a_line_of_its_own():
         "    2.00x a peer [1.90, 2.10]",
     ]
     assert len(table.lines(80)) == 3
+
+
+def test_a_long_line_of_info_hangs_under_its_value():
+    texts = ["  cpu          a processor with a long name", "               avx2 fma f16c avx512f", "operators"]
+    assert [line.text for line in terminal.hanging(texts, 34)] == [
+        "  cpu          a processor with a",
+        "               long name",
+        "               avx2 fma f16c",
+        "               avx512f",
+        "operators",
+    ]
+    assert [line.text for line in terminal.hanging(texts, None)] == texts
+
+
+def test_a_single_thread_is_no_threads():
+    results = load(CPU / "bench.json", OperatorResults)
+    single, *_ = [roof for roof in results.roofline if roof.threads == 1]
+    results.roofline = [single, dataclasses.replace(single, threads=2)]
+    assert [line.split(":")[0] for line in text.rooflines(results)[:2]] == ["roofline, 1 thread", "roofline, 2 threads"]
 
 
 class Terminal(io.StringIO):
