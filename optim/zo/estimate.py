@@ -152,10 +152,9 @@ class Evaluator:
         finally:
             torch.clear_autocast_cache()
         drop_unsharded(fsdp_modules(self._model))
+        # one wait for the device, after all evaluations
         tensors = [v for v in values if isinstance(v, Tensor)]
-        numbers = iter(
-            torch.stack(tensors).tolist() if tensors else []
-        )  # one wait for the device, after all evaluations
+        numbers = iter(torch.stack(tensors).tolist() if tensors else [])
         losses = [next(numbers) if isinstance(v, Tensor) else v for v in values]
         if repeated is not None:
             self._compared = True
