@@ -26,7 +26,7 @@ static inline void philox_block(uint32_t x[4], uint32_t k0, uint32_t k1) {
   }
 }
 
-// The round constants of a run of blocks with counters (lo, hi, tensor_id, stream), of which only lo varies. Some
+// The round constants of a run of blocks with counters (lo, hi, tensor_id, stream). Only lo varies. Some
 // products of the first rounds do not depend on lo, and these constants include them: in round 1 the product with
 // tensor_id, so that x0 and x1 are constants after it; in round 2 the product with x0.
 //   round 1:  x2 = mulhi(M0, lo) ^ r1,  x3 = mullo(M0, lo)

@@ -26,7 +26,7 @@ struct Rows {
   const float* row_cover;     // [rows]
   const float* column_cover;  // [columns]
   uint32_t* row_maxima;       // [rows], raised to the bits of the largest nu
-  uint32_t* column_maxima;    // [columns], likewise; if `set`, overwritten, and then it may be column_cover
+  uint32_t* column_maxima;    // [columns], raised, too; if `set`, overwritten: it may then be column_cover
   bool set;
   const uint16_t* bits;  // [rows, columns], of stochastic rounding
   float* scales;         // of int8 momenta; each row consists of whole blocks

@@ -155,7 +155,7 @@ LEANOPS_DEVICE void pass(const Call& call, Shared& s) {
   for (int e = 0; e < LANE; ++e) top[e] = 0;  // [LANE]
 #pragma unroll 1
   for (int step = 0; step < STEPS; step += U) {
-    if (!WHOLE && step * tile.groups() >= tile.rows) break;  // for all threads alike
+    if (!WHOLE && step * tile.groups() >= tile.rows) break;  // the same decision in all threads
     Row<T, M> rows[U];                                       // [U, LANE]
 #pragma unroll
     for (int i = 0; i < U; ++i) {

@@ -94,7 +94,7 @@ struct Tile {
   const float* row_cover;     // [rows], R
   const float* column_cover;  // [columns], C
   uint32_t* row_maxima;       // [rows], raised to the bits of the tile's largest nu
-  uint32_t* column_maxima;    // [columns], likewise; with a single row it is overwritten, and may be C
+  uint32_t* column_maxima;    // [columns], raised, too; with a single row overwritten, and perhaps C itself
   Next next;
 };
 

@@ -75,7 +75,7 @@ class Worker {
   const int64_t size_, moment_size_;  // bytes of an element
   const Run run_;
 
-  // Room for the rest of a vector, and for the rest of a row of which a chunk has only a part.
+  // Room for the rest of a vector, and for the rest of a row if the chunk has only a part of that row.
   static constexpr int64_t kSlack = kNarrow + W;
   alignas(64) float values_[kChunk + kPair];  // momenta of int8
   alignas(64) int8_t codes_[kChunk + kPair];
@@ -217,16 +217,16 @@ class Worker {
 
   void load_codes(Rows& a, int64_t first, int64_t n) {
     __builtin_memcpy(codes_, tile_.momentum + first, static_cast<size_t>(n));
-    for_blocks(first, n, [&](int64_t at, float* scale, int64_t count) {
-      decode_block(codes_ + at, *scale, values_ + at, count);
+    for_blocks(first, n, [&](int64_t position, float* scale, int64_t count) {
+      decode_block(codes_ + position, *scale, values_ + position, count);
     });
     a.momentum = reinterpret_cast<char*>(values_);
   }
 
   void store_codes(int64_t first, int64_t n) {
-    for_blocks(first, n, [&](int64_t at, float* scale, int64_t count) {
-      const Encoding e =
-          encoding_of(values_ + at, largest_of(values_ + at, count), codes_ + at, scale, count);
+    for_blocks(first, n, [&](int64_t position, float* scale, int64_t count) {
+      const Encoding e = encoding_of(values_ + position, largest_of(values_ + position, count),
+                                     codes_ + position, scale, count);
       for (int64_t j = 0; j < count; j += kPair) encode(e, j);
     });
     __builtin_memcpy(tile_.momentum + first, codes_, static_cast<size_t>(n));
@@ -237,14 +237,14 @@ class Worker {
   template <class Block>
   void for_blocks(int64_t first, int64_t n, const Block& block) const {
     const int64_t length = tile_.length;
-    int64_t at = first % length;
-    float* scale = tile_.scales + first / length * ((length + kBlock - 1) / kBlock) + at / kBlock;
+    int64_t column = first % length;  // in a row of axis 0
+    float* scale = tile_.scales + first / length * ((length + kBlock - 1) / kBlock) + column / kBlock;
     for (int64_t done = 0; done < n;) {
-      int64_t count = length - at < kBlock ? length - at : kBlock;
+      int64_t count = length - column < kBlock ? length - column : kBlock;
       if (count > n - done) count = n - done;
       block(done, scale++, count);
       done += count;
-      at = at + count == length ? 0 : at + count;
+      column = column + count == length ? 0 : column + count;
     }
   }
 };

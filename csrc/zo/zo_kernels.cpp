@@ -1,5 +1,5 @@
-// The CPU kernels of zo/1, compiled once for each instruction set. They cut runs of elements into tiles and groups. A
-// group of which a run has only a part is computed whole in a small buffer, with the same bits.
+// The CPU kernels of zo/1, compiled once for each instruction set. They cut runs of elements into tiles and groups. If a
+// run has only a part of a group, the whole group is computed in a small buffer, with the same bits.
 #include "tiles.h"
 
 namespace leanops {
