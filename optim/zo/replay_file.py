@@ -209,7 +209,7 @@ class _Replay:
         group = part.group
         stored = {name: self.checkpoint.tensors[name] for name in group.tensors}
         dtype = _dtype(next(iter(stored.values())).dtype)
-        whole = torch.empty(sum(map(math.prod, group.parameters.values())), dtype=dtype)
+        whole = torch.empty(sum(map(math.prod, group.parameters.values())), dtype=dtype, device="cpu")
         indices = group.indices() if None in group.tensors.values() else {}
         for name, tensor in stored.items():
             if tensor.nbytes:

@@ -188,9 +188,11 @@ def _group(
         found: dict[str, Tensor] = {}
         places, first = {}, 0
         for name, shape in shapes.items():
-            places[name] = torch.arange(first, first := first + math.prod(shape), dtype=kind).view(shape)
+            last = first + math.prod(shape)
+            places[name] = torch.arange(first, last, dtype=kind, device="cpu").view(shape)
+            first = last
         found = revert(places)
-        seen = torch.zeros(size, dtype=torch.bool)
+        seen = torch.zeros(size, dtype=torch.bool, device="cpu")
         for t in found.values():
             seen[t.flatten()] = True
         if set(found) != set(names) or sum(t.numel() for t in found.values()) != size or not seen.all():

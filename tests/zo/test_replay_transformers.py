@@ -211,6 +211,17 @@ def test_names_of_an_old_checkpoint(tmp_path: Path) -> None:
     assert all(torch.equal(got[hub(n)], p) for n, p in model.named_parameters())
 
 
+def test_a_default_device_says_nothing(tmp_path: Path) -> None:
+    """Of tensors that are moved as they are, and of joined ones."""
+    model = MODELS["nomic bert"]()
+    model.save_pretrained(tmp_path / "base")
+    log = train(model)
+    model.save_pretrained(tmp_path / "end")
+    with torch.device("meta"):
+        replay_file(tmp_path / "base", log, tmp_path / "out")
+    assert same(loaded(tmp_path / "out"), loaded(tmp_path / "end"))
+
+
 def test_the_look_at_the_rules_leaves_no_trace(tmp_path: Path) -> None:
     MODELS["mixtral"]().save_pretrained(tmp_path)
     shapes = {n: tuple(t.shape) for n, t in loaded(tmp_path).items()}
