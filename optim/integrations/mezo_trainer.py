@@ -35,6 +35,9 @@ class MeZOTrainer(Trainer):
     **Every evaluation of a step gets its own copy of the batch.** So Trainer, the model and a subclass's
     ``compute_loss`` may change the batch, as ``label_smoothing_factor`` and ``compute_loss_func`` do.
 
+    **Several processes** (torchrun, ``accelerate launch``) evaluate the same perturbation on their own batches and
+    exchange one scalar a step.
+
     **Gradient accumulation** means a larger batch in the memory of a small one: a step evaluates the loss of
     ``gradient_accumulation_steps`` batches one after another at the same weights, and adds them as Trainer adds their
     gradients. The loss of the step is reported with the last batch.
@@ -92,6 +95,8 @@ class MeZOTrainer(Trainer):
                 "seed": self.args.seed,
                 "model": whole,
             }
+            if self.args.world_size > 1 and not self.is_fsdp_enabled and self._mezo_options.get("parallel") != "none":
+                defaults["process_group"] = torch.distributed.group.WORLD
             self.optimizer = _MeZOInLoop(**{**defaults, **self._mezo_options})
         return self.optimizer
 
