@@ -126,9 +126,11 @@ def test_a_checkpoint_resumes_to_the_bits_of_an_uninterrupted_run(tmp_path: Path
     assert a.optimizers[0].log.to_bytes() == c.optimizers[0].log.to_bytes()
 
 
-def test_bf16_mixed_works(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:MeZO.step. the closure returns its loss in")
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-true"])
+def test_precisions_without_a_gradscaler_work(tmp_path: Path, precision: str) -> None:
     model = Classifier(lr=1e-3)
-    trainer = make_trainer(tmp_path, 1, precision="bf16-mixed")
+    trainer = make_trainer(tmp_path, 1, precision=precision)
     trainer.fit(model, make_data())
     assert trainer.optimizers[0].steps == 4
 
@@ -160,6 +162,14 @@ def test_what_needs_gradients_is_refused(tmp_path: Path, options: dict[str, Any]
     with pytest.raises(ValueError, match=f"MeZOCallback: {message}"):
         make_trainer(tmp_path, 1, **options).fit(model, make_data())
     assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_gradscaler_is_refused(tmp_path: Path) -> None:
+    from lightning.pytorch.plugins import MixedPrecision
+
+    plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]
+    with pytest.raises(ValueError, match="MeZOCallback: precision must not be '16-mixed'"):
+        make_trainer(tmp_path, 1, plugins=plugins).fit(Classifier(), make_data())
 
 
 def test_other_optimizers_and_manual_optimization_are_refused(tmp_path: Path) -> None:
