@@ -5,8 +5,8 @@
         factor: float = 1.0
 
 Check, reference, launchers in Python, fake function and cost take this object, so that an operator's arguments are
-spelled out once. The last field may be a NamedTuple itself: it holds the arguments from there on, and several operators
-may share it.
+spelled out once. One field may be a NamedTuple itself: its fields are arguments, too, and several operators may share
+it.
 """
 
 from __future__ import annotations
@@ -44,33 +44,31 @@ class Argument(NamedTuple):
     default: Any
 
 
-def _last_part(call: Any) -> Any:
-    """The class of the NamedTuple that the last field holds, or None."""
-    last = get_type_hints(call)[call._fields[-1]]
-    return last if hasattr(last, "_fields") else None
-
-
 def arguments(call: Any) -> tuple[Argument, ...]:
     """The arguments that a call is made from."""
-    hints, part = get_type_hints(call), _last_part(call)
-    own = call._fields if part is None else call._fields[:-1]
-    found = [Argument(name, hints[name], call._field_defaults.get(name, _REQUIRED)) for name in own]
-    return (*found, *(arguments(part) if part is not None else ()))
+    found: list[Argument] = []
+    for name, kind in get_type_hints(call).items():
+        part = hasattr(kind, "_fields")
+        found += arguments(kind) if part else [Argument(name, kind, call._field_defaults.get(name, _REQUIRED))]
+    return tuple(found)
 
 
 def maker(call: Any) -> Callable[..., Any]:
     """Makes a call from the operator's positional arguments."""
-    part = _last_part(call)
+    part = next(((i, kind) for i, kind in enumerate(get_type_hints(call).values()) if hasattr(kind, "_fields")), None)
     if part is None:
         return call
-    own, rest = len(call._fields) - 1, maker(part)
-    return lambda *args: call(*args[:own], rest(*args[own:]))
+    first, inner = part[0], maker(part[1])
+    end = first + len(arguments(part[1]))
+    return lambda *args: call(*args[:first], inner(*args[first:end]), *args[end:])
 
 
 def flat(call: Any) -> tuple[Any, ...]:
     """The operator's positional arguments."""
-    *own, last = call
-    return (*own, *(flat(last) if hasattr(last, "_fields") else (last,)))
+    found: list[Any] = []
+    for value in call:
+        found += flat(value) if hasattr(value, "_fields") else (value,)
+    return tuple(found)
 
 
 def check_schema(op: str, call: Any, schema: torch.FunctionSchema) -> None:

@@ -27,6 +27,14 @@ class Whole(NamedTuple):
     rest: Rest
 
 
+class Between(NamedTuple):
+    """Its second field holds the second and the third argument."""
+
+    x: Tensor
+    rest: Rest
+    y: Tensor | None = None
+
+
 class Plain(NamedTuple):
     x: Tensor
     n: int
@@ -43,6 +51,11 @@ def test_a_call_is_made_from_positional_arguments_and_taken_apart_again():
     assert make("x", 2.0, [3]) == Whole("x", Rest(2.0, [3]))
     assert calls.flat(make("x", 2.0, [3])) == ("x", 2.0, [3])
     assert [a.name for a in calls.arguments(Whole)] == ["x", "scale", "ids"]
+    make = calls.maker(Between)
+    assert make("x", 2.0) == Between("x", Rest(2.0, None), None)
+    assert make("x", 2.0, [3], "y") == Between("x", Rest(2.0, [3]), "y")
+    assert calls.flat(make("x", 2.0, [3], "y")) == ("x", 2.0, [3], "y")
+    assert [a.name for a in calls.arguments(Between)] == ["x", "scale", "ids", "y"]
     assert calls.maker(Plain) is Plain
 
 
@@ -51,6 +64,7 @@ def test_a_call_is_made_from_positional_arguments_and_taken_apart_again():
     [
         (Whole, "(Tensor x, float scale=1.0, int[]? ids=None) -> ()"),
         (Whole, "(Tensor(a!) x, float scale=1.0, SymInt[]? ids=None) -> ()"),
+        (Between, "(Tensor x, float scale=1.0, int[]? ids=None, Tensor? y=None) -> ()"),
         (Plain, "(Tensor x, SymInt n, str name='sum') -> Tensor"),
     ],
 )
