@@ -28,6 +28,7 @@ struct Slot {
   i64 shape;         // index of its sizes in the table's words
   u32 tensor_id;
   u8 rank, split, threads_log2, flags;  // threads_log2: log2 of the threads along a row of a tile
+  u64 lr_factor;  // index in Call::lr_factors; if the call has none, the bits of the float32 itself
 };
 enum Flag : u8 { FLAT = 1, ALIGNED = 2 };  // ALIGNED: whole chunks are aligned to the width of their accesses
 
@@ -38,6 +39,7 @@ struct Call {
   u64 lr, seed;    // device addresses; 0: lr_value, seed_value
   u64 grad_scale;  // device address; 0: grad_scale_value
   u64 found_inf;   // device address; 0: not given
+  u64 lr_factors;  // device address of a float32 for each parameter of the call; 0: the slots have them
   double lr_value;
   i64 seed_value;
   double weight_decay;  // decoupled
@@ -49,7 +51,8 @@ struct Call {
   u8 averages;  // beta < 1
   u8 couples;   // coupled_decay is part of the gradient
   u8 maximizes;
-  u8 unused[4];
+  u8 averages_gradient;  // the momentum is of the gradient instead of u
+  u8 unused[3];
   u64 words[INLINE_WORDS];
 };
 

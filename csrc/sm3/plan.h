@@ -18,6 +18,7 @@ struct Item {
   int rank;
   i64 offset;
   u32 tensor_id;
+  u64 lr_factor;  // as Slot's
 };
 
 // A shape as a matrix, and its number of tiles.
@@ -113,6 +114,7 @@ inline Table table_of(const std::vector<Item>& items, Momentum kind, int param_s
     slot.tiles = cut.tiles;
     slot.shape = (i64)shapes.size();
     slot.tensor_id = item.tensor_id;
+    slot.lr_factor = item.lr_factor;
     slot.rank = (u8)item.rank;
     slot.split = (u8)cut.split;
     slot.threads_log2 = (u8)cut.threads_log2;

@@ -52,7 +52,7 @@ using NewMomentum = std::conditional_t<kIsInt8<M>, float, typename M::Scalar>;
 struct Row {
   F grad_factor, coupled_decay, beta, one_minus_beta, eps, momentum, one_minus_momentum, minus_lr,
       decay_factor;
-  bool coupled, sums, set;
+  bool coupled, sums, averages_gradient, set;
   F cover, scale;
   I top_nu, top_m;  // bits of the largest nu; of the largest |m|, for int8
 };
@@ -73,10 +73,34 @@ struct Update {
   F u0, u1;
 };
 
+// The new momentum of a group, in place of x0 and x1, which are of u or of the gradient; stored, too.
+template <class M>
+LEANOPS_STAGE void average(Row& row, F& x0, F& x1, const typename M::Scalar* m, NewMomentum<M>* m_out) {
+  F m0, m1;
+  if constexpr (kIsInt8<M>) {
+    m0 = mul(to_float(load_i8(m)), row.scale);
+    m1 = mul(to_float(load_i8(m + W)), row.scale);
+  } else {
+    M::load(m, m0, m1);
+  }
+  x0 = m0 = fma(row.one_minus_momentum, x0, mul(row.momentum, m0));
+  x1 = m1 = fma(row.one_minus_momentum, x1, mul(row.momentum, m1));
+  if constexpr (kIsInt8<M>) {
+    store(m_out, m0);
+    store(m_out + W, m1);
+    const I magnitude = set_i(0x7fffffffu);
+    row.top_m = max_u(row.top_m, max_u(and_(bits(m0), magnitude), and_(bits(m1), magnitude)));
+  } else {
+    M::template finish<Rounding::kNearest>(m0, m1, nullptr);
+    M::store(m_out, m0, m1);
+  }
+}
+
 // nu and sqrt(nu + eps) of a group. `cover`: accumulators of the columns. Raises old_maxima to nu, into `maxima`.
-template <class T>
+template <class T, class M>
 LEANOPS_STAGE Root take_root(Row& row, const typename T::Scalar* p, const typename T::Scalar* grad,
-                             const float* cover, const uint32_t* old_maxima, uint32_t* maxima) {
+                             const typename M::Scalar* m, const float* cover, const uint32_t* old_maxima,
+                             uint32_t* maxima, NewMomentum<M>* m_out) {
   Root x;
   T::load(grad, x.g0, x.g1);
   x.g0 = mul(x.g0, row.grad_factor);
@@ -103,6 +127,9 @@ LEANOPS_STAGE Root take_root(Row& row, const typename T::Scalar* p, const typena
     store_i(maxima, max_u(load_i(old_maxima), bits(x.nu0)));
     store_i(maxima + W, max_u(load_i(old_maxima + W), bits(x.nu1)));
   }
+  if constexpr (kHasMomentum<M>) {
+    if (__builtin_expect(row.averages_gradient, 0)) average<M>(row, x.g0, x.g1, m, m_out);
+  }
   x.root0 = sqrt(add(x.nu0, row.eps));
   x.root1 = sqrt(add(x.nu1, row.eps));
   return x;
@@ -118,24 +145,7 @@ template <class T, class M, Rounding R>
 LEANOPS_STAGE void move(Row& row, Update x, const typename T::Scalar* p, const typename M::Scalar* m,
                         const uint16_t* random, typename T::Scalar* p_out, NewMomentum<M>* m_out) {
   if constexpr (kHasMomentum<M>) {
-    F m0, m1;
-    if constexpr (kIsInt8<M>) {
-      m0 = mul(to_float(load_i8(m)), row.scale);
-      m1 = mul(to_float(load_i8(m + W)), row.scale);
-    } else {
-      M::load(m, m0, m1);
-    }
-    x.u0 = m0 = fma(row.one_minus_momentum, x.u0, mul(row.momentum, m0));
-    x.u1 = m1 = fma(row.one_minus_momentum, x.u1, mul(row.momentum, m1));
-    if constexpr (kIsInt8<M>) {
-      store(m_out, m0);
-      store(m_out + W, m1);
-      const I magnitude = set_i(0x7fffffffu);
-      row.top_m = max_u(row.top_m, max_u(and_(bits(m0), magnitude), and_(bits(m1), magnitude)));
-    } else {
-      M::template finish<Rounding::kNearest>(m0, m1, nullptr);
-      M::store(m_out, m0, m1);
-    }
+    if (__builtin_expect(!row.averages_gradient, 1)) average<M>(row, x.u0, x.u1, m, m_out);
   }
   F w0, w1;
   T::load(p, w0, w1);
@@ -209,7 +219,8 @@ LEANOPS_INLINE void groups(Row& row, const Stretch<T, M>& s, int64_t n) {
     prefetch(s.p + j, s.ahead.p);
     prefetch(s.g + j, s.ahead.g);
     if constexpr (kHasMomentum<M>) prefetch(s.m + j, s.ahead.m);
-    return take_root<T>(row, s.p + j, s.g + j, s.cover + j, s.maxima + j, s.maxima + j);
+    return take_root<T, M>(row, s.p + j, s.g + j, offset_if<kHasMomentum<M>>(s.m, j), s.cover + j,
+                           s.maxima + j, s.maxima + j, offset_if<kHasMomentum<M>>(s.new_momentum(), j));
   };
   const auto third_stage = [&](const Update& update, int64_t j) LEANOPS_ALWAYS_INLINE {
     move<T, M, R>(row, update, s.p + j, offset_if<kHasMomentum<M>>(s.m, j),
@@ -244,7 +255,7 @@ struct Group {
                                          const typename M::Scalar* old_m, const float* cover,
                                          const uint32_t* old_maxima, const uint16_t* random) {
     row.top_nu = row.top_m = set_i(0);
-    const Root root = take_root<T>(row, p, g, cover, old_maxima, maxima);
+    const Root root = take_root<T, M>(row, p, g, old_m, cover, old_maxima, maxima, m);
     move<T, M, R>(row, divide(root), p, old_m, random, w, m);
     largest = {max_lane(row.top_nu), max_lane(row.top_m)};
   }
@@ -320,6 +331,7 @@ static void run(const Numbers& numbers, const Rows& rows) {
              set_f(numbers.decay_factor),
              numbers.coupled,
              numbers.sums,
+             numbers.averages_gradient,
              a.set,
              set_f(0.0f),
              set_f(0.0f),

@@ -35,6 +35,7 @@ struct Parameter {
   uint64_t offset;
   const int64_t* sizes;
   int64_t rank;
+  float lr_factor = 1.0f;
 };
 
 class Schedule {
@@ -220,6 +221,7 @@ class Schedule {
     tile.kind = p.kind;
     tile.tensor_id = p.tensor_id;
     tile.offset = p.offset;
+    tile.lr_factor = p.lr_factor;
     tile.single = job.single_row();
     tile.width = job.columns;
     tile.length = job.length;

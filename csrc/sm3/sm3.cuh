@@ -93,6 +93,7 @@ struct Shared {
   vec16 cover[LENGTH / 4];                           // [width + height], bits of the accumulators
   u32 top[LENGTH];                                   // [width + height], bits of the largest nu
   Numbers numbers;
+  double lr;  // of the call; `numbers` has the tensor's
   Slot slot;
   Tile tile;
   u32 is_last;  // this block has finished the tensor's last tile
@@ -273,7 +274,10 @@ LEANOPS_DEVICE void step(const Call& call) {
   Shared& s = shared<Shared>();
   const u64* table = call.table ? global<const u64>(call.table) : call.words;
   const Slot* slots = (const Slot*)table;
-  if (threadIdx.x == 0) s.numbers = numbers_of(call);
+  if (threadIdx.x == 0) {
+    s.numbers = numbers_of(call);
+    s.lr = s.numbers.lr;
+  }
   int t = 0;
 #pragma unroll 1
   for (i64 number = blockIdx.x; number < call.tiles; number += gridDim.x) {
@@ -281,6 +285,7 @@ LEANOPS_DEVICE void step(const Call& call) {
     barrier();  // all threads have finished the tile before, which used the same shared memory
     if (threadIdx.x == 0) {
       s.slot = slots[t];
+      s.numbers.set_lr(mul(s.lr, (double)lr_factor(call, s.slot)));
       s.tile.set(s.slot, number - s.slot.first);
     }
     barrier();

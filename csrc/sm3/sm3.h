@@ -5,7 +5,11 @@
 //   nu = min(R, C) + g^2,  or (1 - beta) g^2 + beta min(R, C)   new R, C: largest nu of the row, of the column
 //   u = g / sqrt(nu + eps), 0 where nu = 0
 //   m = (1 - momentum) u + momentum m
-//   w = (1 - lr decay) w - lr m
+//   w = (1 - lr decay) w - lr factor m
+// or, if the momentum is of the gradient,
+//   m = (1 - momentum) g + momentum m
+//   u = m / sqrt(nu + eps), 0 where nu = 0
+//   w = (1 - lr decay) w - lr factor u
 // in fp32, with every operation rounded once; rows.h has the order of operations and fmas. A maximum is taken of
 // the bits of nu >= 0 as unsigned integers; the bits of a NaN are above those of every number.
 #pragma once
@@ -35,6 +39,7 @@ struct Numbers {
   float beta, one_minus_beta;
   float eps;
   float momentum, one_minus_momentum;
+  bool averages_gradient;  // the momentum is of the gradient
   float minus_lr;
   float decay_factor;         // 1 - lr decay; 1 without decoupled decay
   double lr, decay_factor64;  // for fp64
@@ -45,7 +50,7 @@ struct Numbers {
 // The options of a step, as the operator has them.
 struct Options {
   double lr, momentum, beta, eps, weight_decay;
-  bool decoupled, maximize, stochastic_rounding;
+  bool decoupled, maximize, stochastic_rounding, average_gradient;
   float grad_scale;  // 1 if the operator got none
   uint64_t seed;
 };
@@ -62,6 +67,7 @@ static inline Numbers numbers_of(const Options& o) {
   n.eps = static_cast<float>(o.eps);
   n.momentum = static_cast<float>(o.momentum);
   n.one_minus_momentum = static_cast<float>(1.0 - o.momentum);
+  n.averages_gradient = o.average_gradient;
   n.minus_lr = -static_cast<float>(o.lr);
   n.lr = o.lr;
   n.decay_factor64 = o.decoupled && o.weight_decay != 0 ? 1.0 - o.lr * o.weight_decay : 1.0;
@@ -87,6 +93,7 @@ struct Tile {
   Momentum kind;
   uint32_t tensor_id;
   uint64_t offset;
+  float lr_factor;
   bool single;     // the matrix has a single row
   int64_t width;   // columns of the whole matrix
   int64_t length;  // elements of a row of axis 0

@@ -37,6 +37,7 @@ Options options_of(const StepCall& call) {
   options.decoupled = call.decoupled;
   options.maximize = call.maximize;
   options.stochastic_rounding = call.stochastic_rounding;
+  options.average_gradient = call.average_gradient;
   options.grad_scale = call.grad_scale ? number<float>(*call.grad_scale) : 1.0f;
   options.seed = number<uint64_t>(call.seed);
   return options;
@@ -70,6 +71,10 @@ void sm3_step_(const StepCall& call) {
     }
   });
   if (call.found_inf && number<float>(*call.found_inf) != 0) return;
+  if (call.lr_factors) {
+    const float* factors = static_cast<const float*>(View(*call.lr_factors).const_data_ptr());
+    for (Parameter& p : parameters) p.lr_factor = *factors++;
+  }
 
   std::vector<Tensor> kept;                           // dense copies of gradients
   std::vector<std::pair<Tensor, Tensor>> copied_out;  // parameters and their dense copies

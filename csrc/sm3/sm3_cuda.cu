@@ -94,6 +94,11 @@ Call numbers_of(const StepCall& call, float& found) {
   numbers.momentum = (float)call.momentum;
   numbers.one_minus_momentum = (float)(1.0 - call.momentum);
   numbers.eps = (float)call.eps;
+  numbers.averages_gradient = call.average_gradient;
+  if (call.lr_factors) {
+    const View factors = *call.lr_factors;
+    if (factors.device_type() != kCodes.cpu) numbers.lr_factors = (u64)factors.const_data_ptr();
+  }
   return numbers;
 }
 
@@ -109,6 +114,10 @@ void sm3_step_(const StepCall& call) {
   float found = 0;
   const Call numbers = numbers_of(call, found);
   if (found != 0) return;
+  const u32* factors = nullptr;  // bits of those on the CPU
+  if (call.lr_factors && !numbers.lr_factors) {
+    factors = (const u32*)View(*call.lr_factors).const_data_ptr();
+  }
 
   std::vector<Tensor> alive;
   std::vector<std::pair<Tensor, Tensor>> strided;  // parameters, and results to copy back
@@ -133,7 +142,10 @@ void sm3_step_(const StepCall& call) {
     groups[{t.dtype, kind_of(t.momentum_dtype)}].push_back(
         {param, grad, (u64)t.cover.mutable_data_ptr(), t.momentum ? (u64)t.momentum->mutable_data_ptr() : 0,
          t.scales ? (u64)t.scales->mutable_data_ptr() : 0, (const i64*)t.sizes.data(), (int)t.sizes.size(),
-         call.offsets[i], (u32)call.tensor_ids[i]});
+         call.offsets[i], (u32)call.tensor_ids[i],
+         numbers.lr_factors ? i
+         : factors          ? factors[i]
+                            : 0x3f800000u /* 1 */});
   }
   for (const auto& [types, items] : groups) {
     const ScalarType dtype = type_of(types.first);

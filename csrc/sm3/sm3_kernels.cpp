@@ -52,6 +52,8 @@ class Worker {
         size_(element_size(tile.dtype)),
         moment_size_(staged_ ? 4 : momentum_size(tile.kind)),
         run_(run_of(tile.dtype, staged_ ? Momentum::kFloat32 : tile.kind, numbers.rounding)) {
+    numbers_.lr *= static_cast<double>(tile.lr_factor);
+    numbers_.minus_lr = -static_cast<float>(numbers_.lr);
     if (wide_) {  // the kernel then returns the step: 1 * step + (-0) * 1
       numbers_.grad_factor = numbers_.minus_lr = numbers_.decay_factor = 1.0f;
       numbers_.coupled = false;
@@ -210,7 +212,7 @@ class Worker {
   void store_wide(int64_t first, int64_t n) const {
     double* p = reinterpret_cast<double*>(tile_.param) + first;
     for (int64_t j = 0; j < n; ++j) {
-      const double step = given_.lr * static_cast<double>(param_[j]);
+      const double step = numbers_.lr * static_cast<double>(param_[j]);
       p[j] = p[j] * given_.decay_factor64 - step;
     }
   }

@@ -40,6 +40,8 @@ struct StepCall {
   const bool decoupled = stack.take<bool>();
   const bool maximize = stack.take<bool>();
   const bool stochastic_rounding = stack.take<bool>();
+  const bool average_gradient = stack.take<bool>();
+  const std::optional<OwnedTensor> lr_factors = stack.take<std::optional<OwnedTensor>>();
 
   // For kernels on `location`, with `block` elements for a scale of an int8 momentum. Calls take(i, checked) for each
   // parameter, after its checks.
@@ -64,6 +66,15 @@ struct StepCall {
     one_number("seed", seed, {kCodes.int64}, location);
     if (grad_scale) one_number("grad_scale", *grad_scale, {kCodes.float32}, location);
     if (found_inf) one_number("found_inf", *found_inf, {kCodes.float32}, location);
+    if (lr_factors) check_lr_factors(*lr_factors, location);
+  }
+
+  void check_lr_factors(View t, const Location& location) const {
+    require_numbers(kOp, "lr_factors", t, {kCodes.float32}, location);
+    const int64_t n = static_cast<int64_t>(params.size());
+    LEANOPS_REQUIRE(t.dim() == 1 && t.numel() == n, kOp, "lr_factors must have shape [", n,
+                    "], one number a parameter, got ", text(t.sizes()));
+    require_contiguous(kOp, "lr_factors", t);
   }
 
   static void one_number(const char* name, View t, std::initializer_list<int32_t> dtypes,

@@ -11,13 +11,23 @@ namespace sm3 {
 // The numbers of a call that a block computes once.
 struct Numbers {
   float grad_factor;  // 1 / grad_scale, or -1 / grad_scale to maximize
-  float minus_lr;
+  float minus_lr;     // of the tensor, as lr
   double lr;
   double decay_factor;  // 1 - lr weight_decay
   float decay_factor_float;
   u64 seed;
   bool eps_in_range;  // nu + eps is in the range of sqrt_in_range for all nu < 2^40
+
+  LEANOPS_DEVICE void set_lr(double value) {
+    lr = value;
+    minus_lr = -(float)value;
+  }
 };
+
+LEANOPS_DEVICE float lr_factor(const Call& call, const Slot& slot) {
+  return call.lr_factors ? global<const float>(call.lr_factors)[slot.lr_factor]
+                         : as_float((u32)slot.lr_factor);
+}
 
 LEANOPS_DEVICE Numbers numbers_of(const Call& call) {
   Numbers k;
@@ -27,7 +37,6 @@ LEANOPS_DEVICE Numbers numbers_of(const Call& call) {
   k.lr = !call.lr           ? call.lr_value
          : call.lr_is_float ? (double)*global<const float>(call.lr)
                             : *global<const double>(call.lr);
-  k.minus_lr = -(float)k.lr;
   k.decay_factor = call.weight_decay == 0.0 ? 1.0 : add(1.0, -mul(k.lr, call.weight_decay));
   k.decay_factor_float = (float)k.decay_factor;
   k.seed = (u64)(call.seed ? *global<const i64>(call.seed) : call.seed_value);
@@ -36,8 +45,9 @@ LEANOPS_DEVICE Numbers numbers_of(const Call& call) {
 }
 
 // g <- u = g / sqrt(nu + eps), and 0 where nu is 0. g and nu are [LANE]. `top`: bits of the largest nu; those of a NaN
-// are larger than all others.
-LEANOPS_DEVICE void quotients(float* g, const float* nu, u32 top, float eps, bool eps_in_range) {
+// are larger than all others. `is_momentum`: g is a momentum, which may be larger than sqrt(nu / (1 - beta)).
+LEANOPS_DEVICE void quotients(float* g, const float* nu, u32 top, float eps, bool eps_in_range,
+                              bool is_momentum) {
   u32 least = 0xffffffffu;  // the least 2 bits(|g|) - 1; for g = 0 that is the largest number
 #pragma unroll
   for (int e = 0; e < LANE; ++e) least = min(least, 2 * as_bits(g[e]) - 1);
@@ -45,6 +55,11 @@ LEANOPS_DEVICE void quotients(float* g, const float* nu, u32 top, float eps, boo
   if (!eps_in_range) {
 #pragma unroll
     for (int e = 0; e < LANE; ++e) in_range = in_range && nu[e] >= 0x1p-100f && eps < 0x1p40f;
+  }
+  if (is_momentum) {
+#pragma unroll
+    for (int e = 0; e < LANE; ++e)
+      in_range = in_range && (as_bits(g[e]) & 0x7fffffffu) < 0x65800000u;  // |g| < 2^76
   }
   if (in_range) {
 #pragma unroll
@@ -131,6 +146,45 @@ struct Row {
   }
 };
 
+// x <- m = (1 - momentum) x + momentum m, [LANE], and stores it. With INT8 all threads of a warp must call it; `along` of
+// them share the row.
+template <class T, int M, bool WHOLE>
+LEANOPS_DEVICE void average(float* x, const Row<T, M>& row, const Call& call, const Tensor& tensor,
+                            int along) {
+  typedef typename Stored<M>::Type S;
+  float old[LANE];  // [LANE]
+  if constexpr (M == INT8) {
+    from_codes(row.momentum, row.scale, old);  // [LANE]
+  } else {
+#pragma unroll
+    for (int e = 0; e < LANE; ++e) old[e] = widen(get(row.momentum.w, e, (const S*)0));  // [LANE]
+  }
+#pragma unroll
+  for (int e = 0; e < LANE; ++e)
+    x[e] = fma(call.one_minus_momentum, x[e], mul(call.momentum, old[e]));  // [LANE]
+  Raw<S> stored;                                                            // [LANE]
+  if constexpr (M == INT8) {
+    u32 largest = 0;
+#pragma unroll
+    for (int e = 0; e < LANE; ++e) largest = max(largest, as_bits(x[e]) & 0x7fffffffu);
+    const Scale s = scale_of(max_along(largest, along));
+    if (s.not_finite) {
+      stored.w[0] = stored.w[1] = 0x01010101u;  // [LANE], codes 1
+    } else {
+      to_codes(x, s.inverse, stored);  // [LANE]
+    }
+    if (((int)threadIdx.x & (along - 1)) == 0 && (WHOLE || row.lane.left > 0))
+      global<float>(tensor.scale)[row.block] = s.scale;
+  } else if constexpr (M == BFLOAT16) {
+#pragma unroll
+    for (int e = 0; e < LANE; e += 2) stored.w[e / 2] = pack_bf16(x[e], x[e + 1]);  // [LANE]
+  } else {
+#pragma unroll
+    for (int e = 0; e < LANE; ++e) stored.w[e] = as_bits(x[e]);  // [LANE]
+  }
+  row.lane.template store<WHOLE>(tensor.momentum, stored);  // [LANE]
+}
+
 // Updates the parameter and the momentum of a thread's elements of a row. c [LANE] has the smallest accumulator of each
 // element. Sets nu [LANE], and returns the bits of the largest nu. With INT8 all threads of a warp must call it;
 // `along` of them share the row.
@@ -139,7 +193,7 @@ LEANOPS_DEVICE u32 update(const Row<T, M>& row, const float* c, float* nu, const
                           const Tensor& tensor, const Numbers& k, int along) {
   typedef typename Element<T>::Work Work;
   Work w[LANE];      // [LANE]
-  float step[LANE];  // [LANE]: g, then u, then the new momentum m
+  float step[LANE];  // [LANE]: g, then u, then m; if the momentum is of the gradient, g, then m, then u
 #pragma unroll
   for (int e = 0; e < LANE; ++e) {
     w[e] = widen(get(row.param.w, e, (const T*)0));                               // [LANE]
@@ -160,41 +214,12 @@ LEANOPS_DEVICE u32 update(const Row<T, M>& row, const float* c, float* nu, const
   u32 top = 0;
 #pragma unroll
   for (int e = 0; e < LANE; ++e) top = max(top, as_bits(nu[e]));
-  quotients(step, nu, top, call.eps, k.eps_in_range);
-
-  if constexpr (M != NO_MOMENTUM) {
-    typedef typename Stored<M>::Type S;
-    float old[LANE];  // [LANE]
-    if constexpr (M == INT8) {
-      from_codes(row.momentum, row.scale, old);  // [LANE]
-    } else {
-#pragma unroll
-      for (int e = 0; e < LANE; ++e) old[e] = widen(get(row.momentum.w, e, (const S*)0));  // [LANE]
-    }
-#pragma unroll
-    for (int e = 0; e < LANE; ++e)
-      step[e] = fma(call.one_minus_momentum, step[e], mul(call.momentum, old[e]));  // [LANE]
-    Raw<S> stored;                                                                  // [LANE]
-    if constexpr (M == INT8) {
-      u32 largest = 0;
-#pragma unroll
-      for (int e = 0; e < LANE; ++e) largest = max(largest, as_bits(step[e]) & 0x7fffffffu);
-      const Scale s = scale_of(max_along(largest, along));
-      if (s.not_finite) {
-        stored.w[0] = stored.w[1] = 0x01010101u;  // [LANE], codes 1
-      } else {
-        to_codes(step, s.inverse, stored);  // [LANE]
-      }
-      if (((int)threadIdx.x & (along - 1)) == 0 && (WHOLE || row.lane.left > 0))
-        global<float>(tensor.scale)[row.block] = s.scale;
-    } else if constexpr (M == BFLOAT16) {
-#pragma unroll
-      for (int e = 0; e < LANE; e += 2) stored.w[e / 2] = pack_bf16(step[e], step[e + 1]);  // [LANE]
-    } else {
-#pragma unroll
-      for (int e = 0; e < LANE; ++e) stored.w[e] = as_bits(step[e]);  // [LANE]
-    }
-    row.lane.template store<WHOLE>(tensor.momentum, stored);  // [LANE]
+  if constexpr (M == NO_MOMENTUM) {
+    quotients(step, nu, top, call.eps, k.eps_in_range, false);
+  } else {
+    if (call.averages_gradient) average<T, M, WHOLE>(step, row, call, tensor, along);
+    quotients(step, nu, top, call.eps, k.eps_in_range, call.averages_gradient);
+    if (!call.averages_gradient) average<T, M, WHOLE>(step, row, call, tensor, along);
   }
 
 #pragma unroll

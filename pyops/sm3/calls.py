@@ -9,6 +9,8 @@ from torch import Tensor
 
 from leanops.common.checks import LARGEST_FLOAT32
 
+MOMENTUM_ON = ("update", "gradient_unpublished")  # what the momentum averages; the second is not in the paper
+
 
 class StepOptions(NamedTuple):
     """The options of a step: they are the same for all parameters, and never on the device."""
@@ -20,6 +22,7 @@ class StepOptions(NamedTuple):
     decoupled: bool
     maximize: bool
     stochastic_rounding: bool
+    average_gradient: bool = False  # the momentum is of the gradient, before the division; not in the paper
 
     def check(self, op: str) -> None:
         """Raise ValueError for a number out of its range. A NaN is in no range. Finite means finite in float32."""
@@ -48,3 +51,4 @@ class Step(NamedTuple):
     tensor_ids: Sequence[int]
     offsets: Sequence[int]  # index of a parameter's first element in its whole tensor
     options: StepOptions
+    lr_factors: Tensor | None = None  # float32 [parameters]: what each one's rate is multiplied by; decay is not

@@ -36,6 +36,8 @@ class Options(NamedTuple):
     grad_scale: float | None = None
     found_inf: float | None = None
     strided: bool = False  # parameters and gradients are transposed, gradients also with gaps
+    average_gradient: bool = False
+    factors: bool = False  # a factor of the rate for each parameter
 
 
 def numbers(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -58,6 +60,7 @@ def _state(
 
 
 def _rest(shapes: Shapes, o: Options, lr: float = 1e-2) -> tuple[Any, ...]:
+    """The arguments after the scales."""
     return (
         numbers(lr, dtype=torch.float64),
         numbers(-0x123456789ABCDEF, dtype=torch.int64),
@@ -72,6 +75,8 @@ def _rest(shapes: Shapes, o: Options, lr: float = 1e-2) -> tuple[Any, ...]:
         o.decoupled,
         o.maximize,
         o.stochastic_rounding,
+        o.average_gradient,
+        1 / torch.arange(1.0, len(shapes) + 1) if o.factors else None,
     )
 
 
@@ -119,6 +124,14 @@ def step_cases() -> tuple[Case, ...]:
             Options(i8, momentum=0.5, grad_scale=1024.0, found_inf=0.0, stochastic_rounding=True),
         ),
         "found-inf": (ranks[:3], Options(f32, found_inf=1.0)),
+        "fp32-average-gradient-coupled": (
+            ranks,
+            Options(f32, weight_decay=0.1, decoupled=False, average_gradient=True, eps=1e-8),
+        ),
+        "int8-average-gradient-factors": (
+            blocks,
+            Options(i8, beta=0.95, weight_decay=0.1, average_gradient=True, factors=True, stochastic_rounding=True),
+        ),
     }
     real: dict[str, tuple[Shapes, Options]] = {
         **{f"llama-21M-{n}": (LLAMA_21M, Options(d)) for n, d in _momentum_names().items()},
@@ -179,6 +192,8 @@ def step_fuzz(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
         draw.choice((False, True)),
         draw.choice((False, True)),
         draw.choice((False, True)),
+        draw.choice((False, False, True)),
+        draw.choice((None, None, numbers(*(draw.choice((1.0, 10.0, 0.3)) for _ in shapes)).to(place))),
     )
 
 
@@ -233,6 +248,8 @@ def step_bad() -> tuple[BadInput, ...]:
                 "decoupled": True,
                 "maximize": False,
                 "stochastic_rounding": False,
+                "average_gradient": True,
+                "lr_factors": None,
             }
             for name, new in change.items():
                 values[name] = new(values[name]) if callable(new) else new
@@ -313,6 +330,11 @@ def step_bad() -> tuple[BadInput, ...]:
         ("decay of fp64", {"weight_decay": 1e300}, "weight_decay .*finite float32.*1e.300"),
         ("decay", {"weight_decay": -0.1}, "weight_decay .*-0.1"),
         ("decay nan", {"weight_decay": torch.nan}, "weight_decay .*nan"),
+        ("factors length", {"lr_factors": numbers(1.0)}, r"lr_factors .*\[2\].*\[1\]"),
+        ("factors shape", {"lr_factors": numbers(1.0, 1.0).view(1, 2)}, r"lr_factors .*\[2\].*\[1, 2\]"),
+        ("factors dtype", {"lr_factors": numbers(1.0, 1.0, dtype=f64)}, "lr_factors .*float32.*float64"),
+        ("factors strides", {"lr_factors": numbers(1, 1, 1, 1)[::2]}, r"lr_factors .*contiguous.*\[2\]"),
+        ("factors device", {"lr_factors": numbers(1.0, 1.0).to("meta")}, "lr_factors .*CPU.*meta"),
     ]
     return tuple(
         BadInput(name, make(**change), f"sm3_step_: {message}", *error) for name, change, message, *error in bad

@@ -84,6 +84,17 @@ def _number(name: str, t: Tensor | None, dtypes: Sequence[torch.dtype], device: 
         raise ValueError(f"{_OP}: {name} must be one number, got shape {list(t.shape)}")
 
 
+def _lr_factors(t: Tensor | None, n: int, device: torch.device) -> None:
+    if t is None:
+        return
+    name = "lr_factors"
+    _dense(name, t, (torch.float32,), t.device if t.device.type == "cpu" else device, "params[0], or on the CPU")
+    if t.shape != (n,):
+        raise ValueError(f"{_OP}: {name} must have shape [{n}], one number a parameter, got {list(t.shape)}")
+    if not t.is_contiguous():
+        raise ValueError(f"{_OP}: {name} must be contiguous, got shape {list(t.shape)} with strides {list(t.stride())}")
+
+
 def _one_each(call: Step) -> None:
     n, momenta, scales = len(call.params), call.momenta, call.scales
     for name in ("grads", "covers", "tensor_ids", "offsets"):
@@ -110,6 +121,7 @@ def step(call: Step) -> None:
     _number("seed", call.seed, (torch.int64,), device)
     _number("grad_scale", call.grad_scale, (torch.float32,), device)
     _number("found_inf", call.found_inf, (torch.float32,), device)
+    _lr_factors(call.lr_factors, len(params), device)
     if not all(0 <= i < IDS for i in call.tensor_ids) or any(call.offsets):
         for i, (p, tensor_id, offset) in enumerate(zip(params, call.tensor_ids, call.offsets, strict=True)):
             in_range(_OP, f"tensor_ids[{i}]", tensor_id, 0, IDS)

@@ -24,16 +24,17 @@ SLOT = np.dtype(
     + [(n, "i8") for n in ("rows", "cols", "numel", "offset", "first", "tiles", "shape")]
     + [("tensor_id", "u4")]
     + [(n, "u1") for n in ("rank", "split", "threads_log2", "flags")]
+    + [("lr_factor", "u8")]
 )
 _INLINE_WORDS = 480
 CALL = np.dtype(
-    [(n, "u8") for n in ("table", "lr", "seed", "grad_scale", "found_inf")]
+    [(n, "u8") for n in ("table", "lr", "seed", "grad_scale", "found_inf", "lr_factors")]
     + [("lr_value", "f8"), ("seed_value", "i8"), ("weight_decay", "f8"), ("tiles", "i8")]
     + [(n, "f4") for n in ("grad_scale_value", "coupled_decay", "eps", "beta", "one_minus_beta")]
     + [(n, "f4") for n in ("momentum", "one_minus_momentum")]
     + [("tensors", "i4")]
-    + [(n, "u1") for n in ("lr_is_float", "averages", "couples", "maximizes")]
-    + [("unused", "u1", 4), ("words", "u8", _INLINE_WORDS)]
+    + [(n, "u1") for n in ("lr_is_float", "averages", "couples", "maximizes", "averages_gradient")]
+    + [("unused", "u1", 3), ("words", "u8", _INLINE_WORDS)]
 )
 
 
@@ -74,20 +75,20 @@ class Table(NamedTuple):
         return np.concatenate([self.slots.view(np.uint64), self.sizes.view(np.uint64)])
 
 
-def table(items: Sequence[plan.Item]) -> Table:
-    """The table of non-empty tensors of equal types."""
+def table(items: Sequence[plan.Item], lr_factors: np.ndarray[Any, Any]) -> Table:
+    """The table of non-empty tensors of equal types. ``lr_factors``: a word of the slot, by the items' ``place``."""
     param, momentum = items[0].param, items[0].momentum
     int8 = momentum is not None and momentum.dtype == torch.int8
     chunk = 8 if param.element_size() == 2 else 4
     access = 16 if momentum is None else min(16, chunk * momentum.element_size())
     planned = plan.table(items, TILING)
     slots = []
-    for r in planned.rows:
+    for r, i in zip(planned.rows, items, strict=True):
         flat = r.rank < 2
         aligned = (r.param | r.grad | (r.cover if flat else 0)) % 16 == 0 and r.momentum % access == 0
         aligned = aligned and (flat or r.cols % chunk == 0)
         log2 = 5 if flat else _threads_log2(r.rows, r.cols, int8)
-        slots.append((*r, log2, FLAT * flat | ALIGNED * aligned))
+        slots.append((*r, log2, FLAT * flat | ALIGNED * aligned, lr_factors[i.place]))
     return Table(np.array(slots, SLOT), np.array(planned.sizes, np.int64), planned.tiles, planned.scratch)
 
 
@@ -109,6 +110,14 @@ def _place(call: np.ndarray[Any, Any], name: str, value: Tensor | None) -> None:
         call[name] = value.data_ptr()
 
 
+def _lr_factors(call: Step) -> tuple[int, np.ndarray[Any, Any]]:
+    """The device address of the factors, or 0, and each slot's word: the place there, or the factor's bits."""
+    t, count = call.lr_factors, len(call.params)
+    if t is not None and t.device.type != "cpu":
+        return t.data_ptr(), np.arange(count)
+    return 0, (np.ones(count, np.float32) if t is None else t.detach().numpy()).view(np.uint32)
+
+
 def sm3_step_(call: Step) -> None:
     o, found_inf = call.options, call.found_inf
     if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
@@ -125,10 +134,12 @@ def sm3_step_(call: Step) -> None:
     numbers["maximizes"], numbers["averages"] = o.maximize, o.beta != 1
     numbers["beta"], numbers["one_minus_beta"], numbers["eps"] = o.beta, 1.0 - o.beta, o.eps
     numbers["momentum"], numbers["one_minus_momentum"] = o.momentum, 1.0 - o.momentum
+    numbers["averages_gradient"] = o.average_gradient
+    numbers["lr_factors"], factors = _lr_factors(call)
     with plan.launches(call) as groups:
         for items in groups:
             like, m = items[0].param, items[0].momentum
-            made = table(items)
+            made = table(items, factors)
             scratch = nvrtc.zeros(made.scratch, like)
             made.place(scratch.data_ptr())
             words = made.words()

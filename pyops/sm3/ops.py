@@ -9,6 +9,7 @@ from torch import Tensor
 
 from leanops.common.checks import IDS, INDICES, integers, one_of, rate_is_one_number, require
 from leanops.common.seeds import seed_tensor
+from leanops.sm3.calls import MOMENTUM_ON
 from leanops.sm3.reference import axes_of, scale_shape
 
 _ops = torch.ops.leanops
@@ -55,6 +56,8 @@ def sm3_step_(
     offsets: Sequence[int] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    momentum_on: str = "update",
+    lr_factors: Tensor | None = None,
 ) -> None:
     r"""One step of SM3 on many tensors in place, in one pass.
 
@@ -70,6 +73,14 @@ def sm3_step_(
     no second moment. Coupled decay adds :math:`\lambda w` to ``g`` first and leaves out the factor of ``w``; without
     momentum ``u`` takes the place of ``m``. Definition ``sm3/1`` (docs/sm3.md) fixes every rounding: the results are
     the same bits on every device, for any number of threads.
+
+    With ``momentum_on="gradient_unpublished"``, which is in no paper, the gradient is averaged before the division:
+
+    .. math::
+        m \leftarrow \beta_m\, m + (1 - \beta_m)\, g, \qquad u = m / \sqrt{\nu + \epsilon}, \qquad
+        w \leftarrow w\,(1 - \eta \lambda) - \eta f\, u
+
+    A bias correction is a rate factor :math:`f = 1 / (1 - \beta_m^t)`, where t counts the averaged gradients.
 
     Args:
         params: tensors of float32, bfloat16, float16 or float64, of any rank and strides, not overlapping.
@@ -88,9 +99,13 @@ def sm3_step_(
             list) and ``offsets`` (index of each tensor's first element in its whole tensor, for shards; by default 0).
         grad_scale: one-element float32 tensor; gradients are multiplied by its reciprocal.
         found_inf: one-element float32 tensor; where it is not 0, nothing is written.
+        momentum_on: ``"update"`` (SM3-II as published) or ``"gradient_unpublished"``.
+        lr_factors: float32 ``[parameters]``, contiguous: the rate of each parameter is multiplied by its factor
+            :math:`f`, in either mode. The factor of the decoupled decay stays :math:`1 - \eta \lambda`.
 
-    ``lr``, ``seed``, ``grad_scale`` and ``found_inf`` may be on the CPU or on the parameters' device. A NaN or an
-    infinity in a gradient reaches the weight, the covers and the momentum (an int8 block that holds one reads NaN).
+    ``lr``, ``seed``, ``grad_scale``, ``found_inf`` and ``lr_factors`` may be on the CPU or on the parameters' device.
+    A NaN or an infinity in a gradient reaches the weight, the covers and the momentum (an int8 block that holds one
+    reads NaN).
 
     Raises:
         ValueError: lengths, shapes, dtypes, devices or layouts that do not fit, a number out of its range, overlapping
@@ -100,6 +115,7 @@ def sm3_step_(
 
     Source: Anil et al., "Memory-Efficient Adaptive Optimization" (1901.11150), SM3-II.
     """
+    one_of("sm3_step_", "momentum_on", momentum_on, MOMENTUM_ON)
     written = _list("params", params)
     _ops.sm3_step_(
         written,
@@ -120,6 +136,8 @@ def sm3_step_(
         decoupled,
         maximize,
         stochastic_rounding,
+        momentum_on == "gradient_unpublished",
+        lr_factors,
     )
 
 

@@ -32,6 +32,7 @@ class Item(NamedTuple):
     scale: Tensor | None
     offset: int
     tensor_id: int
+    place: int  # among the parameters of the call
 
 
 class Matrix(NamedTuple):
@@ -148,7 +149,7 @@ def launches(call: Step) -> Iterator[list[list[Item]]]:
         dense = p.contiguous()
         if dense is not p:
             strided.append((p, dense))
-        item = Item(dense, g.contiguous(), call.covers[k], m, scale, call.offsets[k], call.tensor_ids[k])
+        item = Item(dense, g.contiguous(), call.covers[k], m, scale, call.offsets[k], call.tensor_ids[k], k)
         groups.setdefault((p.dtype, None if m is None else m.dtype), []).append(item)
     yield list(groups.values())
     for p, dense in strided:

@@ -73,13 +73,13 @@ def _maximum(nu: Tensor, k: int) -> Tensor:
 
 
 def _update(nu: Tensor, g: Tensor, eps: float) -> Tensor:
-    """u = g / sqrt(nu + eps), and 0 where nu is 0."""
+    """g / sqrt(nu + eps), and 0 where nu is 0."""
     return torch.where(nu == 0, 0.0, divide(g, sqrt(nu + fp32(eps)), g))
 
 
-def _average(stored: Tensor, scales: Tensor | None, u: Tensor, momentum: float) -> Tensor:
-    """m = (1 - momentum) u + momentum m, in fp32 and stored; int8 takes rows [R, C] and their scales [R, blocks]."""
-    new = u.reshape(stored.shape)
+def _average(stored: Tensor, scales: Tensor | None, x: Tensor, momentum: float) -> Tensor:
+    """m = (1 - momentum) x + momentum m, in fp32 and stored; int8 takes rows [R, C] and their scales [R, blocks]."""
+    new = x.reshape(stored.shape)
     old = stored.float() if scales is None else decode(stored, scales)
     m = fma(new, fp32(1.0 - momentum), old * fp32(momentum))
     if scales is None:
@@ -88,15 +88,16 @@ def _average(stored: Tensor, scales: Tensor | None, u: Tensor, momentum: float) 
         codes, fresh = encode(m)
         stored.copy_(codes)
         scales.copy_(fresh)
-    return m.reshape(u.shape)
+    return m.reshape(x.shape)
 
 
-def _moved(w: Tensor, step: Tensor, lr: float, decay: float) -> Tensor:
-    """w (1 - lr decay) - lr step, in fp32 with one fma, in fp64 with two roundings."""
+def _moved(w: Tensor, step: Tensor, lr: float, factor: float, decay: float) -> Tensor:
+    """w (1 - lr decay) - lr factor step, in fp32 with one fma, in fp64 with two roundings."""
+    own = lr * factor
     if w.dtype == torch.float64:
-        return (w * (1.0 - lr * decay) if decay else w) - lr * step.double()
+        return (w * (1.0 - lr * decay) if decay else w) - own * step.double()
     shrunk = w * fp32(1.0 - lr * decay) if decay else w
-    return fma(step, -fp32(lr), shrunk)
+    return fma(step, -fp32(own), shrunk)
 
 
 def sm3_step_(call: Step) -> None:
@@ -105,6 +106,7 @@ def sm3_step_(call: Step) -> None:
     o, key, rate = call.options, int(call.seed), float(call.lr)
     rounding = "stochastic" if o.stochastic_rounding else "nearest"
     coupled, decoupled = (0.0, o.weight_decay) if o.decoupled else (o.weight_decay, 0.0)
+    factors = [1.0] * len(call.params) if call.lr_factors is None else call.lr_factors.tolist()
     tensors = zip(call.params, call.grads, call.covers, call.tensor_ids, call.offsets, strict=True)
     for i, (param, grad, cover, tensor_id, offset) in enumerate(tensors):
         if param.numel() == 0:
@@ -130,7 +132,7 @@ def sm3_step_(call: Step) -> None:
             for k in range(1, rank):
                 new[k] = torch.maximum(new[k], _maximum(nu, k))
 
-            step = _update(nu, g, o.eps)
+            step = g if o.average_gradient else _update(nu, g, o.eps)
             if o.momentum:
                 stored = call.momenta[i].view(sizes)[rows]
                 if stored.dtype != torch.int8:
@@ -141,7 +143,10 @@ def sm3_step_(call: Step) -> None:
                 else:
                     step = _average(stored.view(-1, row), call.scales[i][rows], step, o.momentum)
 
-            w = _moved(p if p.dtype == torch.float64 else p.float(), step, rate, decoupled)
+            if o.average_gradient:
+                step = _update(nu, step, o.eps)
+
+            w = _moved(p if p.dtype == torch.float64 else p.float(), step, rate, factors[i], decoupled)
             index = torch.arange(offset + rows.start * row, offset + rows.stop * row, device=p.device)
             p.copy_(round_to(w.reshape(-1), p.dtype, rounding, index, key, tensor_id).view(p.shape))
         for axis, fresh in zip(old, new, strict=True):

@@ -28,7 +28,7 @@ register(
         schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] covers, Tensor(c!)[] momenta, Tensor(d!)[] scales, "
         "Tensor lr, Tensor seed, Tensor? grad_scale, Tensor? found_inf, int[] tensor_ids, int[] offsets, "
         "float momentum, float beta, float eps, float weight_decay, bool decoupled, bool maximize, "
-        "bool stochastic_rounding) -> ()",
+        "bool stochastic_rounding, bool average_gradient=False, Tensor? lr_factors=None) -> ()",
         call=Step,
         reference=reference.sm3_step_,
         fake=lambda call: None,

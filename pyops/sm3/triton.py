@@ -33,9 +33,9 @@ from leanops.sm3.triton_update import average, bits_of, min_or_nan, moved, quoti
 TILE_SIZES = {"STEPS": 16, "HEIGHT": 4, "WIDTH": 256, "NARROW_HEIGHT": 32, "NARROW_WIDTH": 32}
 LAUNCH = {"num_warps": 4, "maxnreg": 255}  # without maxnreg, ptxas spills so that a third block fits
 
-# words of a tensor's row in the table: plan.Row, then FORM, one of the constants below
+# words of a tensor's row in the table: plan.Row, FORM, one of the constants below, and PLACE among the parameters
 (PARAM, GRAD, COVER, MOMENTA, SCALE, MAXIMA, ROWS, COLS, NUMEL, OFFSET, FIRST, TILES, SHAPE, TENSOR_ID, RANK, SPLIT,
- FORM, WORDS) = map(tl.constexpr, range(18))  # fmt: skip
+ FORM, PLACE, WORDS) = map(tl.constexpr, range(19))  # fmt: skip
 IS_WIDE, IS_UNALIGNED, IS_NARROW, IS_FLAT = map(tl.constexpr, range(4))
 
 _DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -87,13 +87,13 @@ def _raise_maxima(maxima, shape, first, last, index, top, mask):
 def _tile(
     slot, shape, number, seed, lr, decay_factor, grad_factor, averages, couples, coupled_decay, eps, beta,
     one_minus_beta, beta_m, one_minus_beta_m,
-    DTYPE: tl.constexpr, MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, STEPS: tl.constexpr, HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr,
+    DTYPE: tl.constexpr, MOMENTUM: tl.constexpr, OF_GRADIENT: tl.constexpr, STOCHASTIC: tl.constexpr,
+    STEPS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Update tile ``number`` of a tensor: STEPS times HEIGHT rows of WIDTH columns.
 
     FLAT: rank 0 or 1, so every element has its own accumulator. averages: beta < 1. couples: the decay is part of the
-    gradient.
+    gradient. OF_GRADIENT: the momentum is of the gradient, before the division.
     """
     param = tl.load(slot + PARAM).to(tl.pointer_type(DTYPE))
     grad = tl.load(slot + GRAD).to(tl.pointer_type(DTYPE))
@@ -144,10 +144,12 @@ def _tile(
             nu = tl.fma(tl.zeros_like(g) + one_minus_beta, g * g, beta * c)  # [HEIGHT, WIDTH]
         else:
             nu = tl.fma(g, g, c)  # [HEIGHT, WIDTH]
-        m = quotient(g, nu, eps)  # [HEIGHT, WIDTH]
+        m = g if OF_GRADIENT else quotient(g, nu, eps)  # [HEIGHT, WIDTH]
         if MOMENTUM != 0:
             block = row * ((cols + 255) // 256) + first_col // 256  # [HEIGHT]
             m = average(momentum, scale, index, block, mask, in_rows, m, beta_m, one_minus_beta_m, MOMENTUM)
+        if OF_GRADIENT:
+            m = quotient(m, nu, eps)  # [HEIGHT, WIDTH]
         w = moved(w, m, lr, decay_factor)  # [HEIGHT, WIDTH]
         random = 0
         if STOCHASTIC and (tl.bfloat16 == DTYPE or tl.float16 == DTYPE):
@@ -191,11 +193,13 @@ def _finish(slot, shape):
     "eps", "beta", "one_minus_beta", "beta_m", "one_minus_beta_m",
 ])  # fmt: skip
 def step_kernel(
-    table, tensors, lr, seed, grad_scale, found_inf, lr_bits: tl.int64, decay_bits: tl.int64, seed_value: tl.int64,
-    scale_value, sign, averages, couples, coupled_decay, eps, beta, one_minus_beta, beta_m, one_minus_beta_m,
+    table, tensors, lr, seed, grad_scale, found_inf, lr_factors, lr_bits: tl.int64, decay_bits: tl.int64,
+    seed_value: tl.int64, scale_value, sign, averages, couples, coupled_decay, eps, beta, one_minus_beta, beta_m,
+    one_minus_beta_m,
     LOAD_LR: tl.constexpr, LOAD_SEED: tl.constexpr, LOAD_SCALE: tl.constexpr, LOAD_FOUND_INF: tl.constexpr,
-    DTYPE: tl.constexpr, MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, STEPS: tl.constexpr,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, NARROW_HEIGHT: tl.constexpr, NARROW_WIDTH: tl.constexpr,
+    LOAD_LR_FACTORS: tl.constexpr, DTYPE: tl.constexpr, MOMENTUM: tl.constexpr, OF_GRADIENT: tl.constexpr,
+    STOCHASTIC: tl.constexpr, STEPS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    NARROW_HEIGHT: tl.constexpr, NARROW_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One tile of one tensor. LOAD_LR and its like: the number is on the device; otherwise it is an argument."""
     if LOAD_FOUND_INF:  # noqa: SIM102  `and` would load in any case
@@ -214,26 +218,31 @@ def step_kernel(
     grad_factor = tl.sum(grad_factor, axis=0)  # [1] -> scalar
     decay = decay_bits.to(tl.int64).to(tl.float64, bitcast=True)
     decay_factor = tl.where(decay == 0.0, 1.0, 1.0 - rate * decay)  # 1 without decay, even if rate is inf
+    if LOAD_LR_FACTORS:
+        rate = rate * tl.load(lr_factors + tl.load(slot + PLACE)).to(tl.float64)
     if form == IS_WIDE:
         _tile(
             slot, shape, number, key, rate, decay_factor, grad_factor, averages, couples, coupled_decay, eps, beta,
-            one_minus_beta, beta_m, one_minus_beta_m, DTYPE, MOMENTUM, STOCHASTIC, STEPS, HEIGHT, WIDTH, False, True,
+            one_minus_beta, beta_m, one_minus_beta_m, DTYPE, MOMENTUM, OF_GRADIENT, STOCHASTIC, STEPS, HEIGHT, WIDTH,
+            False, True,
         )  # fmt: skip
     elif form == IS_UNALIGNED:
         _tile(
             slot, shape, number, key, rate, decay_factor, grad_factor, averages, couples, coupled_decay, eps, beta,
-            one_minus_beta, beta_m, one_minus_beta_m, DTYPE, MOMENTUM, STOCHASTIC, STEPS, HEIGHT, WIDTH, False, False,
+            one_minus_beta, beta_m, one_minus_beta_m, DTYPE, MOMENTUM, OF_GRADIENT, STOCHASTIC, STEPS, HEIGHT, WIDTH,
+            False, False,
         )  # fmt: skip
     elif form == IS_NARROW:
         _tile(
             slot, shape, number, key, rate, decay_factor, grad_factor, averages, couples, coupled_decay, eps, beta,
-            one_minus_beta, beta_m, one_minus_beta_m, DTYPE, MOMENTUM, STOCHASTIC, STEPS, NARROW_HEIGHT, NARROW_WIDTH,
-            False, False,
+            one_minus_beta, beta_m, one_minus_beta_m, DTYPE, MOMENTUM, OF_GRADIENT, STOCHASTIC, STEPS, NARROW_HEIGHT,
+            NARROW_WIDTH, False, False,
         )  # fmt: skip
     else:
         _tile(
             slot, shape, number, key, rate, decay_factor, grad_factor, averages, couples, coupled_decay, eps, beta,
-            one_minus_beta, beta_m, one_minus_beta_m, DTYPE, MOMENTUM, STOCHASTIC, STEPS, HEIGHT, WIDTH, True, False,
+            one_minus_beta, beta_m, one_minus_beta_m, DTYPE, MOMENTUM, OF_GRADIENT, STOCHASTIC, STEPS, HEIGHT, WIDTH,
+            True, False,
         )  # fmt: skip
     if form != IS_FLAT:
         _finish(slot, shape)
@@ -271,7 +280,7 @@ def _table(items: Sequence[plan.Item], device: torch.device) -> tuple[Tensor, Te
     A call may use the words of the call before it, because the kernel leaves zeros.
     """
     planned = plan.table(items, TILING)
-    slots = [(*row, _form(row)) for row in planned.rows]
+    slots = [(*row, _form(row), item.place) for row, item in zip(planned.rows, items, strict=True)]
     cuda = device.type == "cuda"
     key = (tuple(slots), tuple(planned.sizes), device, torch.cuda.current_stream(device).cuda_stream if cuda else 0)
     capturing = cuda and torch.cuda.is_current_stream_capturing()
@@ -301,7 +310,9 @@ def sm3_step_(call: Step) -> None:
     lr, seed, grad_scale, found_inf, o = call.lr, call.seed, call.grad_scale, call.found_inf, call.options
     if found_inf is not None and not _on_device(found_inf) and found_inf.item() != 0:
         return
-    first = call.params[0]
+    first, factors = call.params[0], call.lr_factors
+    if factors is not None and factors.device.type == "cpu":
+        factors = to_device(factors, first.device)
     with torch.cuda._DeviceGuard(first.get_device()), plan.launches(call) as groups:
         for items in groups:
             p, m = items[0].param, items[0].momentum
@@ -313,6 +324,7 @@ def sm3_step_(call: Step) -> None:
                 seed if _on_device(seed) else table,
                 grad_scale if _on_device(grad_scale) else table,
                 found_inf if _on_device(found_inf) else table,
+                table if factors is None else factors,
                 0 if _on_device(lr) else float64_bits(lr.item()),
                 float64_bits(o.weight_decay if o.decoupled else 0.0),
                 0 if _on_device(seed) else int(seed.item()),
@@ -330,8 +342,10 @@ def sm3_step_(call: Step) -> None:
                 LOAD_SEED=_on_device(seed),
                 LOAD_SCALE=_on_device(grad_scale),
                 LOAD_FOUND_INF=_on_device(found_inf),
+                LOAD_LR_FACTORS=factors is not None,
                 DTYPE=_DTYPE[p.dtype],
                 MOMENTUM=plan.KINDS[None if m is None else m.dtype],
+                OF_GRADIENT=o.average_gradient and m is not None,
                 STOCHASTIC=o.stochastic_rounding and p.dtype.itemsize == 2,  # wider types ignore it
                 **TILE_SIZES,
                 **LAUNCH,

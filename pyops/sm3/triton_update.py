@@ -29,7 +29,7 @@ def bits_of(x):
 
 @triton.jit
 def quotient(g, nu, eps):
-    """u = g / sqrt(nu + eps), and 0 where nu is 0. g and nu are [HEIGHT, WIDTH]."""
+    """g / sqrt(nu + eps), and 0 where nu is 0. g and nu are [HEIGHT, WIDTH]."""
     return tl.where(nu == 0.0, 0.0, tl.div_rn(g, tl.sqrt_rn(nu + eps)))  # [HEIGHT, WIDTH]
 
 
@@ -37,8 +37,8 @@ def quotient(g, nu, eps):
 def average(momentum, scale, index, block, mask, row_mask, u, beta_m, one_minus_beta_m, MOMENTUM: tl.constexpr):
     """m = (1 - beta_m) u + beta_m m_old: stores the momentum and returns it in fp32, [HEIGHT, WIDTH].
 
-    index, mask, u: [HEIGHT, WIDTH]. block, row_mask: [HEIGHT], because a row of a tile lies in one block of an int8
-    momentum. MOMENTUM: 1 fp32, 2 bf16, 3 int8.
+    u may be the gradient, too. index, mask, u: [HEIGHT, WIDTH]. block, row_mask: [HEIGHT], because a row of a tile lies
+    in one block of an int8 momentum. MOMENTUM: 1 fp32, 2 bf16, 3 int8.
     """
     if MOMENTUM == 1:
         pointers = momentum.to(tl.pointer_type(tl.float32)) + index  # [HEIGHT, WIDTH]

@@ -49,8 +49,8 @@ def make(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, options: Options
 
 
 def numbers_to(args: Step, device: str) -> Step:
-    """The call with its one-element tensors on a device."""
-    numbers = {n: getattr(args, n) for n in ("lr", "seed", "grad_scale", "found_inf")}
+    """The call with its numbers on a device."""
+    numbers = {n: getattr(args, n) for n in ("lr", "seed", "grad_scale", "found_inf", "lr_factors")}
     return args._replace(**{n: None if t is None else t.to(device) for n, t in numbers.items()})
 
 
@@ -75,6 +75,22 @@ def step(
 ) -> None:
     chosen = NAMED_OPTIONS[options]._replace(momentum_dtype=momentum)
     check(backend, numbers_to(make(shapes, dtype, chosen, device), numbers), options)
+
+
+def averaged_gradients(backend: Any, device: str) -> None:
+    """Momenta of gradients, which may be far larger than the root of their accumulator, and rates of their own."""
+    pairs = zip((torch.float32, torch.bfloat16, torch.float16, torch.float64), (*MOMENTA[1:], torch.int8), strict=True)
+    for (dtype, momentum), numbers in zip(pairs, ("cpu", device, "cpu", device), strict=True):
+        options = Options(momentum, beta=0.9, weight_decay=0.1, average_gradient=True, factors=True)
+        args = make(SMALL_SHAPES, dtype, options._replace(stochastic_rounding=True), device)
+        for m in args.momenta:
+            if m.is_floating_point() and m.numel():
+                m.view(-1)[:: 1 + m.numel() // 9] = 3e38 if momentum == torch.float32 else torch.inf
+                m.view(-1)[1 :: 1 + m.numel() // 9] = 1e30
+        check(backend, numbers_to(args, numbers), f"averaged gradients, {dtype}, {momentum}")
+    check(
+        backend, make(SMALL_SHAPES, torch.float32, Options(average_gradient=True, factors=True), device), "no momentum"
+    )
 
 
 def unaligned(backend: Any, device: str, dtype: torch.dtype, momentum: torch.dtype | None) -> None:

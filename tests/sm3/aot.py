@@ -33,12 +33,13 @@ def _triton(arch: int) -> Iterable[Source]:
     from leanops.sm3 import triton as kernels
 
     signature = {"table": "*i64", "tensors": "i32", "lr": "*fp32", "seed": "*i64", "grad_scale": "*fp32"}
-    signature |= {"found_inf": "*fp32"} | dict.fromkeys(("lr_bits", "decay_bits", "seed_value"), "i64")
+    signature |= {"found_inf": "*fp32", "lr_factors": "*fp32"}
+    signature |= dict.fromkeys(("lr_bits", "decay_bits", "seed_value"), "i64")
     signature |= {"scale_value": "fp32", "sign": "fp32", "averages": "i32", "couples": "i32"}
     signature |= dict.fromkeys(("coupled_decay", "eps", "beta", "one_minus_beta", "beta_m", "one_minus_beta_m"), "fp32")
     # for a number on the host, the launcher passes the table as its pointer
-    pointers = dict.fromkeys(("lr", "seed", "grad_scale", "found_inf"), "*i64")
-    flags = ("LOAD_LR", "LOAD_SEED", "LOAD_SCALE", "LOAD_FOUND_INF")
+    pointers = dict.fromkeys(("lr", "seed", "grad_scale", "found_inf", "lr_factors"), "*i64")
+    flags = ("LOAD_LR", "LOAD_SEED", "LOAD_SCALE", "LOAD_FOUND_INF", "LOAD_LR_FACTORS")
     for dtype, kind in {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "fp64": tl.float64}.items():
         for number, momentum in enumerate(_MOMENTA):
             for stochastic in (False, True) if dtype in ("bf16", "fp16") else (False,):
@@ -46,7 +47,7 @@ def _triton(arch: int) -> Iterable[Source]:
                 name = _step_name(dtype, momentum, stochastic)
                 for of_host in (False, True):
                     types = signature | pointers if of_host else signature
-                    values = dict.fromkeys(flags, not of_host) | constants
+                    values = dict.fromkeys(flags, not of_host) | constants | {"OF_GRADIENT": False}
                     yield Source(name + HOST * of_host, kernels.step_kernel, types, values, dict(kernels.LAUNCH))
 
 

@@ -30,13 +30,19 @@ void* data_of(py::array& array, int64_t size, int64_t elements) {
   return array.mutable_data();
 }
 
-// One dict a parameter: shape, dtype, param, grad, cover, kind, momentum, scales, tensor_id, offset.
+// One dict a parameter: shape, dtype, param, grad, cover, kind, momentum, scales, tensor_id, offset, lr_factor.
 void step(const std::string& isa, const std::vector<py::dict>& tensors, const py::dict& o, int64_t threads) {
-  const sm3::Options options = {o["lr"].cast<double>(),           o["momentum"].cast<double>(),
-                                o["beta"].cast<double>(),         o["eps"].cast<double>(),
-                                o["weight_decay"].cast<double>(), o["decoupled"].cast<bool>(),
-                                o["maximize"].cast<bool>(),       o["stochastic_rounding"].cast<bool>(),
-                                o["grad_scale"].cast<float>(),    o["seed"].cast<uint64_t>()};
+  const sm3::Options options = {o["lr"].cast<double>(),
+                                o["momentum"].cast<double>(),
+                                o["beta"].cast<double>(),
+                                o["eps"].cast<double>(),
+                                o["weight_decay"].cast<double>(),
+                                o["decoupled"].cast<bool>(),
+                                o["maximize"].cast<bool>(),
+                                o["stochastic_rounding"].cast<bool>(),
+                                o["average_gradient"].cast<bool>(),
+                                o["grad_scale"].cast<float>(),
+                                o["seed"].cast<uint64_t>()};
   sm3::Schedule schedule(sm3::numbers_of(options), sm3::kernels_of(isa));
   for (const py::dict& t : tensors) {
     const std::vector<int64_t> shape = t["shape"].cast<std::vector<int64_t>>();
@@ -61,6 +67,7 @@ void step(const std::string& isa, const std::vector<py::dict>& tensors, const py
     if (p.kind == sm3::Momentum::kInt8) p.scales = static_cast<float*>(data_of(scales, 4, scales.size()));
     p.tensor_id = t["tensor_id"].cast<uint32_t>();
     p.offset = t["offset"].cast<uint64_t>();
+    p.lr_factor = t["lr_factor"].cast<float>();
     p.sizes = shape.data();
     p.rank = static_cast<int64_t>(shape.size());
     schedule.add(p);

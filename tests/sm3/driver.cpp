@@ -31,6 +31,7 @@ class Tensors {
       p.dtype = dtype;
       p.tensor_id = static_cast<uint32_t>(j);
       p.offset = (uint64_t{1} << 35) - 700;  // bits of stochastic rounding carry into another counter word
+      p.lr_factor = j % 2 ? 1.0f : 1.5f;
       p.sizes = shapes_[j].data();
       p.rank = static_cast<int64_t>(shapes_[j].size());
       const int64_t row0 = p.rank > 1 ? shapes_[j][0] : 1, length = row0 ? numel / row0 : 0;
@@ -89,8 +90,17 @@ Runs run(const std::string& set) {
   Runs result;
   for (int dtype = 0; dtype < 4; ++dtype) {
     for (int bits = 0; bits < 4; ++bits) {
-      const sm3::Options options = {
-          1e-2, 0.9, bits & 1 ? 0.9 : 1.0, 1e-30, 0.1, (bits & 2) == 0, true, (bits & 1) != 0, 2.0f, 99};
+      const sm3::Options options = {1e-2,
+                                    0.9,
+                                    bits & 1 ? 0.9 : 1.0,
+                                    1e-30,
+                                    0.1,
+                                    (bits & 2) == 0,
+                                    true,
+                                    (bits & 1) != 0,
+                                    bits == 1 || bits == 2,
+                                    2.0f,
+                                    99};
       const sm3::Numbers numbers = sm3::numbers_of(options);
       Tensors one(static_cast<DType>(dtype)), three(static_cast<DType>(dtype));
       step(one, numbers, kernels, 1);

@@ -23,6 +23,7 @@ class Options:
     decoupled: bool = True
     maximize: bool = False
     stochastic_rounding: bool = False
+    average_gradient: bool = False
     grad_scale: float = 1.0
     seed: int = 0
 
@@ -41,6 +42,7 @@ class Parameter:
     scales: Array
     tensor_id: int = 0
     offset: int = 0
+    lr_factor: float = 1.0
 
     def copy(self) -> Parameter:
         state = {name: getattr(self, name).copy() for name in ("param", "cover", "momentum", "scales")}
@@ -100,7 +102,10 @@ def step(t: Parameter, o: Options) -> Parameter:
         others = [tuple(j for j in range(len(sizes)) if j != k) for k in range(len(sizes))]
         cover = np.concatenate([nu.reshape(sizes).max(other) for other in others])
 
-        u = np.where(nu == 0, f32(0), g / np.sqrt(nu + f32(o.eps)))
+        def divided(x: Array) -> Array:
+            return np.where(nu == 0, f32(0), x / np.sqrt(nu + f32(o.eps)))
+
+        u = g if o.average_gradient else divided(g)
         momentum, scales = t.momentum, t.scales
         if t.kind != "none":
             old = decode_int8(momentum, scales, t.shape) if t.kind == "int8" else decode(momentum, t.kind)
@@ -109,17 +114,20 @@ def step(t: Parameter, o: Options) -> Parameter:
                 momentum, scales = encode_int8(u, t.shape)
             else:
                 momentum = encode(u, t.kind)
+        if o.average_gradient:
+            u = divided(u)
 
         decay = o.weight_decay if o.decoupled else 0.0
+        rate = o.lr * np.float64(f32(t.lr_factor))
         if t.dtype == "float64":
             return replace(
                 t,
-                param=(w * (1 - o.lr * decay) if decay else w) - o.lr * u.astype(np.float64),
+                param=(w * (1 - o.lr * decay) if decay else w) - rate * u.astype(np.float64),
                 cover=cover,
                 momentum=momentum,
                 scales=scales,
             )
-        new = fma(-f32(o.lr), u, w * f32(1 - o.lr * decay))
+        new = fma(-f32(rate), u, w * f32(1 - o.lr * decay))
         r = rounding_bits(o.seed, t.tensor_id, t.offset, len(w)) if o.stochastic_rounding else None
         param = encode(new, t.dtype, r if t.dtype in ("bfloat16", "float16") else None)
     return replace(t, param=param, cover=cover, momentum=momentum, scales=scales)

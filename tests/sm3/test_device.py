@@ -47,6 +47,10 @@ def test_codes_of_every_magnitude(backend, dtype):
     agreement.codes(backend, "cuda", dtype)
 
 
+def test_gradients_averaged_before_the_division(backend):
+    agreement.averaged_gradients(backend, "cuda")
+
+
 def test_numbers_and_skipped_steps(backend):
     agreement.skips(backend, "cuda")
     agreement.learning_rates(backend, "cuda")

@@ -66,6 +66,10 @@ def test_codes_of_every_magnitude(emulator, dtype):
     agreement.codes(nvrtc, "cpu", dtype)
 
 
+def test_gradients_averaged_before_the_division(backend):
+    agreement.averaged_gradients(backend, "cpu")
+
+
 def test_numbers_and_skipped_steps(emulator):
     agreement.skips(nvrtc, "cpu")
     agreement.learning_rates(nvrtc, "cpu")
@@ -86,6 +90,7 @@ def test_empty_input_launches_nothing(emulator):
 ITEM = np.dtype(
     [(n, "u8") for n in ("param", "grad", "cover", "momentum", "scale", "sizes")]
     + [("rank", "i4"), ("unused", "i4"), ("offset", "i8"), ("tensor_id", "u4"), ("unused2", "u4")]
+    + [("lr_factor", "u8")]
 )
 
 
@@ -104,7 +109,7 @@ def test_both_launchers_make_the_same_table(emulator_library, dtype, momentum):
         p, g, cover = tensor(dtype), tensor(dtype), torch.zeros(8)[i % 3 :]
         m = None if momentum is None else tensor(momentum)
         scale = torch.zeros(1)
-        items.append(plan.Item(p, g, cover, m, scale, 3 * i, 5 * i))
+        items.append(plan.Item(p, g, cover, m, scale, 3 * i, 5 * i, i))
         addresses = [t.data_ptr() if t is not None else 0 for t in (p, g, cover, m)]
         sizes.append(np.array(shape, dtype=np.int64))  # in a list, so that the addresses stay valid
         table[i] = (
@@ -116,8 +121,9 @@ def test_both_launchers_make_the_same_table(emulator_library, dtype, momentum):
             3 * i,
             5 * i,
             0,
+            7 * i,
         )
-    expected = nvrtc.table(items)
+    expected = nvrtc.table(items, 7 * np.arange(len(items)))
     expected.place(1 << 40)
     words, counts = np.zeros(expected.words().size + 9, np.uint64), np.zeros(3, np.int64)
     function = emulator_library.leanops_sm3_table

@@ -44,6 +44,10 @@ def test_codes_of_every_magnitude():
     agreement.codes(triton, "cpu", torch.float32)
 
 
+def test_gradients_averaged_before_the_division():
+    agreement.averaged_gradients(triton, "cpu")
+
+
 def test_numbers_and_skipped_steps():
     agreement.skips(triton, "cpu")
     agreement.learning_rates(triton, "cpu")

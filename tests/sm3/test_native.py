@@ -44,6 +44,7 @@ def parameter(
     size: float = 1e-2,
     tensor_id: int = 0,
     offset: int = 0,
+    lr_factor: float = 1.0,
 ) -> Parameter:
     rng = np.random.default_rng(seed)
     n = math.prod(shape)
@@ -62,7 +63,7 @@ def parameter(
         momentum = encoded(numbers(rng, n, 0.3, special), kind)
     scales = np.abs(numbers(rng, rows * blocks if kind == "int8" else 0, 1e-2, special)).astype(np.float32)
     param, grad = encoded(numbers(rng, n, 0.1, special), dtype), encoded(numbers(rng, n, size, special), dtype)
-    return Parameter(shape, dtype, kind, param, grad, cover, momentum, scales, tensor_id, offset)
+    return Parameter(shape, dtype, kind, param, grad, cover, momentum, scales, tensor_id, offset, lr_factor)
 
 
 def run(native, isa: str, parameters: list[Parameter], options: Options, threads: int = 1) -> list[Parameter]:
@@ -113,6 +114,7 @@ def all_options(draw: st.DrawFn) -> Options:
         decoupled=draw(st.booleans()),
         maximize=draw(st.booleans()),
         stochastic_rounding=draw(st.booleans()),
+        average_gradient=draw(st.booleans()),
         grad_scale=draw(st.sampled_from([1.0, 3.0, 65536.0, 0.0, np.inf])),
         seed=draw(st.integers(0, 2**64 - 1)),
     )
@@ -128,12 +130,13 @@ def all_options(draw: st.DrawFn) -> Options:
     size=st.sampled_from([1e-2, 1e-22, 1e18]),
     tensor_id=st.integers(0, 2**32 - 1),
     offset=st.one_of(st.sampled_from([0, 3, 2**35 - 9, 2**35 - 700]), st.integers(0, 2**60)),
+    lr_factor=st.sampled_from([1.0, 10.0, 0.3]),
 )
 @fuzz
 def test_a_step_is_the_definition_on_every_set_of_kernels(
-    native, shape, dtype, kind, options, seed, special, size, tensor_id, offset
+    native, shape, dtype, kind, options, seed, special, size, tensor_id, offset, lr_factor
 ):
-    check(native, [parameter(shape, dtype, kind, seed, special, size, tensor_id, offset)], options)
+    check(native, [parameter(shape, dtype, kind, seed, special, size, tensor_id, offset, lr_factor)], options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -141,6 +144,15 @@ def test_a_step_is_the_definition_on_every_set_of_kernels(
 def test_shapes_at_every_edge_of_a_tile_are_the_definition(native, dtype, kind):
     parameters = [parameter(shape, dtype, kind, j, tensor_id=j) for j, shape in enumerate(SHAPES)]
     check(native, parameters, Options(weight_decay=0.1, stochastic_rounding=True, seed=7), threads=3)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_a_gradient_averaged_before_the_division_at_every_edge(native, kind):
+    """Dtypes take turns; each parameter has a rate of its own."""
+    parameters = [
+        parameter(shape, DTYPES[j % 4], kind, j, tensor_id=j, lr_factor=1 + j / 8) for j, shape in enumerate(SHAPES)
+    ]
+    check(native, parameters, Options(weight_decay=0.1, average_gradient=True, stochastic_rounding=True), threads=3)
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.95])
