@@ -38,6 +38,7 @@ _START: dict[str, float | str] = {
     "step_size": "lr",
     # SM3 in int8; its covers are no moments, see _is_cover
     "momentum_scale": 0,
+    "momentum_weight": 0,
 }
 
 

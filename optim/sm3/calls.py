@@ -22,6 +22,7 @@ from leanops.common.checks import rate_is_one_number
 from leanops.optim.common import parameters
 from leanops.optim.sm3.options import (
     Group,
+    averages_gradient,
     device_of_step,
     momentum_dtype,
     name_of,
@@ -29,10 +30,12 @@ from leanops.optim.sm3.options import (
     rate,
     rounding_seed,
     scaler,
+    warming_options,
 )
 from leanops.optim.sm3.refusals import check_step, is_plain
 from leanops.optim.sm3.sharding import combine_column_covers, local_gradient
-from leanops.optim.sm3.state import Part, State, complete, number, part_of
+from leanops.optim.sm3.state import Part, State, average_of_ones, complete, number, part_of
+from leanops.optim.sm3.warmup import are_warming, is_over
 
 OPERATOR = _registry.spec("sm3_step_")
 _SMALL = 1 << 14  # elements; a step takes about 10 us for them
@@ -55,9 +58,10 @@ class Item(NamedTuple):
 class Call:
     """One operator call: parameters of one group on one device. The ``step`` of each is a view of one tensor."""
 
-    def __init__(self, group: Group, items: Sequence[Item], device: torch.device, whole: bool) -> None:
-        self.device, self.fresh = device, True
-        self._places = None if whole else [i.place for i in items]  # None: every parameter of the group, in order
+    def __init__(self, group: Group, items: Sequence[Item], device: torch.device, warming: bool) -> None:
+        self.device, self.fresh, self.warming = device, True, warming
+        places = [i.place for i in items]
+        self._places = None if len(places) == len(group["params"]) else places  # None: all of the group, in order
         self._parts = [i.part for i in items]
         self._params = [p.param for p in self._parts]
         self._sharded = any(map(parameters.is_sharded, self._params))
@@ -65,16 +69,17 @@ class Call:
         self._ids, self._offsets = [i.tensor_id for i in items], [p.offset for p in self._parts]
         self._state_indices = [i.state_index for i in items]
         states = [i.state for i in items]
-        self._momentum, dtype = bool(group["momentum"]), momentum_dtype(group)
+        self._choices = _choices(group)
+        self._momentum, dtype = bool(group["momentum"]) and not warming, momentum_dtype(group)
+        of_gradient = self._momentum and averages_gradient(group)
         for state, local in zip(states, self._locals, strict=True):
-            complete(state, local, self._momentum, dtype)
+            complete(state, local, self._momentum, dtype, of_gradient)
         self._empty = torch.empty(0, dtype=torch.float32, device=device)
         lists = self._state(states)
         state_tensors = list(chain.from_iterable(lists))
         self._step_device = device_of_step(group, device)
-        self._steps = torch.stack([number(s["step"]).detach().to(self._step_device).reshape(()) for s in states])
-        for state, view in zip(states, self._steps.unbind(), strict=True):
-            state["step"] = view
+        self._steps = self._shared(states, "step")
+        self._sums = self._shared(states, "momentum_weight") if of_gradient else None
         if any(map(Tensor.is_inference, state_tensors)) and not torch.is_inference_mode_enabled():
             raise RuntimeError("SM3: state that torch.inference_mode() made cannot be written outside of it; clone it")
         self.plain = is_plain(self._locals) and is_plain(state_tensors)
@@ -97,6 +102,13 @@ class Call:
         self._dtypes, self._shapes = list(map(_dtype, self._locals)), list(map(_shape, self._locals))
         self._no_seed = torch.zeros((), dtype=torch.int64, device="cpu")
 
+    def _shared(self, states: Sequence[State], name: str) -> Tensor:
+        """One tensor of a number of each state. The states get views of it."""
+        together = torch.stack([number(s[name]).detach().to(self._step_device).reshape(()) for s in states])
+        for state, view in zip(states, together.unbind(), strict=True):
+            state[name] = view
+        return together
+
     def _set_weights(self, weights: list[Tensor]) -> None:
         """Set the weights that the operator takes and, if the state is kept, the tensors whose versions it bumps."""
         self._weights = weights
@@ -118,7 +130,9 @@ class Call:
         """Whether a call gathered now, for these gradients of its parameters, would be the same."""
         if not self.plain or (self._steps.is_inference() and not torch.is_inference_mode_enabled()):
             return False
-        if bool(group["momentum"]) != self._momentum or device_of_step(group, self.device) != self._step_device:
+        if _choices(group) != self._choices or device_of_step(group, self.device) != self._step_device:
+            return False
+        if self.warming and is_over(group, self._steps):
             return False
         entries = list(chain.from_iterable(map(dict.values, map(states.__getitem__, self._state_indices))))
         if len(entries) != len(self._entries):
@@ -148,18 +162,25 @@ class Call:
         """The operator's arguments."""
         if self._sharded or not is_plain(grads):
             grads = [local_gradient(p, g) for p, g in zip(self._params, grads, strict=True)]
-        options = options_of(group)
+        lr, factors = rate(group["lr"], self.device), None
+        if self.warming:
+            options, lr = warming_options(group), _no_rate()
+        else:
+            options = options_of(group)
+        if self._sums is not None:
+            self._next_sums, factors = average_of_ones(self._sums, options.momentum)
         return (
             self._weights,
             grads,
             *(self._state_lists or self._state([states[i] for i in self._state_indices])),
-            rate(group["lr"], self.device),
+            lr,
             rounding_seed(group["seed"], self._steps.amax()) if options.stochastic_rounding else self._no_seed,
             scaler(grad_scale, self.device),
             scaler(found_inf, self.device),
             self._ids,
             self._offsets,
             *options,
+            factors,
         )
 
     def run(self, arguments: tuple[Any, ...], found_inf: Any) -> None:
@@ -169,7 +190,11 @@ class Call:
             self.fresh = False
         else:
             OPERATOR.op(*arguments)
-        self._steps.add_(1 if found_inf is None else (found_inf.to(self._step_device).reshape(()) == 0).float())
+        taken = None if found_inf is None else found_inf.to(self._step_device).reshape(()) == 0
+        self._steps.add_(1 if taken is None else taken.float())
+        if self._sums is not None:
+            new = self._next_sums
+            self._sums.copy_(new if taken is None else torch.where(taken, new, self._sums))
 
     def columns(self, state: Mapping[Any, State]) -> Iterator[tuple[Any, Tensor, bool]]:
         """For each parameter whose rows several processes share: their group, the covers of its other axes as int32,
@@ -178,6 +203,15 @@ class Call:
             if part.group is not None and part.local.dim() > 1 and part.param.numel():
                 rows = part.local.shape[0]
                 yield part.group, state[part.param]["cover"].view(torch.int32)[rows:], rows == 0
+
+
+def _choices(group: Group) -> tuple[Any, ...]:
+    """The options of a group that decide which state a call has."""
+    return bool(group["momentum"]), group["momentum_on"], group["cover_warmup"]
+
+
+def _no_rate() -> Tensor:
+    return torch.zeros((), dtype=torch.float64, device="cpu")
 
 
 def _is_large(entry: Any) -> bool:
@@ -218,15 +252,21 @@ class Plan:
             position += len(gs)
 
         state = optimizer.state
+        calls: list[tuple[int, torch.device, bool, list[tuple[int, int, Part]]]] = []
+        for index, device, items in found:
+            states = [state.get(part.param, {}) for *_, part in items]
+            flags = are_warming(optimizer.param_groups[index], states, device)
+            for warming in dict.fromkeys(flags):
+                calls.append((index, device, warming, [i for i, w in zip(items, flags, strict=True) if w == warming]))
         for part in (part for *_, items in found for *_, part in items):
             state.setdefault(part.param, {})
         state_indices = {id(p): n for n, p in enumerate(state)}
         self._owners = list(state)
         self._calls: list[tuple[int, Call]] = []
-        for index, device, items in found:
+        for index, device, warming, items in calls:
             group = optimizer.param_groups[index]
             moved = [Item(place, i, part, state[part.param], state_indices[id(part.param)]) for place, i, part in items]
-            self._calls.append((index, Call(group, moved, device, len(moved) == len(group["params"]))))
+            self._calls.append((index, Call(group, moved, device, warming)))
         self._columns: dict[tuple[int, torch.device], tuple[Any, list[Tensor], list[Tensor]]] = {}
         for _, call in self._calls:
             for group, cover, has_no_rows in call.columns(state):

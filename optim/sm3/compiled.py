@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from leanops.common.checks import rate_is_one_number
 from leanops.optim.common import parameters
 from leanops.optim.sm3.calls import OPERATOR
 from leanops.optim.sm3.options import (
+    averages_gradient,
+    cover_warmup,
     device_of_step,
     momentum_dtype,
     name_of,
@@ -21,9 +23,11 @@ from leanops.optim.sm3.options import (
     rate,
     rounding_start,
     scaler,
+    warming_options,
 )
 from leanops.optim.sm3.refusals import check_step
-from leanops.optim.sm3.state import complete, number
+from leanops.optim.sm3.state import average_of_ones, complete, number
+from leanops.optim.sm3.warmup import are_warming, is_over
 
 _live: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _keys = itertools.count()
@@ -54,6 +58,19 @@ def _momentum(like: Tensor, optimizer: str, group: int) -> Tensor:
     return torch.tensor(options_of(_group(optimizer, group)).momentum, dtype=torch.float64, device="cpu")
 
 
+def _warming_lr(steps: Tensor, optimizer: str, group: int) -> Tensor:
+    """The rate of a step that fills covers, which is 0. After the last one the graph does not fit: it has the
+    optimizer's name as a constant, and the optimizer takes another."""
+    own = _live[optimizer]
+    if own._key == optimizer and is_over(_group(optimizer, group), steps, 1):
+        own._key = enlist(own)
+    return torch.zeros((), dtype=torch.float64, device="cpu")
+
+
+def _weights(weights: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
+    return average_of_ones(weights, momentum.item())
+
+
 def _start(like: Tensor, optimizer: str, group: int) -> Tensor:
     start = rounding_start(_live[optimizer].param_groups[group]["seed"])
     return torch.tensor(start, dtype=torch.int64, device="cpu")
@@ -80,6 +97,18 @@ for _name, _read, _dtype in (
         lambda like, optimizer, group, dtype=_dtype: torch.empty((), dtype=dtype, device="cpu"),
         lib=_library,
     )
+_library.define("_sm3_warming_lr(Tensor steps, str optimizer, int group) -> Tensor")
+_library.impl("_sm3_warming_lr", _warming_lr, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "leanops::_sm3_warming_lr",
+    lambda steps, optimizer, group: torch.empty((), dtype=torch.float64, device="cpu"),
+    lib=_library,
+)
+_library.define("_sm3_weights(Tensor weights, Tensor momentum) -> (Tensor, Tensor)")
+_library.impl("_sm3_weights", _weights, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "leanops::_sm3_weights", lambda weights, momentum: (weights.clone(), weights.clone()), lib=_library
+)
 _library.impl("_sm3_compiled_step_", _step, "CompositeExplicitAutograd")
 torch.library.register_fake("leanops::_sm3_compiled_step_", lambda *args: None, lib=_library)
 
@@ -92,9 +121,10 @@ def enlist(optimizer: Any) -> str:
     return key
 
 
-def _prepare(key: str, index: int) -> tuple[bool, bool]:
+def _prepare(key: str, index: int) -> tuple[bool, bool, bool, int, tuple[int, ...]]:
     """Called while a group's step is traced: check parameters and gradients, and make the state. Returns whether the lr
-    is a tensor, and whether there is momentum."""
+    is a tensor, whether there is momentum, whether it is of the gradient, ``cover_warmup``, and the places of the
+    parameters that still warm up."""
     optimizer = _live[key]
     group = optimizer.param_groups[index]
     options_of(group)
@@ -107,13 +137,19 @@ def _prepare(key: str, index: int) -> tuple[bool, bool]:
         if parameters.is_sharded(p):
             raise ValueError("SM3: a step on sharded parameters cannot be compiled; compile the model and call step()")
         check_step(name_of(group, place, position + place), p, p.grad)
-    momentum, dtype = bool(group["momentum"]), momentum_dtype(group)
-    for _, p in moved:
+    momentum, dtype, of_gradient = bool(group["momentum"]), momentum_dtype(group), averages_gradient(group)
+    warming: list[int] = []
+    for device in {p.device for _, p in moved}:
+        here = [(place, p) for place, p in moved if p.device == device]
+        flags = are_warming(group, [optimizer.state.get(p, {}) for _, p in here], device)
+        warming += [place for (place, _), flag in zip(here, flags, strict=True) if flag]
+    for place, p in moved:
         state = optimizer.state.setdefault(p, {})
-        complete(state, p.detach(), momentum, dtype)
+        complete(state, p.detach(), momentum and place not in warming, dtype, of_gradient)
         # a copy for each parameter: the tracer would compare views of one tensor, as eager steps leave, pair by pair
-        state["step"] = number(state["step"]).detach().to(device_of_step(group, p.device), copy=True)
-    return isinstance(group["lr"], Tensor), momentum
+        for name in {"step", "momentum_weight"} & state.keys():
+            state[name] = number(state[name]).detach().to(device_of_step(group, p.device), copy=True)
+    return isinstance(group["lr"], Tensor), momentum, momentum and of_gradient, cover_warmup(group), tuple(warming)
 
 
 # torch.compiler.assume_constant_result sets this, but would import the compiler with this package. The function runs
@@ -130,7 +166,9 @@ def traced_step(optimizer: Any, key: str, like: Tensor) -> None:
     moved = [[(i, p, p.grad) for i, p in enumerate(g["params"]) if p.grad is not None] for g in groups]
     position = 0
     for index, group in enumerate(groups):
-        is_tensor, moves = fixed[index]
+        is_tensor, moves, of_gradient, count, warming = fixed[index]
+        if group["cover_warmup"] != count:  # never; a guard: another number compiles anew
+            raise RuntimeError("SM3: cover_warmup has changed while a step was compiled")
         lr = group["lr"] if is_tensor else torch.ops.leanops._sm3_lr(like, key, index)
         momentum = torch.ops.leanops._sm3_momentum(like, key, index) if moves else None
         start = torch.ops.leanops._sm3_start(like, key, index) if group["stochastic_rounding"] else None
@@ -140,25 +178,37 @@ def traced_step(optimizer: Any, key: str, like: Tensor) -> None:
             if p.device not in devices:
                 devices.append(p.device)
         for device in devices:
-            items = [m for m in moved[index] if m[1].device == device]
-            _traced_call(optimizer, group, items, first, device, lr, momentum, start)
+            cold = [m for m in moved[index] if m[1].device == device and m[0] in warming]
+            if cold:
+                rest = _Rest(key, index, first, device, None, None, None, False)
+                _traced_call(optimizer, group, cold, rest)
+            items = [m for m in moved[index] if m[1].device == device and m[0] not in warming]
+            if items:
+                rest = _Rest(key, index, first, device, lr, momentum, start, of_gradient)
+                _traced_call(optimizer, group, items, rest)
         position += len(group["params"])
 
 
-def _traced_call(
-    optimizer: Any,
-    group: dict[str, Any],
-    moved: list[tuple[int, Tensor, Tensor]],
-    first: int,
-    device: torch.device,
-    lr: Tensor,
-    momentum: Tensor | None,
-    start: Tensor | None,
-) -> None:
-    """``first`` is the group's first tensor id. ``momentum`` is None where it is 0, a constant of the graph. ``start``
-    is the first step's seed of stochastic rounding."""
-    params, grads, covers, momenta, scales, ids, steps = [], [], [], [], [], [], []
-    options = options_of(group) if momentum is None else options_of(group, 0.0)
+class _Rest(NamedTuple):
+    """The arguments of a traced call besides its parameters."""
+
+    key: str
+    number: int  # of the group
+    first: int  # the group's first tensor id
+    device: torch.device
+    lr: Tensor | None  # None: the parameters warm up
+    momentum: Tensor | None  # None where it is 0, a constant of the graph
+    start: Tensor | None  # the first step's seed of stochastic rounding
+    of_gradient: bool
+
+
+def _traced_call(optimizer: Any, group: dict[str, Any], moved: list[tuple[int, Tensor, Tensor]], rest: _Rest) -> None:
+    key, number_of_group, first, device, lr, momentum, start, of_gradient = rest
+    params, grads, covers, momenta, scales, weights, ids, steps = [], [], [], [], [], [], [], []
+    if lr is None:
+        options = warming_options(group)
+    else:
+        options = options_of(group) if momentum is None else options_of(group, 0.0)
     for place, p, g in moved:
         state = optimizer.state[p]
         params.append(p)
@@ -169,11 +219,19 @@ def _traced_call(
         if momentum is not None:
             momenta.append(state["momentum_buffer"])
             scales.append(state["momentum_scale"] if "momentum_scale" in state else state["cover"].new_empty(0))
+            if of_gradient:
+                weights.append(state["momentum_weight"])
     found_inf = scaler(getattr(optimizer, "found_inf", None), device)
     if start is None:
         seed = torch.zeros((), dtype=torch.int64, device="cpu")
     else:
         seed = torch.stack(steps).amax().to(torch.int64) + start
+    if lr is None:
+        lr = torch.ops.leanops._sm3_warming_lr(torch.stack(steps), key, number_of_group)
+    factors = None
+    if weights:
+        old = torch.stack(weights)
+        new, factors = torch.ops.leanops._sm3_weights(old, momentum)
     step = torch.ops.leanops.sm3_step_ if momentum is None else torch.ops.leanops._sm3_compiled_step_
     step(
         params,
@@ -189,8 +247,14 @@ def _traced_call(
         [0] * len(ids),
         options.momentum if momentum is None else momentum,
         *options[1:],
+        factors,
     )
     if found_inf is None:
         torch._foreach_add_(steps, 1)
+        if weights:
+            torch._foreach_copy_(weights, list(new.unbind()))
     else:
-        torch._foreach_add_(steps, (found_inf.to(steps[0].device).reshape(()) == 0).float())
+        taken = found_inf.to(steps[0].device).reshape(()) == 0
+        torch._foreach_add_(steps, taken.float())
+        if weights:
+            torch._foreach_copy_(weights, list(torch.where(taken, new, old).unbind()))

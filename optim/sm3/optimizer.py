@@ -15,7 +15,7 @@ from leanops.common import seeds
 from leanops.common.checks import rate_is_one_number
 from leanops.optim.sm3.calls import Plan
 from leanops.optim.sm3.compiled import enlist, traced_step
-from leanops.optim.sm3.options import Group, momentum_dtype, name_of, options_of
+from leanops.optim.sm3.options import Group, cover_warmup, momentum_dtype, name_of, options_of
 from leanops.optim.sm3.refusals import check_parameter
 from leanops.optim.sm3.state import Kept, loaded, loaded_group, saved, saved_group
 
@@ -28,12 +28,16 @@ def _check_group(group: Group) -> None:
     if not 0 <= lr < float("inf"):
         raise ValueError(f"SM3: lr must be a finite number >= 0, got {lr}")
     momentum_dtype(group)
+    cover_warmup(group)
     seeds.check("SM3", group["seed"])
     if group["differentiable"]:
         raise ValueError("SM3: differentiable=True is not supported: the step is one operator that writes in place")
     if group["foreach"] and group["fused"]:
         raise RuntimeError("SM3: `fused` and `foreach` cannot be `True` together")
 
+
+# what a run did before an option was there, whatever its default is
+_EARLIER = {"cover_warmup": 0, "momentum_on": "update"}
 
 # torch's own: CUDA graphs need capturable=True (the name is that of torch 2.12 and later, or that of 2.10)
 _graph_capture_check: Callable[[Optimizer], None] = getattr(
@@ -75,6 +79,14 @@ class SM3(Optimizer):
             the next number is an infinity.
         seed: the rounding bits follow from it, the parameter's position and the number of steps taken: a resumed run
             repeats them.
+        cover_warmup: the first ``cover_warmup`` steps of each parameter fill its covers, move no weight and make no
+            momentum. With ``beta`` 1 the first update is ±1 for every weight otherwise, and momentum repeats it for
+            ``1 / (1 - β_m)`` steps. A parameter whose state is made anew (by LISA, or because it was deleted) warms up
+            anew. While a warm-up lasts, steps with ``capturable`` or ``fused`` wait for the device, and no CUDA graph
+            can be captured.
+        momentum_on: what the momentum averages. "update": u, as above and as published. "gradient_unpublished": g,
+            before the division and with a bias correction: ``m <- β_m m + (1 - β_m) g``, ``u = (m / (1 - β_m^t)) /
+            sqrt(ν + ε)`` and ``w <- (1 - ηλ) w - η u``, where t counts the gradients in m. It is in no paper.
         maximize: step along the gradient instead of against it; ``.grad`` stays as it is.
         capturable: keep ``step`` on the parameters' device, so that nothing in a step waits for it (CUDA graphs).
         foreach, fused: accepted as by torch's optimizers, but a step always takes all tensors of a group in one call.
@@ -84,9 +96,10 @@ class SM3(Optimizer):
 
     **State** of a parameter, made at its first step: ``step`` (float32, on the CPU unless capturable or fused),
     ``cover`` (fp32, the μ_k one after another; :func:`leanops.sm3_cover_axes` takes them apart), ``momentum_buffer``
-    and, for int8, ``momentum_scale``. An entry may be replaced, moved or deleted between steps. A deleted entry starts
-    anew, and the memory of a large one is free at once. In ``state_dict()`` ``cover`` is a dict with an entry for each
-    axis, ``{"0": μ_0, "1": μ_1, ...}``. ``load_state_dict`` restores every dtype bit by bit.
+    and, for int8, ``momentum_scale``; with ``momentum_on="gradient_unpublished"`` also ``momentum_weight``, 1 - β_m^t.
+    An entry may be replaced, moved or deleted between steps. A deleted entry starts anew, and the memory of a large one
+    is free at once. In ``state_dict()`` ``cover`` is a dict with an entry for each axis, ``{"0": μ_0, "1": μ_1, ...}``.
+    ``load_state_dict`` restores every dtype bit by bit.
 
     **GradScaler** works as with torch's AdamW: it unscales the gradients before the step, so that they can be clipped,
     and leaves out a step whose gradients hold an infinity. With ``fused=True`` the step itself unscales them, takes
@@ -129,6 +142,8 @@ class SM3(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         seed: int = 0,
+        cover_warmup: int = 0,
+        momentum_on: str = "update",
         foreach: bool | None = None,
         fused: bool | None = None,
         differentiable: bool = False,
@@ -145,6 +160,8 @@ class SM3(Optimizer):
             "maximize": maximize,
             "capturable": capturable,
             "seed": seed,
+            "cover_warmup": cover_warmup,
+            "momentum_on": momentum_on,
             "foreach": foreach,
             "fused": fused,
             "differentiable": differentiable,
@@ -243,8 +260,10 @@ class SM3(Optimizer):
         for name, parameter in inspect.signature(SM3.__init__).parameters.items():
             if parameter.default is not inspect.Parameter.empty:  # an option, which an older state may lack
                 for options in (self.defaults, *self.param_groups):
-                    options.setdefault(name, parameter.default)
+                    options.setdefault(name, _EARLIER.get(name, parameter.default))
         self._begin()
+        if any(group["cover_warmup"] for group in self.param_groups):  # compiled steps look at the counts anew
+            self._key = enlist(self)
 
 
 def _to_saved(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from leanops.common import seeds, streams
-from leanops.common.checks import one_of, rate_is_one_number
+from leanops.common.checks import integer, one_of, rate_is_one_number
 from leanops.optim.sm3.state import MOMENTUM_DTYPES, loaded_group, number
-from leanops.sm3 import StepOptions
+from leanops.sm3 import MOMENTUM_ON, StepOptions
 
 Group = dict[str, Any]
+
+_COUNTED = 2**24  # float32, which `step` is, counts no further
 
 
 def options_of(group: Group, momentum: float | None = None) -> StepOptions:
@@ -29,9 +31,27 @@ def options_of(group: Group, momentum: float | None = None) -> StepOptions:
         decoupled=bool(group["decoupled"]),
         maximize=bool(group["maximize"]),
         stochastic_rounding=bool(group["stochastic_rounding"]),
+        average_gradient=averages_gradient(group),
     )
     options.check("SM3")
     return options
+
+
+def warming_options(group: Group) -> StepOptions:
+    """Those of a step that fills covers. Its rate is 0, but a decoupled decay comes as a number of its own."""
+    options = options_of(group, 0.0)
+    return options._replace(weight_decay=0.0) if options.decoupled else options
+
+
+def averages_gradient(group: Group) -> bool:
+    """Whether the momentum is of the gradient, before the division."""
+    one_of("SM3", "momentum_on", group["momentum_on"], MOMENTUM_ON)
+    return bool(group["momentum_on"] == "gradient_unpublished")
+
+
+def cover_warmup(group: Group) -> int:
+    """How many steps of a parameter fill covers only. ValueError for what is no integer in [0, 2^24)."""
+    return integer("SM3", "cover_warmup", group["cover_warmup"], _COUNTED)
 
 
 def _number(name: str, value: Any) -> float:

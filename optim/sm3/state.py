@@ -1,11 +1,12 @@
 """SM3's state of a parameter, in the optimizer and in a state_dict.
 
-The optimizer keeps ``step``, ``cover`` (flat, as the operator takes it), ``momentum_buffer`` and, for int8,
-``momentum_scale``. For a DTensor parameter they are this rank's part, as plain tensors.
+The optimizer keeps ``step``, ``cover`` (flat, as the operator takes it), ``momentum_buffer``, for int8
+``momentum_scale`` and, where the momentum averages gradients, ``momentum_weight``. For a DTensor parameter they are
+this rank's part, as plain tensors.
 
 A state_dict has the same names, but ``cover`` is a dict of its axes, ``{"0": [n_0], "1": [n_1], ...}``, which are views
-of the flat cover. For a DTensor parameter every tensor is a DTensor of the whole: axis 0, momentum and scales are
-sharded as the parameter, the other axes are replicated. So a saved state does not depend on a mesh.
+of the flat cover. For a DTensor parameter every tensor but the two numbers is a DTensor of the whole: axis 0, momentum
+and scales are sharded as the parameter, the other axes are replicated. So a saved state does not depend on a mesh.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def part_of(op: str, name: str, p: Any) -> Part:
     return Part(p, parameters.local(p), rows.offset, rows.first, group)
 
 
-def complete(state: State, local: Tensor, momentum: bool, dtype: torch.dtype | None) -> None:
+def complete(state: State, local: Tensor, momentum: bool, dtype: torch.dtype | None, of_gradient: bool) -> None:
     """Make the missing entries of a parameter's state: all of them at its first step, later those that were deleted."""
     state.setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
     cover = state.get("cover")
@@ -83,6 +84,9 @@ def complete(state: State, local: Tensor, momentum: bool, dtype: torch.dtype | N
         state["cover"] = sm3_cover(local)
     if not momentum:
         return
+    if of_gradient != ("momentum_weight" in state):  # an average of the other quantity
+        for name in ("momentum_buffer", "momentum_weight"):
+            state.pop(name, None)
     m = state.get("momentum_buffer")
     coded = m is not None and m.dtype == torch.int8
     if not coded:
@@ -95,6 +99,21 @@ def complete(state: State, local: Tensor, momentum: bool, dtype: torch.dtype | N
         state["momentum_buffer"], scale = sm3_momentum(local, new_dtype)
         if new_dtype == torch.int8:
             state["momentum_scale"] = scale
+        if of_gradient:
+            state["momentum_weight"] = torch.zeros((), dtype=torch.float32, device="cpu")
+
+
+def average_of_ones(weights: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
+    """Of momenta of gradients: the sums of the gradients' weights after one more step, and the factors of the rate that
+    correct the bias.
+
+    A momentum is a weighted sum of gradients. The same recursion over ones, which this is, adds up the weights: 1 -
+    momentum^t after t steps of one momentum. Without momentum the sums stay.
+    """
+    if not momentum:
+        return weights.clone(), torch.ones_like(weights)
+    new = weights.mul(momentum).add_(1.0 - momentum)
+    return new, new.reciprocal()
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
@@ -160,11 +179,13 @@ def number(value: Any) -> Tensor:
     return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
-def _steps(op: str, name: str, step: Any) -> Tensor:
-    if not isinstance(step, (int, float)) and not (isinstance(step, Tensor) and step.numel() == 1 and not step.is_meta):
-        seen = f"shape {list(step.shape)} on {step.device}" if isinstance(step, Tensor) else repr(step)
-        raise ValueError(f"{op}: the step of parameter {name} must be one number, got {seen}")
-    return number(step)
+def _one_number(op: str, name: str, what: str, value: Any, home: torch.device) -> Tensor:
+    """A copy of a saved number, on its device."""
+    one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta
+    if not one and not isinstance(value, (int, float)):
+        seen = f"shape {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"{op}: the {what} of parameter {name} must be one number, got {seen}")
+    return number(value).detach().to(home, copy=True).reshape(())
 
 
 def loaded(op: str, name: str, p: Tensor, state: State, step_on_device: bool) -> State:
@@ -193,7 +214,8 @@ def loaded(op: str, name: str, p: Tensor, state: State, step_on_device: bool) ->
     ]
     out["cover"] = torch.cat(axes)
     step_device = part.local.device if step_on_device else torch.device("cpu")
-    out["step"] = _steps(op, name, state["step"]).detach().to(step_device, copy=True).reshape(())
+    for what in {"step", "momentum_weight"} & state.keys():
+        out[what] = _one_number(op, name, what, state[what], step_device)
     if "momentum_buffer" in state:
         subject = f"{op}: momentum_buffer of parameter {name}"
         m = _local_part(subject, state["momentum_buffer"], p.shape, part, True)

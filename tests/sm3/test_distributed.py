@@ -33,6 +33,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"momentum_dtype": I8, "stochastic_rounding": True, "weight_decay": 0.1},
     {"beta": 0.9},
     {"momentum": 0.0, "maximize": True, "weight_decay": 0.1, "decoupled": False},
+    {"momentum_dtype": I8, "momentum_on": "gradient_unpublished", "cover_warmup": 2},
 ]
 
 

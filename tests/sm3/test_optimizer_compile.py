@@ -65,6 +65,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"momentum_dtype": I8, "stochastic_rounding": True, "weight_decay": 0.1},
     {"beta": 0.9, "lr": torch.tensor(0.1), "capturable": True},
     {"maximize": True, "decoupled": False, "weight_decay": 0.1},
+    {"momentum_on": "gradient_unpublished", "momentum_dtype": I8, "capturable": True, "weight_decay": 0.1},
 ]
 
 
@@ -146,10 +147,78 @@ def test_momentum_that_begins_later_is_a_second_graph() -> None:
     assert len(backend.graphs) == 2
 
 
+_OF_GRADIENT = {"momentum_on": "gradient_unpublished", "decoupled": False, "weight_decay": 0.1, "lr": torch.tensor(0.1)}
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")  # compiled before it looked
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [
+        ("eager", {"momentum_dtype": I8, "weight_decay": 0.1, "stochastic_rounding": True}),
+        ("eager", _OF_GRADIENT),
+        ("inductor", _OF_GRADIENT),
+    ],
+    ids=str,
+)
+def test_a_warm_up_of_the_covers_is_a_graph_of_its_own(backend: str, options: dict[str, Any]) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    params, opt, others, plain = pair(cover_warmup=3, **options)
+    counter = CompileCounterWithBackend(backend)
+    step = torch.compile(opt.step, fullgraph=True, backend=counter)
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.7) for o in (opt, plain)]
+    for i in range(6):
+        for ps, o in ((params, opt), (others, plain)):
+            set_grads(ps, i)
+            o.grad_scale, o.found_inf = torch.tensor(4.0), torch.tensor(float(i == 1))
+        step()
+        plain.step()
+        assert all(map(torch.equal, params, others)), i
+        assert same(opt, plain), i
+        for s in schedules:
+            s.step()
+    assert counter.frame_count == 2
+
+
+def test_a_warm_up_that_begins_or_ends_otherwise_is_seen_by_a_compiled_step() -> None:
+    params, opt, others, plain = pair(cover_warmup=2)
+    for o in (opt, plain):
+        o.param_groups[0]["momentum"] = 0.0
+    both = ((params, opt), (others, plain))
+    backend = Backend()
+    step = torch.compile(opt.step, fullgraph=True, backend=backend)
+
+    def check(times: int = 1) -> None:
+        for i in range(times):
+            for ps, _ in both:
+                set_grads(ps, i)
+            step()
+            plain.step()
+            assert all(map(torch.equal, params, others))
+            assert same(opt, plain)
+
+    check(1)
+    for ps, o in both:  # state of one parameter that is made anew
+        o.state[ps[0]] = {}
+    check(4)
+    for _, o in both:  # a state from within the warm-up, with the same entries
+        state = o.state_dict()
+        for entry in state["state"].values():
+            entry["step"] = torch.tensor(1.0)
+        o.load_state_dict(state)
+    check(2)
+    for _, o in both:  # another number of steps
+        o.param_groups[1]["cover_warmup"] = 7
+    check(4)
+    for _, o in both:
+        o.param_groups[1]["cover_warmup"] = 0
+    check(2)
+
+
 def test_inductor_gives_the_same_bits_from_one_compilation() -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    params, opt, others, plain = pair(momentum_dtype=I8)
+    params, opt, others, plain = pair(momentum_dtype=I8, momentum_on="gradient_unpublished")
     counter = CompileCounterWithBackend("inductor")
     step = torch.compile(opt.step, fullgraph=True, backend=counter)
     for i in range(4):
@@ -220,6 +289,7 @@ def test_compiled_and_plain_steps_may_alternate() -> None:
 
 def test_more_than_one_optimizer_can_be_compiled() -> None:
     for options in OPTIONS:
+        torch._dynamo.reset()  # torch keeps eight graphs of a function
         for seed in (0, 1):
             params, opt, others, plain = pair(**options, seed=seed)
             step = torch.compile(opt.step, fullgraph=True, backend=Backend())

@@ -20,6 +20,7 @@ pytestmark = [
 OPTIONS: list[dict[str, Any]] = [
     {"capturable": True, "momentum_dtype": torch.int8, "stochastic_rounding": True},
     {"capturable": True, "momentum": 0.0, "beta": 0.9, "weight_decay": 0.1},
+    {"capturable": True, "momentum_dtype": torch.int8, "momentum_on": "gradient_unpublished"},
 ]
 
 
@@ -104,6 +105,29 @@ def test_capture_without_capturable_is_refused_as_by_torch() -> None:
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="capturable is False"), torch.cuda.graph(graph):
         opt.step()
+
+
+def test_a_capture_within_the_warm_up_of_the_covers_is_refused_and_one_after_it_replays() -> None:
+    params, others = on_gpu(torch.bfloat16), on_gpu(torch.bfloat16)
+    graphed, plain = (SM3(ps, capturable=True, cover_warmup=2) for ps in (params, others))
+    graph = torch.cuda.CUDAGraph()
+    for step in range(3):
+        for ps, o in ((params, graphed), (others, plain)):
+            put_grads(ps, step)
+            o.step()
+        if step == 0:
+            early, refusal = torch.cuda.CUDAGraph(), "SM3: a CUDA graph can be captured only after the warm-up"
+            with pytest.raises(RuntimeError, match=refusal), torch.cuda.graph(early):
+                graphed.step()
+            torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        graphed.step()
+    for step in range(3, 6):
+        for ps in (params, others):
+            put_grads(ps, step)
+        graph.replay()
+        plain.step()
+        assert all(map(torch.equal, params, others)), step
 
 
 def test_parameters_on_two_kinds_of_device_step_together() -> None:

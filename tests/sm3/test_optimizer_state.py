@@ -47,6 +47,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"momentum": 0.0},
     {"momentum_dtype": I8, "stochastic_rounding": True, "seed": 7},
     {"momentum_dtype": BF16, "beta": 0.9, "capturable": True},
+    {"momentum_dtype": I8, "momentum_on": "gradient_unpublished", "cover_warmup": 2},
 ]
 
 
