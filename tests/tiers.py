@@ -69,10 +69,14 @@ def family_of(item: pytest.Item) -> str:
     return next((family for family in FAMILIES if family in words), "shared")
 
 
+def budget_file(family: str) -> Path:
+    return ROOT / "budget.json" if family == "shared" else ROOT / family / "budget.json"
+
+
 def budget(family: str) -> float:
-    """Core-seconds that the tests of a family may take in this tier."""
-    path = ROOT / "budget.json" if family == "shared" else ROOT / family / "budget.json"
-    seconds: float = json.loads(path.read_text())[tier()]
+    """Core-seconds that the tests of a family may take in this tier: 0 without a file."""
+    path = budget_file(family)
+    seconds: float = json.loads(path.read_text())[tier()] if path.exists() else 0.0
     return seconds
 
 
@@ -132,6 +136,8 @@ class Plugin:
         terminalreporter.section(f"core-seconds of each family in the tier {tier()}")
         for family in sorted(self.spent):
             verdict = f"OVER {OVER} x ITS BUDGET" if family in self.over() else ""
+            if not (path := budget_file(family)).exists():
+                verdict = f"HAS NO BUDGET: add {path.relative_to(ROOT.parent)}"
             write(f"{family:<12} {self.spent[family]:8.0f} of {budget(family):6.0f}  {verdict}".rstrip())
         write(f"{'all':<12} {sum(self.spent.values()):8.0f}")
         terminalreporter.section(f"slowest {SLOWEST} tests, core-seconds")
