@@ -1,4 +1,7 @@
-"""The five import rules of the house. A broken rule names the file and the line to change."""
+"""The four import rules of the house. A broken rule names the file and the line to change.
+
+No code tests for another family's class by ``isinstance``: by rule 2 it cannot import the class.
+"""
 
 from __future__ import annotations
 
