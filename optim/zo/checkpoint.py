@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from leanops.optim.zo.log import LogError, replacing, umask
+from leanops.optim.zo.log import LogError
 from leanops.optim.zo.safetensors_header import Stored, read_header
+from leanops.optim.zo.whole_files import new_folder, replacing
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = ("model.safetensors", "adapter_model.safetensors")  # of a model, of a PEFT adapter
@@ -140,30 +140,3 @@ def _read_index(path: Path) -> dict[str, str]:
         if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file:
             raise LogError(f"{path}: the shard of {name} must be a safetensors file beside the index, got {file!r}")
     return found
-
-
-def check_new_folder(out: str | os.PathLike[str]) -> None:
-    if os.path.lexists(out):
-        raise FileExistsError(f"replay_file: out must be a folder that does not exist yet, got {out}")
-    parent = Path(os.path.abspath(out)).parent
-    if not parent.is_dir():
-        raise FileNotFoundError(f"replay_file: out must lie in a folder that exists, got {out}")
-
-
-@contextmanager
-def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """Fill a folder beside ``out``, which is moved there whole at the end, or is removed."""
-    check_new_folder(out)
-    target = Path(os.path.abspath(out))
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            with open(file, "rb+") as written:
-                os.fsync(written.fileno())
-        temporary.chmod(0o777 & ~umask())
-        check_new_folder(out)
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

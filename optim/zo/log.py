@@ -15,16 +15,13 @@ leaves a log that loads up to the last whole step, with a warning.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 import struct
-import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +31,7 @@ from numpy.typing import NDArray
 
 from leanops.optim.zo.step import FIELDS, Step
 from leanops.optim.zo.variants import scalars_per_direction
+from leanops.optim.zo.whole_files import replacing
 
 MAGIC = b"ZOLOG\x00\x01\n"
 FORMAT = "zolog/1"
@@ -48,7 +46,7 @@ _OPTIONAL = {"fixed_rows", "tied"}  # rows that do not move; the id of the earli
 
 
 class LogError(ValueError):
-    """A log that cannot be read, or that does not fit the parameters of a replay."""
+    """A log or a checkpoint that cannot be read, or a log that does not fit the parameters of a replay."""
 
 
 def _padded(data: bytes) -> bytes:
@@ -129,9 +127,8 @@ class ZoLog:
         self._body += data
         self._crc = zlib.crc32(data, self._crc)
         self._count += steps
-        if (
-            self._file is not None
-        ):  # last: if the disk is full, the log in memory is whole, and the file buffers the rest
+        if self._file is not None:
+            # last: if the disk is full, the log in memory is whole, and the file buffers the rest
             self._file.write(data)
             self._file.flush()
 
@@ -357,34 +354,3 @@ def _is_change(values: Any, groups: int) -> bool:
         isinstance(e, dict) and e.keys() - _OPTIONAL == _ENTRY and type(e["id"]) is int and e["group"] == groups
         for e in joined
     )
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Write a temporary file in the same folder, then rename it: a reader sees the old file or the new one."""
-    target = Path(os.path.realpath(path))  # through a link, which stays
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if target.exists() and not target.is_file():  # a device or a pipe, which the rename would remove
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # names the caller's path
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~umask())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def umask() -> int:
-    """The permissions that new files of this process lack."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanops.optim.zo.checkpoint import Checkpoint, Transfer, check_new_folder
+from leanops.optim.zo.checkpoint import Checkpoint, Transfer
 from leanops.optim.zo.file_views import Group, Shape, alone
 from leanops.optim.zo.log import LogError, ZoLog
 from leanops.optim.zo.names import names_of
@@ -22,6 +22,7 @@ from leanops.optim.zo.slots import Slot
 from leanops.optim.zo.strategy import Strategy
 from leanops.optim.zo.transformers_layout import NoLayout, layout
 from leanops.optim.zo.update import Update
+from leanops.optim.zo.whole_files import check_new_folder
 from leanops.zo import columns_of
 
 _SLICE = 1 << 22  # elements of a tensor in memory at a time

@@ -22,11 +22,11 @@ from leanops.optim.common import parameters
 from leanops.optim.common.parameters import Params
 from leanops.optim.zo.directions import Noise, Seed
 from leanops.optim.zo.estimate import Evaluator
-from leanops.optim.zo.log import replacing
 from leanops.optim.zo.processes import Reduction
 from leanops.optim.zo.slots import Slot, slot_of
 from leanops.optim.zo.strategy import Spsa
 from leanops.optim.zo.update import apply_
+from leanops.optim.zo.whole_files import replacing
 from leanops.zo import VERSION
 
 # by history_starts_with_zero: a reader that does not know the option refuses a pool that has it
