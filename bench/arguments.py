@@ -109,7 +109,10 @@ def parser(version: str) -> Parser:
     _add_measuring(step, "fewer rounds")
     step.add_argument("--threads", type=_counts, default=(), help="comma-separated thread counts (all cores)")
     step.add_argument(
-        "--size", choices=("37K", "1.2M", "8.3M", "101M"), default="101M", help="parameters of the transformer (101M)"
+        "--size",
+        choices=("5.5K", "37K", "1.2M", "8.3M", "29.6M", "101M"),
+        default="101M",
+        help="parameters of the transformer (101M)",
     )
     _add_formats(step, ("json", "csv", "html", "markdown"), "results/mezo-step.json and .html")
 

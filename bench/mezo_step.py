@@ -1,8 +1,9 @@
 """``leanops mezo-step``: a MeZO step beside its two forward passes, on a transformer of 100M parameters or fewer.
 
-Interleaved: two forward passes; a step of :class:`leanops.optim.MeZO`, for each way to perturb, and of its HiZOO, which
-needs a third forward pass; and the published eager loops of both (re-expressed: torch.normal per parameter, then add;
-three perturbations and the update; HiZOO's divide by the root of the curvature, which it updates).
+Interleaved: two forward passes; a step of :class:`leanops.optim.MeZO`, for each way to perturb, with all its defaults
+(Gaussian noise in every dtype), and of its HiZOO, which needs a third forward pass; and the published eager loops of
+both (re-expressed: torch.normal per parameter, then add; three perturbations and the update; HiZOO's divide by the root
+of the curvature, which it updates).
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ DISTRIBUTION = {
     torch.float64: "gaussian",
 }
 SIZES: dict[str, tuple[dict[str, int], int]] = {  # the transformer's options, and the tokens of a batch
+    "5.5K": ({"vocabulary": 64, "width": 8, "layers": 1, "heads": 1}, 32),
     "37K": ({"vocabulary": 128, "width": 24, "layers": 3, "heads": 2}, 64),
     "1.2M": ({"vocabulary": 1000, "width": 128, "layers": 5, "heads": 4}, 128),
     "8.3M": ({"vocabulary": 4000, "width": 288, "layers": 7, "heads": 6}, 128),
+    "29.6M": ({"vocabulary": 8000, "width": 512, "layers": 8, "heads": 8}, 256),
     "101M": ({}, 2048),
 }
 PEERS = ("MeZO eager (re-expressed)", "HiZOO eager (re-expressed)")
@@ -126,12 +129,14 @@ def measure(
     device: str = "cpu",
     tokens: int = 2048,
     rounds: int = 7,
+    budget_s: float = 0.5,
     peers: Sequence[str] | None = None,
     model: nn.Module | None = None,
 ) -> StepCase:
     """Times of one dtype and thread count, and the ratio of each step to the two forward passes.
 
-    ``peers`` are parts of the eager loops' names; none where empty, all where None.
+    There are at least ``rounds`` rounds, and as many more (100 in all) as ``budget_s`` seconds allow. ``peers`` are
+    parts of the eager loops' names; none where empty, all where None.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -154,6 +159,9 @@ def measure(
         opt = MeZO(parameters, lr=1e-7, distribution=DISTRIBUTION[dtype], perturb=perturb)
         opt.step(closure)  # a first step looks for hidden uses of parameters
         calls[f"leanops MeZO, {perturb}"] = lambda opt=opt: opt.step(closure)  # type: ignore[misc]
+    defaults = MeZO(parameters, lr=1e-7)
+    defaults.step(closure)
+    calls["leanops MeZO, defaults"] = lambda: defaults.step(closure)
     mezo_eager, hizoo_eager = PEERS
     if wanted(mezo_eager, peers):
         calls[mezo_eager] = lambda: eager_step(parameters, closure, 1e-3, 1e-7)
@@ -163,7 +171,7 @@ def measure(
     if wanted(hizoo_eager, peers):
         curvatures = [torch.ones_like(p) for p in parameters]
         calls[hizoo_eager] = lambda: eager_hizoo_step(parameters, curvatures, closure, 1e-3, 1e-7, 1e-8)
-    taken = interleave(calls, device=device, budget_s=0.5, rounds=(rounds, 100))
+    taken = interleave(calls, device=device, budget_s=budget_s, rounds=(rounds, 100))
     base = taken.seconds["two forward passes"]
     rows = []
     for name, samples in taken.seconds.items():
@@ -191,7 +199,8 @@ def run(
     pairs: Sequence[tuple[str, int]], settings: Settings, progress: Progress, command: Sequence[str] = ()
 ) -> StepResults:
     """Measure each dtype and thread count of ``pairs``, which :func:`plan` makes from the settings."""
-    before, rounds = torch.get_num_threads(), 3 if settings.quick else 7
+    before = torch.get_num_threads()
+    rounds, budget_s = (3, 0.5) if settings.quick else (7, 15.0)
     options, tokens = SIZES[settings.size]
     progress.start(len(pairs))
     cases = []
@@ -205,6 +214,7 @@ def run(
                     device=settings.device,
                     tokens=tokens,
                     rounds=rounds,
+                    budget_s=budget_s,
                     peers=settings.peers,
                     model=Transformer(**options),
                 )
