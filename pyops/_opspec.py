@@ -7,7 +7,7 @@ of it.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, Generic, Protocol
@@ -36,6 +36,11 @@ class Cost:
     written: int  # bytes of memory
     flops: int = 0  # counted multiplications and additions of matrix products
     flops_dtype: torch.dtype | None = None
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """The bytes that some tensors hold, for a :class:`Cost`."""
+    return sum(t.nbytes for t in tensors)
 
 
 @dataclass(frozen=True)

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
-from leanops._registry import Cost, OpSpec, late, register
+from leanops._registry import Cost, OpSpec, bytes_of, late, register
 from leanops.common.dtypes import FLOATS
 from leanops.sm3 import checks, reference
 from leanops.sm3.calls import Step
 
 
-def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
 def _cost(call: Step) -> Cost:
     """Weights, covers and momenta are read and written once, gradients read."""
-    kept = sum(map(_bytes, (call.params, call.covers, call.momenta, call.scales)))
-    return Cost(read=kept + _bytes(call.grads), written=kept)
+    kept = sum(map(bytes_of, (call.params, call.covers, call.momenta, call.scales)))
+    return Cost(read=kept + bytes_of(call.grads), written=kept)
 
 
 register(

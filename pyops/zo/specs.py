@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from leanops._registry import Autograd, Cost, Loader, OpSpec, late, register
+from leanops._registry import Autograd, Cost, Loader, OpSpec, bytes_of, late, register
 from leanops.common.dtypes import FLOATS
 from leanops.zo import checks, reference
 from leanops.zo.autograd import linear_backward, linear_setup_context
@@ -20,10 +18,6 @@ def _backends(name: str) -> dict[str, Loader]:
     return {backend: late(f"leanops.zo.{backend}", name) for backend in ("triton", "nvrtc")}
 
 
-def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
 register(
     OpSpec(
         name="zo_noise_",
@@ -33,7 +27,7 @@ register(
         fake=lambda call: None,
         check=checks.noise_in_place,
         inputs=late("leanops.zo.cases", "NOISE_IN_PLACE"),
-        cost=lambda call: Cost(read=0, written=_bytes([call.out])),
+        cost=lambda call: Cost(read=0, written=bytes_of([call.out])),
         dtypes=FLOATS,
         exact=True,
         backends=_backends("zo_noise_"),
@@ -48,6 +42,11 @@ def _zo_noise(call: Noise) -> Tensor:
     return out
 
 
+def _noise_cost(call: Noise) -> Cost:
+    dtype = torch.get_default_dtype() if call.dtype is None else call.dtype
+    return Cost(read=0, written=dtype.itemsize * torch.Size(call.shape).numel())
+
+
 register(
     OpSpec(
         name="zo_noise",
@@ -59,7 +58,7 @@ register(
         fake=lambda call: torch.empty(call.shape, dtype=call.dtype, device=call.device),
         check=checks.noise,
         inputs=late("leanops.zo.cases", "NOISE"),
-        cost=lambda call: Cost(read=0, written=4 * torch.Size(call.shape).numel()),
+        cost=_noise_cost,
         dtypes=FLOATS,
         exact=True,
     )
@@ -81,7 +80,7 @@ register(
         fake=lambda call: None,
         check=checks.axpy,
         inputs=late("leanops.zo.cases", "AXPY"),
-        cost=lambda call: Cost(read=_bytes(call.tensors), written=_bytes(call.tensors)),
+        cost=lambda call: Cost(read=bytes_of(call.tensors), written=bytes_of(call.tensors)),
         dtypes=FLOATS,
         exact=True,
         backends=_backends("zo_axpy_"),
@@ -98,7 +97,7 @@ register(
         fake=lambda call: None,
         check=checks.axpy_into,
         inputs=late("leanops.zo.cases", "AXPY_INTO"),
-        cost=lambda call: Cost(read=_bytes(call.out), written=_bytes(call.out)),
+        cost=lambda call: Cost(read=bytes_of(call.out), written=bytes_of(call.out)),
         dtypes=FLOATS,
         exact=True,
         backends=_backends("zo_axpy_into_"),
@@ -124,7 +123,7 @@ def _linear_cost(call: Linear) -> Cost:
     tokens = x.numel() // max(x.shape[-1], 1)
     tensors = [t for t in (x, call.x_minus, weight, call.bias) if t is not None]
     written = 2 * tokens * weight.shape[0] * x.element_size()
-    return Cost(_bytes(tensors), written, flops=4 * tokens * weight.numel(), flops_dtype=x.dtype)
+    return Cost(bytes_of(tensors), written, flops=4 * tokens * weight.numel(), flops_dtype=x.dtype)
 
 
 register(

@@ -10,6 +10,7 @@ import torch
 from common.oracle import KNOWN_PHILOX
 
 import leanops as lo
+from leanops import _registry
 from leanops.common import streams
 from leanops.common.philox import philox
 from leanops.common.rounding import rounding_bits
@@ -22,6 +23,13 @@ N = 1 << 20
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN_PHILOX)
 def test_philox_gives_the_published_words(counter, key, words):
     assert [int(w) for w in philox(counter, key)] == [int(word, 16) for word in words.split()]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64])
+def test_the_cost_of_noise_is_the_bytes_of_its_dtype(dtype):
+    spec = _registry.spec("zo_noise")
+    call = spec.bind((3, 5), 7, dtype=dtype)
+    assert spec.cost(call).written == spec.op(*call).nbytes
 
 
 def test_the_signs_are_the_bits_of_philox():
