@@ -18,27 +18,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from leanops.common.checks import as_list, is_integer
+from leanops.common.philox import MASK, rounds
 from leanops.common.streams import STEP_SEEDS
 
 RULE = "philox4x32-10(step,direction,3)"
 
-_MASK = 0xFFFFFFFF
 
-
-def _philox(c0: Any, c1: Any, c2: Any, c3: Any, key: int) -> tuple[Any, Any]:
-    """The first two words, for Python integers or uint64 arrays (a product of two words fits 64 bits)."""
-    k0, k1 = key & _MASK, (key >> 32) & _MASK
-    for _ in range(10):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32) ^ c3 ^ k1, p0 & _MASK
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return c0, c1
+def _seed(base: int, step: Any, direction: Any, stream: Any) -> Any:
+    low, high, *_ = rounds((step & MASK, step >> 32, direction, stream), (base & MASK, (base >> 32) & MASK))
+    return low | (high << 32)
 
 
 def derive(base: int, step: int, direction: int = 0, *, stream: int = STEP_SEEDS) -> int:
     """The 64-bit seed of one direction of one step."""
-    low, high = _philox(step & _MASK, step >> 32, direction, stream, base)
-    return int(low | (high << 32))
+    return int(_seed(base, step, direction, stream))
 
 
 def derive_many(
@@ -47,8 +40,8 @@ def derive_many(
     """:func:`derive` for many steps at once, as int64 with the same bits: what ``zo_axpy_`` takes as a seed tensor."""
     counter = np.asarray(steps, dtype=np.uint64)
     zero = np.zeros_like(counter)
-    low, high = _philox(counter & _MASK, counter >> 32, zero + direction, zero + stream, base)
-    return (low | (high << 32)).view(np.int64)
+    derived: NDArray[np.int64] = _seed(base, counter, zero + direction, zero + stream).view(np.int64)
+    return derived
 
 
 def check(op: str, seed: int) -> int:
