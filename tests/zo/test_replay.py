@@ -107,7 +107,7 @@ def test_replay_refuses_other_parameters_and_changes_nothing() -> None:
     named = dict(start.named_parameters())
     with pytest.raises(LogError, match=r"not there: 3\.bias"):
         replay_({n: p for n, p in named.items() if n != "3.bias"}, opt.log)
-    with pytest.raises(LogError, match="has 4 parameters, got 3"):
+    with pytest.raises(LogError, match="must be the log's 4 parameters, or have names, got 3 tensors"):
         replay_(list(named.values())[:3], opt.log)
     with pytest.raises(LogError, match=r"3\.bias must be float32 \[1\], got float32 \[2\]"):
         replay_({**named, "3.bias": torch.zeros(2)}, opt.log)
