@@ -25,7 +25,7 @@ from leanops.optim.zo.strategy import Strategy
 
 MODES = ("auto", "scratch", "copy", "inplace")
 # auto is copy up to so many elements. By leanops mezo-step --size in fp32 a copy takes 0.53 of the time of scratch at
-# 37K elements, 0.97 at 8.3M (docs/results/mezo_step_sizes.md)
+# 37K elements, 0.97 at 8.3M, 1.09 at 29.6M (docs/results/mezo_step_sizes.md)
 SMALL = 1 << 23
 
 
