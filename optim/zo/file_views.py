@@ -1,7 +1,8 @@
-"""Which elements of a model's parameters the tensors of its file hold.
+"""How the tensors of a model's file lie in the model's parameters.
 
-A conversion between the two, such as the one that splits fused experts into a tensor each, is followed on tensors that
-have no data. What comes out is a strided view of a parameter; where it is not, the conversion of indices tells.
+Saving converts parameters into tensors: it splits fused experts into a tensor each, for example. The conversion runs
+once on tensors without data, and :class:`ViewTrace` notes which view of which parameter each result is. Where a result
+is no strided view, a conversion of indices shows which elements it has.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class View(NamedTuple):
 class Group:
     """Parameters of the model, and the tensors of the file that together hold their elements, each element once.
 
-    A tensor has a view where there is one parameter and the conversion allows it, else None: then ``indices`` gives for
-    each tensor the indices of its elements in the parameters laid one after another.
+    A tensor's view is None where there are several parameters, or where the conversion gives no view. Then ``indices``
+    gives for each tensor the indices of its elements in the parameters laid one after another.
     """
 
     parameters: dict[str, Shape]
@@ -62,15 +63,15 @@ def alone(name: str, shape: Sequence[int]) -> Group:
     return Group({name: tuple(shape)}, {name: View(tuple(shape), strides_of(shape), 0)})
 
 
-class Trace(TorchFunctionMode):
-    """Follows tensors on the meta device through functions of torch: from which of them a result comes, and as which
-    view where it is one."""
+class ViewTrace(TorchFunctionMode):
+    """Follows tensors on the meta device through functions of torch. It notes which of them a result comes from, and
+    which view of them it is."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self._alive: list[Tensor] = []  # a storage that is freed could give its identity to another one
-        self._sources: dict[int, frozenset[str]] = {}
-        self._copied: dict[int, tuple[Shape, View] | None] = {}  # of which a storage is a contiguous copy
+        self._alive: list[Tensor] = []  # so that no new storage gets the identity of a freed one
+        self._sources: dict[int, frozenset[str]] = {}  # storage -> names of the tensors that its elements are from
+        self._copied: dict[int, tuple[Shape, View] | None] = {}  # storage -> shape and view that it holds contiguously
         for name, t in tensors.items():
             view = View(tuple(t.shape), t.stride(), 0)
             self._note(t, frozenset([name]), (tuple(t.shape), view))
@@ -96,7 +97,7 @@ class Trace(TorchFunctionMode):
         return self._sources.get(_storage(t), frozenset())
 
     def view(self, t: Tensor) -> View | None:
-        """A tensor as a view of its only source, None where it is no view that can be told."""
+        """A tensor as a view of its only source; None where it is not known to be one."""
         if (copied := self._copied.get(_storage(t))) is None:
             return None
         shape, inner = copied

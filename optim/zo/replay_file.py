@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leanops.common.dtypes import dtype_name
 from leanops.optim.zo.checkpoint import Checkpoint, Transfer
 from leanops.optim.zo.file_views import Group, Shape, alone
 from leanops.optim.zo.log import LogError, ZoLog
@@ -25,8 +26,8 @@ from leanops.optim.zo.update import Update
 from leanops.optim.zo.whole_files import check_new_folder
 from leanops.zo import columns_of
 
-_SLICE = 1 << 22  # elements of a tensor in memory at a time
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+_SLICE = 1 << 22  # elements of 8 bytes in memory at a time
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}  # of safetensors
 Progress = Callable[[int, int], None]
 
 
@@ -90,7 +91,7 @@ def replay_file(
 
 @dataclass(frozen=True)
 class _Move:
-    """How a parameter moves: its shape, its entry in the log or that of the parameter it is tied to, its updates."""
+    """How a parameter moves. ``entry`` is its entry in the log, or that of the parameter that it is tied to."""
 
     shape: Shape
     entry: Mapping[str, Any]
@@ -122,7 +123,7 @@ def _parts(
         shape = group.parameters[name]
         for file in group.tensors:
             stored = checkpoint.tensors[file].dtype
-            dtype = next((k for k, v in _DTYPES.items() if v == stored), stored)
+            dtype = dtype_name(_DTYPES[stored]) if stored in _DTYPES else stored
             check_fits(checkpoint.name, entries[i], list(shape), dtype)
         part = parts.setdefault(id(group), _Part(group, {}))
         part.moves[name] = _Move(shape, entries[ties.get(i, i)], moved[i])
@@ -155,7 +156,7 @@ def _groups(
         why = "the rules of transformers for its config.json lead to no tensor of the file"
     wanted, known = names_of("replay_file", log, moved, names, tensors)
     if absent := [name for name in wanted.values() if name not in tensors]:
-        missing = min(missing or absent, absent, key=len)
+        missing = min(missing or absent, absent, key=len)  # from the attempt that found more of the parameters
         why += f"; {len(missing) - 1} more are missing" if len(missing) > 1 else ""
         raise LogError(
             f"{checkpoint.name}: the log moves parameter {missing[0]}, which is not in the file ({why}). Give the "
@@ -195,21 +196,21 @@ class _Replay:
                 self._assemble(part)
 
     def _stream(self, name: str, move: _Move | None, offset: int) -> None:
-        """A tensor slice by slice; its elements follow one another in the parameter, from ``offset`` on."""
+        """Write a tensor slice by slice. Its elements follow one another in the parameter, from ``offset`` on."""
         tensor = self.checkpoint.tensors[name]
         step = _SLICE * 8
         for start in range(0, tensor.nbytes, step):
             data = self.transfer.read(tensor, start, min(step, tensor.nbytes - start))
             if move is not None:
-                flat = torch.frombuffer(data, dtype=_dtype(tensor.dtype))  # writes into `data`
+                flat = torch.frombuffer(data, dtype=_DTYPES[tensor.dtype])  # writes into `data`
                 self._move(move, flat, offset + start // flat.element_size())
             self._write(tensor, data, start)
 
     def _assemble(self, part: _Part) -> None:
-        """Parameters that their conversion has mixed or transposed: made whole, moved, converted again."""
+        """Move parameters that their conversion mixes or transposes, as wholes, and convert them again."""
         group = part.group
         stored = {name: self.checkpoint.tensors[name] for name in group.tensors}
-        dtype = _dtype(next(iter(stored.values())).dtype)
+        dtype = _DTYPES[next(iter(stored.values())).dtype]
         whole = torch.empty(sum(map(math.prod, group.parameters.values())), dtype=dtype, device="cpu")
         indices = group.indices() if None in group.tensors.values() else {}
         for name, tensor in stored.items():
@@ -238,7 +239,3 @@ class _Replay:
         self.done += len(data)
         if self.progress is not None:
             self.progress(self.done, self.total)
-
-
-def _dtype(name: str) -> torch.dtype:
-    return next(getattr(torch, k) for k, v in _DTYPES.items() if v == name)

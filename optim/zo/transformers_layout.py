@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanops.optim.zo.file_views import Group, Shape, Trace
+from leanops.optim.zo.file_views import Group, Shape, ViewTrace
 from leanops.optim.zo.log import LogError
 
 Revert = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # the model's state_dict -> the file's
@@ -35,7 +35,7 @@ class Layout:
     def __init__(self, groups: Iterable[Group], prefix: str) -> None:
         self._groups = {name: group for group in groups for name in group.parameters}
         # a base model's parameters have a prefix in the model for a task, and none by themselves
-        self._aliases = {_other(name, prefix): name for name in self._groups} if prefix else {}
+        self._aliases = {_toggle_prefix(name, prefix): name for name in self._groups} if prefix else {}
 
     @property
     def names(self) -> list[str]:
@@ -70,16 +70,16 @@ def layout(folder: Path, shapes: Mapping[str, Shape]) -> Layout:
             model = _empty_model(transformers, architecture, folder)
             revert = _revert(transformers, model, shapes)
             state = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in model.state_dict().items()}
-            trace = Trace(state)
+            trace = ViewTrace(state)
             with trace:
                 files = revert(state)
         except NoLayout:
             raise
         except Exception as error:  # a configuration that does not fit, or another version's rules, can raise anything
             version = transformers.__version__
-            raise NoLayout(f"transformers {version} does not tell of {architecture}: {_line(error)}") from error
+            raise NoLayout(f"transformers {version} gives no layout of {architecture}: {_line(error)}") from error
     prefix = str(getattr(model, "base_model_prefix", ""))
-    in_file = {n: n if n in shapes or _other(n, prefix) in files else _other(n, prefix) for n in files}
+    in_file = {n: n if n in shapes or _toggle_prefix(n, prefix) in files else _toggle_prefix(n, prefix) for n in files}
     converted = {in_file[n]: tuple(t.shape) for n, t in files.items()}
     groups = (
         _group(parameters, names, state, files, trace, revert, in_file) for parameters, names in _parts(files, trace)
@@ -93,7 +93,7 @@ def layout(folder: Path, shapes: Mapping[str, Shape]) -> Layout:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of transformers and of what it imports: what matters becomes an error here."""
+    """A context without the warnings of transformers and of its imports. A problem becomes an error of this module."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -146,12 +146,12 @@ def _revert(transformers: Any, model: Any, names: Iterable[str]) -> Revert:
     return revert
 
 
-def _other(name: str, prefix: str) -> str:
-    """A name with the prefix where it lacks it, without it where it has it."""
+def _toggle_prefix(name: str, prefix: str) -> str:
+    """A name without the prefix if it has it, else with it."""
     return name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}"
 
 
-def _parts(files: Mapping[str, Tensor], trace: Trace) -> list[tuple[list[str], list[str]]]:
+def _parts(files: Mapping[str, Tensor], trace: ViewTrace) -> list[tuple[list[str], list[str]]]:
     """Parameters and tensors of the file that belong together: the names of each."""
     owner: dict[str, tuple[list[str], list[str]]] = {}  # parameter -> its part
     for file, t in files.items():
@@ -172,7 +172,7 @@ def _group(
     names: list[str],
     state: Mapping[str, Tensor],
     files: Mapping[str, Tensor],
-    trace: Trace,
+    trace: ViewTrace,
     revert: Revert,
     in_file: Mapping[str, str],
 ) -> Group:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from leanops.bench import cli
 from leanops.optim import LogError, MeZO, ZoLog, replay_, replay_file
 from leanops.optim.zo import replay_file as replay_file_module
-from leanops.optim.zo.file_views import Trace, View
+from leanops.optim.zo.file_views import View, ViewTrace
 from leanops.optim.zo.transformers_layout import layout
 
 transformers = pytest.importorskip("transformers", minversion="5", reason="needs transformers 5")
@@ -296,7 +296,7 @@ def test_the_error_says_what_would_help(tmp_path: Path, monkeypatch: pytest.Monk
     wanted = {
         "has no MyViT": {**config, "architectures": ["MyViT"]},
         "names no architecture": {},
-        "does not tell of ViTForImageClassification: ": {**config, "hidden_size": "wide"},
+        "gives no layout of ViTForImageClassification: ": {**config, "hidden_size": "wide"},
         "lead to no tensor": {**config, "architectures": ["LlamaForCausalLM"]},
     }
     for message, text in wanted.items():
@@ -312,7 +312,7 @@ def test_the_error_says_what_would_help(tmp_path: Path, monkeypatch: pytest.Monk
         assert "has no rules for names; transformers 5 has" in refusal(base, log)
     with monkeypatch.context() as patch:
         patch.setattr("transformers.core_model_loading.rename_source_key", lambda: None)
-        assert "does not tell of ViTForImageClassification: TypeError" in refusal(base, log)
+        assert "gives no layout of ViTForImageClassification: TypeError" in refusal(base, log)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "transformers", None)
         assert "ViTForImageClassification may need transformers, which does not import: " in refusal(base, log)
@@ -357,7 +357,7 @@ CONVERSIONS = {
 @pytest.mark.parametrize("name", CONVERSIONS)
 def test_a_view_tells_the_elements(name: str) -> None:
     empty = torch.empty(A.shape, dtype=A.dtype, device="meta")
-    trace = Trace({"a": empty})
+    trace = ViewTrace({"a": empty})
     with trace:
         results = CONVERSIONS[name](empty)
     wanted = CONVERSIONS[name](A)
