@@ -156,17 +156,15 @@ def parser(version: str) -> Parser:
     )
     replay.add_argument("log", metavar="RUN.zolog")
     replay.add_argument("-o", "--out", required=True, metavar="OUT", help="a file, or a new folder where BASE is one")
-    replay.add_argument("--fused", action="store_true", help="all seeds in one pass: faster, equal to rounding only")
+    replay.add_argument("--fused", action="store_true", help="all seeds in one pass: faster; equal except for rounding")
     replay.add_argument(
         "--name",
         action="append",
         default=[],
         metavar="LOG=BASE",
-        help="a parameter's name in the log and in BASE where they differ, as of a tied weight; may be given again",
+        help="a parameter's name in the log and in BASE where they differ, as of a tied weight; may be repeated",
     )
-    replay.add_argument(
-        "--names", metavar="FILE.json", help="the same as a JSON object of names; --name has the last word"
-    )
+    replay.add_argument("--names", metavar="FILE.json", help="the same as a JSON object of names; --name overrides it")
     replay.add_argument(
         "--stop",
         type=_step,

@@ -140,8 +140,8 @@ def names_by_identity(model: nn.Module) -> dict[int, tuple[str, str]]:
 
 
 def without_wrappers(name: str) -> str:
-    """A name without the wrappers' attributes, for a caller that does not have the model. ``module`` stays, for a model
-    may have a submodule of this name."""
+    """A name without the wrappers' attributes, for a caller that does not have the model. ``module`` stays, because a
+    model may have a submodule of this name."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 

@@ -23,9 +23,11 @@ _SHOWN = 8
 def names_of(
     where: object, log: ZoLog, moved: Collection[int], names: Mapping[str, str] | None, tensors: Iterable[str]
 ) -> tuple[dict[int, str], set[str]]:
-    """id -> the tensor's name, of each parameter that moves, and all tensors that the log knows. ``names`` are the
-    caller's: the log's name -> the tensor's. A name without a tensor is given back as it is,
-    but left out where an earlier parameter has the same memory."""
+    """id -> the tensor's name, of each parameter that moves, and all tensors that the log knows.
+
+    ``names`` are the caller's: the log's name -> the tensor's. A name without a tensor is returned as it is, and left
+    out where an earlier parameter has the same memory.
+    """
     names = {} if names is None else names
     if not isinstance(names, Mapping):
         raise TypeError(f"{where}: names must be a mapping from the log's names, got {names!r}")
@@ -71,7 +73,7 @@ def match(where: object, names: Collection[str], needed: Collection[str], tensor
 
 
 def plain(name: str) -> str:
-    """A name without wrappers. A leading ``module`` goes too, for logs of DDP models were once written with it."""
+    """A name without wrappers. A leading ``module`` goes too, because older logs of DDP models have it."""
     parts = without_wrappers(name).split(".")
     while len(parts) > 1 and parts[0] == "module":
         parts = parts[1:]

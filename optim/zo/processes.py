@@ -25,7 +25,7 @@ def _group_of_ddp(model: nn.Module | None) -> Any:
     return groups[0] if groups else None
 
 
-def _several_processes() -> int:
+def _world_size() -> int:
     """The number of processes in the world; 1 if torch.distributed is not initialised."""
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
@@ -63,11 +63,11 @@ class Reduction:
         """ValueError where the weights of several processes would drift apart, each moved by the g of its own data."""
         if self.group is not None or self._parallel == "none" or any(map(is_sharded, params)):
             return
-        if (world := _several_processes()) > 1:
+        if (world := _world_size()) > 1:
             raise ValueError(
-                f"MeZO: process_group must be given in a world of {world} processes, for without it their weights "
-                "drift apart; give process_group=torch.distributed.group.WORLD, or a DistributedDataParallel as "
-                "model=; parallel='none' makes every process a run of its own"
+                f"MeZO: process_group must be given in a world of {world} processes, because without it their "
+                "weights drift apart; give process_group=torch.distributed.group.WORLD, or a DistributedDataParallel "
+                "as model=; parallel='none' makes every process a run of its own"
             )
 
     def use(self, slots: Sequence[Slot]) -> None:
@@ -96,8 +96,8 @@ class Reduction:
         return self._parallel != "direction" or self._rank == 0
 
     def __call__(self, values: list[float]) -> list[float]:
-        """Of ``"data"``, the mean over the processes. Of ``"direction"``, the sum: a process has 0 for a direction that
-        another one evaluates."""
+        """With ``"data"``, the mean over the processes. With ``"direction"``, the sum: a process has 0 for a direction
+        that another process evaluates."""
         if self.group is None:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self._device)

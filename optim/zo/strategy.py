@@ -221,7 +221,7 @@ class Fzoo(OneSided):
 
     def check(self) -> None:
         if self.directions < 2:
-            raise ValueError("MeZO: fzoo needs at least 2 directions, for it divides by the deviation of their losses")
+            raise ValueError("MeZO: fzoo needs at least 2 directions, because it divides by their losses' deviation")
 
     def points(self, directions: Sequence[int], is_first: bool) -> list[Point]:
         return [*((k, 1) for k in directions), *([THETA] if is_first else [])]

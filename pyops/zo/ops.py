@@ -52,7 +52,7 @@ def _no_tangents(op: str, **tensors: Tensor | None) -> None:
     derivative would be zero."""
     for name, t in tensors.items():
         if isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None:
-            raise NotImplementedError(f"{op}: {name} must have no tangent, for only the backward is known")
+            raise NotImplementedError(f"{op}: {name} must have no tangent, because only the backward is known")
 
 
 def columns_of(shape: Sequence[int]) -> int:
