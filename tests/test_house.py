@@ -6,11 +6,11 @@ import ast
 import re
 from pathlib import Path
 
+from families import FAMILIES, ROOT
+
 from leanops import info
 
-ROOT = Path(__file__).parent.parent
 PACKAGES = {"autotune": "leanops.autotune", "pyops": "leanops", "optim": "leanops.optim", "bench": "leanops.bench"}
-FAMILIES = [p.name for p in (ROOT / "pyops").iterdir() if (p / "specs.py").exists()]
 
 
 def imports(path: Path) -> list[tuple[str, int]]:

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from families import FAMILIES, ROOT
 
 import leanops
 
-ROOT = Path(__file__).parent.parent
 FOLDERS = ("autotune", "pyops", "optim", "bench")
-FAMILIES = sorted(p.parent.name for p in (ROOT / "pyops").glob("*/specs.py"))
 FLOORS = (
     "autotune",
     "pyops/common",  # with the skeleton: _opspec.py, _registry.py and _native.py
