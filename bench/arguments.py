@@ -58,6 +58,23 @@ def _counts(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, words)))
 
 
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        rates = tuple(dict.fromkeys(map(float, _words(text))))
+    except ValueError:
+        rates = ()
+    if not rates or not all(0 < rate < float("inf") for rate in rates):
+        raise argparse.ArgumentTypeError(f"must be positive numbers, got {text}")
+    return rates
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    words = _words(text)
+    if not words or not all(word.isascii() and word.isdecimal() for word in words):
+        raise argparse.ArgumentTypeError(f"must be numbers, 0 or more, got {text}")
+    return tuple(dict.fromkeys(map(int, words)))
+
+
 def _peers(text: str) -> tuple[str, ...] | None:
     return {"all": None, "none": ()}.get(text, _words(text))
 
@@ -129,7 +146,23 @@ def parser(version: str) -> Parser:
     )
     training.add_argument("--tokens", type=int, metavar="N", help="tokens that each method trains on")
     training.add_argument("--seed", type=int, metavar="N", help="seed of the weights and of the order of the text (0)")
-    training.add_argument("--folder", help="finished work, from which a killed run continues (results/convergence)")
+    training.add_argument(
+        "--size", choices=("small", "usual"), default="usual", help="0.86M parameters and 400 steps, or 10.8M (usual)"
+    )
+    training.add_argument(
+        "--rates",
+        type=_rates,
+        default=(),
+        metavar="RATES",
+        help="comma-separated: train SM3's momenta and AdamW at each rate with each seed, without tuning",
+    )
+    training.add_argument("--seeds", type=_seeds, default=(0,), help="with --rates, comma-separated (0)")
+    training.add_argument(
+        "--jobs", type=_count, default=1, metavar="N", help="with --rates, processes that train at the same time (1)"
+    )
+    training.add_argument(
+        "--folder", help="finished work, from which a killed run continues (results/convergence; with --rates ...-grid)"
+    )
     _add_formats(training, ("json", "html", "svg", "markdown"), "results/convergence.json, .html and .svg")
 
     agreement = commands.add_parser(

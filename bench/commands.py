@@ -119,15 +119,48 @@ def step(options: argparse.Namespace) -> int:
     return 0
 
 
+def _grid(options: argparse.Namespace) -> int:
+    """``convergence --rates``."""
+    from leanops.bench.convergence import experiment, grid
+    from leanops.bench.convergence.methods import GRID_METHODS
+    from leanops.bench.convergence.settings import Settings
+
+    formats = "results are written as JSON and Markdown"
+    for name, why in (("html", formats), ("svg", formats), ("seed", "the seeds are those of --seeds")):
+        if getattr(options, name) is not None:
+            raise CommandError(f"leanops convergence: --{name} must not be given with --rates: {why}")
+    make = Settings.quick if options.quick else Settings.small if options.size == "small" else Settings
+    tokens = {} if options.tokens is None else {"tokens": options.tokens}
+    settings = make(threads=options.threads or 1, device=options.device, **tokens)
+    for seed in options.seeds:
+        replace(settings, seed=seed).check()
+    experiment.chosen(options.only, GRID_METHODS)
+    work = grid.Work(settings, options.only, options.seeds, options.rates, options.jobs)
+    folder = Path(options.folder or "results/convergence-grid")
+    writers: Writers[grid.GridResults] = {"json": report.write_json, "markdown": grid.write_markdown}
+    task = Task(
+        name="convergence-grid",
+        run=lambda bar: grid.run(work, folder, bar, sys.argv),
+        show=grid.print_table,
+        writers=writers,
+        usual=("json", "markdown"),
+    )
+    task.perform(options)
+    return 0
+
+
 def convergence(options: argparse.Namespace) -> int:
     from leanops.bench.convergence import experiment, plot, summary
     from leanops.bench.convergence.results import TrainingResults
     from leanops.bench.convergence.settings import Settings
 
+    if options.rates:
+        return _grid(options)
     chosen = {name: getattr(options, name) for name in ("tokens", "seed") if getattr(options, name) is not None}
     threads = 1 if options.quick else fingerprint.cores()  # a small model is not faster with two
     chosen |= {"threads": options.threads or threads, "device": options.device}
-    settings = Settings.quick(**chosen) if options.quick else Settings(**chosen)
+    make = Settings.quick if options.quick else Settings.small if options.size == "small" else Settings
+    settings = make(**chosen)
     settings.check()
     experiment.chosen(options.only)
     folder = Path(options.folder or ("results/convergence-quick" if options.quick else "results/convergence"))

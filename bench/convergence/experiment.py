@@ -37,15 +37,15 @@ from leanops.bench.typed_json import from_json
 CHECKPOINT_S = 120.0
 
 
-def chosen(only: str) -> list[Method]:
+def chosen(only: str, methods: Sequence[Method] = METHODS) -> list[Method]:
     """The methods whose key or label matches somewhere."""
     try:
         matches = re.compile(only).search
     except re.error as error:
         raise ValueError(f"leanops convergence: --only must be a regular expression, got {only}: {error}") from None
-    found = [m for m in METHODS if matches(m.key) or matches(m.label)]
+    found = [m for m in methods if matches(m.key) or matches(m.label)]
     if not found:
-        raise ValueError(f"leanops convergence: --only matches none of {', '.join(m.key for m in METHODS)}, got {only}")
+        raise ValueError(f"leanops convergence: --only matches none of {', '.join(m.key for m in methods)}, got {only}")
     return found
 
 
@@ -59,7 +59,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     part.replace(path)
 
 
-def identity(settings: Settings, text: corpus.Text) -> dict[str, Any]:
+def identity(settings: Settings, text: corpus.Text, schema: str = TrainingResults.SCHEMA) -> dict[str, Any]:
     """All that must be the same when a run is continued."""
     import leanops.optim
 
@@ -72,7 +72,6 @@ def identity(settings: Settings, text: corpus.Text) -> dict[str, Any]:
     hashes = {name: fingerprint.source_hash(files) for name, files in sources.items()}
     mark: dict[str, Any] = fingerprint.fingerprint(settings.device, hashes)
     mark["software"] = {**mark["software"], "transformers": fingerprint.package_version("transformers")}
-    schema = TrainingResults.SCHEMA
     whole = {"schema": schema, "settings": asdict(settings), "text": asdict(text.facts()), "fingerprint": mark}
     return dict(json.loads(json.dumps(whole)))  # lists for tuples, as a file gives them back
 

@@ -52,9 +52,10 @@ def _adafactor(params: Iterable[Tensor], lr: float) -> Optimizer:
     return torch.optim.Adafactor(params, lr=lr)
 
 
-def _sm3(momentum: float, dtype: torch.dtype | None = None) -> Make:
+def _sm3(momentum: float, dtype: torch.dtype | None = None, cover_warmup: int = 0, momentum_on: str = "update") -> Make:
     def make(params: Iterable[Tensor], lr: float) -> Optimizer:
-        return SM3(params, lr=lr, momentum=momentum, momentum_dtype=dtype)
+        options: dict[str, Any] = {"momentum_dtype": dtype, "cover_warmup": cover_warmup, "momentum_on": momentum_on}
+        return SM3(params, lr=lr, momentum=momentum, **options)
 
     return make
 
@@ -79,6 +80,18 @@ METHODS = (
     Method("sm3-lisa", "SM3 + LISA", _sm3(0.9, torch.float32), _SM3_RATES, _lisa, "momentum 0.9 fp32, 2 blocks train"),
     Method("sm3-hft", "SM3 + half fine-tuning", _sm3(0.9, torch.float32), _SM3_RATES, _half,
            "momentum 0.9 fp32, half of the matrices train"),
+)  # fmt: skip
+
+_GRADIENT = "gradient_unpublished"
+_FP32 = torch.float32
+# for a comparison of SM3's momenta and first steps at every rate
+GRID_METHODS = (
+    *(m for m in METHODS if m.key in (BASELINE, "sm3-none", "sm3-fp32")),
+    Method("sm3-none-covers", "SM3, no momentum, cover_warmup 10", _sm3(0.0, None, 10), _SM3_RATES),
+    Method("sm3-fp32-covers", "SM3, momentum fp32, cover_warmup 10", _sm3(0.9, _FP32, 10), _SM3_RATES),
+    Method("sm3-gradient", "SM3, momentum fp32 of the gradient", _sm3(0.9, _FP32, 0, _GRADIENT), _SM3_RATES),
+    Method("sm3-gradient-covers", "SM3, momentum fp32 of the gradient, cover_warmup 10",
+           _sm3(0.9, _FP32, 10, _GRADIENT), _SM3_RATES),
 )  # fmt: skip
 
 
