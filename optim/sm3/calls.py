@@ -34,7 +34,7 @@ from leanops.optim.sm3.options import (
 )
 from leanops.optim.sm3.refusals import check_step, is_plain
 from leanops.optim.sm3.sharding import combine_column_covers, local_gradient
-from leanops.optim.sm3.state import Part, State, average_of_ones, complete, number, part_of
+from leanops.optim.sm3.state import Part, State, complete, new_momentum_weights, number, part_of
 from leanops.optim.sm3.warmup import are_warming, is_over
 
 OPERATOR = _registry.spec("sm3_step_")
@@ -79,7 +79,7 @@ class Call:
         state_tensors = list(chain.from_iterable(lists))
         self._step_device = device_of_step(group, device)
         self._steps = self._shared(states, "step")
-        self._sums = self._shared(states, "momentum_weight") if of_gradient else None
+        self._momentum_weights = self._shared(states, "momentum_weight") if of_gradient else None
         if any(map(Tensor.is_inference, state_tensors)) and not torch.is_inference_mode_enabled():
             raise RuntimeError("SM3: state that torch.inference_mode() made cannot be written outside of it; clone it")
         self.plain = is_plain(self._locals) and is_plain(state_tensors)
@@ -164,11 +164,11 @@ class Call:
             grads = [local_gradient(p, g) for p, g in zip(self._params, grads, strict=True)]
         lr, factors = rate(group["lr"], self.device), None
         if self.warming:
-            options, lr = warming_options(group), _no_rate()
+            options, lr = warming_options(group), torch.zeros((), dtype=torch.float64, device="cpu")
         else:
             options = options_of(group)
-        if self._sums is not None:
-            self._next_sums, factors = average_of_ones(self._sums, options.momentum)
+        if self._momentum_weights is not None:
+            self._next_weights, factors = new_momentum_weights(self._momentum_weights, options.momentum)
         return (
             self._weights,
             grads,
@@ -192,9 +192,9 @@ class Call:
             OPERATOR.op(*arguments)
         taken = None if found_inf is None else found_inf.to(self._step_device).reshape(()) == 0
         self._steps.add_(1 if taken is None else taken.float())
-        if self._sums is not None:
-            new = self._next_sums
-            self._sums.copy_(new if taken is None else torch.where(taken, new, self._sums))
+        if self._momentum_weights is not None:
+            new = self._next_weights
+            self._momentum_weights.copy_(new if taken is None else torch.where(taken, new, self._momentum_weights))
 
     def columns(self, state: Mapping[Any, State]) -> Iterator[tuple[Any, Tensor, bool]]:
         """For each parameter whose rows several processes share: their group, the covers of its other axes as int32,
@@ -208,10 +208,6 @@ class Call:
 def _choices(group: Group) -> tuple[Any, ...]:
     """The options of a group that decide which state a call has."""
     return bool(group["momentum"]), group["momentum_on"], group["cover_warmup"]
-
-
-def _no_rate() -> Tensor:
-    return torch.zeros((), dtype=torch.float64, device="cpu")
 
 
 def _is_large(entry: Any) -> bool:
@@ -243,7 +239,7 @@ class Plan:
             for place, (p, g) in enumerate(zip(group["params"], gs, strict=True)):
                 if g is None or id(p) in seen:
                     continue
-                seen.add(id(p))  # a parameter that comes twice, of which torch warns, moves once
+                seen.add(id(p))  # a parameter that comes twice moves once; torch warns of it
                 name = name_of(group, place, position + place)
                 check_step(name, p, g)
                 part = part_of("SM3", name, p)

@@ -26,7 +26,7 @@ from leanops.optim.sm3.options import (
     warming_options,
 )
 from leanops.optim.sm3.refusals import check_step
-from leanops.optim.sm3.state import average_of_ones, complete, number
+from leanops.optim.sm3.state import complete, new_momentum_weights, number
 from leanops.optim.sm3.warmup import are_warming, is_over
 
 _live: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
@@ -59,16 +59,16 @@ def _momentum(like: Tensor, optimizer: str, group: int) -> Tensor:
 
 
 def _warming_lr(steps: Tensor, optimizer: str, group: int) -> Tensor:
-    """The rate of a step that fills covers, which is 0. After the last one the graph does not fit: it has the
-    optimizer's name as a constant, and the optimizer takes another."""
+    """The rate of a step that fills covers, 0. After the last such step the optimizer takes another key. The graph has
+    the old key as a constant, so the next step compiles anew."""
     own = _live[optimizer]
     if own._key == optimizer and is_over(_group(optimizer, group), steps, 1):
         own._key = enlist(own)
     return torch.zeros((), dtype=torch.float64, device="cpu")
 
 
-def _weights(weights: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
-    return average_of_ones(weights, momentum.item())
+def _momentum_weights(weights: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
+    return new_momentum_weights(weights, momentum.item())
 
 
 def _start(like: Tensor, optimizer: str, group: int) -> Tensor:
@@ -104,10 +104,10 @@ torch.library.register_fake(
     lambda steps, optimizer, group: torch.empty((), dtype=torch.float64, device="cpu"),
     lib=_library,
 )
-_library.define("_sm3_weights(Tensor weights, Tensor momentum) -> (Tensor, Tensor)")
-_library.impl("_sm3_weights", _weights, "CompositeExplicitAutograd")
+_library.define("_sm3_momentum_weights(Tensor weights, Tensor momentum) -> (Tensor, Tensor)")
+_library.impl("_sm3_momentum_weights", _momentum_weights, "CompositeExplicitAutograd")
 torch.library.register_fake(
-    "leanops::_sm3_weights", lambda weights, momentum: (weights.clone(), weights.clone()), lib=_library
+    "leanops::_sm3_momentum_weights", lambda weights, momentum: (weights.clone(), weights.clone()), lib=_library
 )
 _library.impl("_sm3_compiled_step_", _step, "CompositeExplicitAutograd")
 torch.library.register_fake("leanops::_sm3_compiled_step_", lambda *args: None, lib=_library)
@@ -167,7 +167,7 @@ def traced_step(optimizer: Any, key: str, like: Tensor) -> None:
     position = 0
     for index, group in enumerate(groups):
         is_tensor, moves, of_gradient, count, warming = fixed[index]
-        if group["cover_warmup"] != count:  # never; a guard: another number compiles anew
+        if group["cover_warmup"] != count:  # never true: the tracer guards the number, and another one compiles anew
             raise RuntimeError("SM3: cover_warmup has changed while a step was compiled")
         lr = group["lr"] if is_tensor else torch.ops.leanops._sm3_lr(like, key, index)
         momentum = torch.ops.leanops._sm3_momentum(like, key, index) if moves else None
@@ -178,23 +178,23 @@ def traced_step(optimizer: Any, key: str, like: Tensor) -> None:
             if p.device not in devices:
                 devices.append(p.device)
         for device in devices:
-            cold = [m for m in moved[index] if m[1].device == device and m[0] in warming]
-            if cold:
-                rest = _Rest(key, index, first, device, None, None, None, False)
-                _traced_call(optimizer, group, cold, rest)
+            warming_items = [m for m in moved[index] if m[1].device == device and m[0] in warming]
+            if warming_items:
+                call_options = _CallOptions(key, index, first, device, None, None, None, False)
+                _traced_call(optimizer, group, warming_items, call_options)
             items = [m for m in moved[index] if m[1].device == device and m[0] not in warming]
             if items:
-                rest = _Rest(key, index, first, device, lr, momentum, start, of_gradient)
-                _traced_call(optimizer, group, items, rest)
+                call_options = _CallOptions(key, index, first, device, lr, momentum, start, of_gradient)
+                _traced_call(optimizer, group, items, call_options)
         position += len(group["params"])
 
 
-class _Rest(NamedTuple):
+class _CallOptions(NamedTuple):
     """The arguments of a traced call besides its parameters."""
 
     key: str
-    number: int  # of the group
-    first: int  # the group's first tensor id
+    group_index: int
+    first_id: int  # the group's first tensor id
     device: torch.device
     lr: Tensor | None  # None: the parameters warm up
     momentum: Tensor | None  # None where it is 0, a constant of the graph
@@ -202,9 +202,11 @@ class _Rest(NamedTuple):
     of_gradient: bool
 
 
-def _traced_call(optimizer: Any, group: dict[str, Any], moved: list[tuple[int, Tensor, Tensor]], rest: _Rest) -> None:
-    key, number_of_group, first, device, lr, momentum, start, of_gradient = rest
-    params, grads, covers, momenta, scales, weights, ids, steps = [], [], [], [], [], [], [], []
+def _traced_call(
+    optimizer: Any, group: dict[str, Any], moved: list[tuple[int, Tensor, Tensor]], call_options: _CallOptions
+) -> None:
+    key, group_index, first_id, device, lr, momentum, start, of_gradient = call_options
+    params, grads, covers, momenta, scales, momentum_weights, ids, steps = [], [], [], [], [], [], [], []
     if lr is None:
         options = warming_options(group)
     else:
@@ -215,23 +217,23 @@ def _traced_call(optimizer: Any, group: dict[str, Any], moved: list[tuple[int, T
         grads.append(g)
         covers.append(state["cover"])
         steps.append(state["step"])
-        ids.append(first + place)
+        ids.append(first_id + place)
         if momentum is not None:
             momenta.append(state["momentum_buffer"])
             scales.append(state["momentum_scale"] if "momentum_scale" in state else state["cover"].new_empty(0))
             if of_gradient:
-                weights.append(state["momentum_weight"])
+                momentum_weights.append(state["momentum_weight"])
     found_inf = scaler(getattr(optimizer, "found_inf", None), device)
     if start is None:
         seed = torch.zeros((), dtype=torch.int64, device="cpu")
     else:
         seed = torch.stack(steps).amax().to(torch.int64) + start
     if lr is None:
-        lr = torch.ops.leanops._sm3_warming_lr(torch.stack(steps), key, number_of_group)
+        lr = torch.ops.leanops._sm3_warming_lr(torch.stack(steps), key, group_index)
     factors = None
-    if weights:
-        old = torch.stack(weights)
-        new, factors = torch.ops.leanops._sm3_weights(old, momentum)
+    if momentum_weights:
+        old = torch.stack(momentum_weights)
+        new, factors = torch.ops.leanops._sm3_momentum_weights(old, momentum)
     step = torch.ops.leanops.sm3_step_ if momentum is None else torch.ops.leanops._sm3_compiled_step_
     step(
         params,
@@ -251,10 +253,10 @@ def _traced_call(optimizer: Any, group: dict[str, Any], moved: list[tuple[int, T
     )
     if found_inf is None:
         torch._foreach_add_(steps, 1)
-        if weights:
-            torch._foreach_copy_(weights, list(new.unbind()))
+        if momentum_weights:
+            torch._foreach_copy_(momentum_weights, list(new.unbind()))
     else:
         taken = found_inf.to(steps[0].device).reshape(()) == 0
         torch._foreach_add_(steps, taken.float())
-        if weights:
-            torch._foreach_copy_(weights, list(torch.where(taken, new, old).unbind()))
+        if momentum_weights:
+            torch._foreach_copy_(momentum_weights, list(torch.where(taken, new, old).unbind()))

@@ -80,7 +80,7 @@ class SM3(Optimizer):
         seed: the rounding bits follow from it, the parameter's position and the number of steps taken: a resumed run
             repeats them.
         cover_warmup: the first ``cover_warmup`` steps of each parameter fill its covers, move no weight and make no
-            momentum. With ``beta`` 1 the first update is ±1 for every weight otherwise, and momentum repeats it for
+            momentum. Without them, the first update with ``beta`` 1 is ±1 for every weight, and momentum repeats it for
             ``1 / (1 - β_m)`` steps. A parameter whose state is made anew (by LISA, or because it was deleted) warms up
             anew. While a warm-up lasts, steps with ``capturable`` or ``fused`` wait for the device, and no CUDA graph
             can be captured.

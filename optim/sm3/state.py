@@ -103,12 +103,12 @@ def complete(state: State, local: Tensor, momentum: bool, dtype: torch.dtype | N
             state["momentum_weight"] = torch.zeros((), dtype=torch.float32, device="cpu")
 
 
-def average_of_ones(weights: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
-    """Of momenta of gradients: the sums of the gradients' weights after one more step, and the factors of the rate that
-    correct the bias.
+def new_momentum_weights(weights: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
+    """Every ``momentum_weight`` after one more step, and the factors of the rate that correct the bias.
 
-    A momentum is a weighted sum of gradients. The same recursion over ones, which this is, adds up the weights: 1 -
-    momentum^t after t steps of one momentum. Without momentum the sums stay.
+    A momentum of gradients is a weighted sum of them, and its ``momentum_weight`` is the sum of the weights: 1 -
+    momentum^t after t steps of one momentum. It follows the recursion of the momentum, with ones for the gradients.
+    Without momentum it stays.
     """
     if not momentum:
         return weights.clone(), torch.ones_like(weights)
