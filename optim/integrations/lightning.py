@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -37,17 +38,20 @@ class MeZOCallback(Callback):
     Lightning's closure runs ``training_step``, ``zero_grad`` and ``backward``. During ``fit``, the callback makes
     ``backward`` do nothing, and runs ``training_step`` without grad on a copy of the batch. So a step keeps no
     activations, and every evaluation gets the same inputs, whatever ``training_step`` does to them.
-    Schedules, logging, validation and checkpoints are Lightning's own; a checkpoint resumes to the same bits.
+    Schedules, logging, validation and checkpoints are Lightning's own. A checkpoint of the end of an epoch resumes to
+    the same bits where the model draws no random numbers: Lightning saves neither generators nor the place in an
+    ordinary DataLoader.
     ``training_step`` runs once for each evaluation, so ``self.log`` in it sees the loss at perturbed weights.
 
     Raises:
         ValueError: when training starts: manual optimization, several optimizers or one that needs gradients,
-            ``accumulate_grad_batches`` above 1, ``gradient_clip_val``, or the precision ``16-mixed``.
+            ``accumulate_grad_batches`` above 1, ``gradient_clip_val``, the precision ``16-mixed``, a ``training_step``
+            that takes ``dataloader_iter``, or a second MeZOCallback.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._replaced: list[str] = []
+        self._replaced: list[tuple[str, Any]] = []  # a name, and the instance's own attribute that was there, or None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         _check(trainer, pl_module)
@@ -77,12 +81,16 @@ class MeZOCallback(Callback):
 
     def _replace(self, module: Any, name: str, function: Any) -> None:
         """Set an attribute of the instance, which hides the class's method."""
+        self._replaced.append((name, vars(module).get(name)))
         setattr(module, name, function)
-        self._replaced.append(name)
 
     def _restore(self, module: Any) -> None:
         while self._replaced:
-            delattr(module, self._replaced.pop())
+            name, own = self._replaced.pop()
+            if own is None:
+                delattr(module, name)
+            else:
+                setattr(module, name, own)
 
 
 def _no_backward(*args: Any, **kwargs: Any) -> None:
@@ -94,6 +102,13 @@ def _check(trainer: Any, module: Any) -> None:
         raise ValueError(
             "MeZOCallback: automatic_optimization must be True, got False; in manual optimization, training_step calls "
             "step(closure) itself"
+        )
+    if (count := sum(isinstance(c, MeZOCallback) for c in trainer.callbacks)) != 1:
+        raise ValueError(f"MeZOCallback: callbacks must hold one MeZOCallback, got {count}")
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        raise ValueError(
+            "MeZOCallback: training_step must take a batch, because every evaluation of a step needs the same one, got "
+            "dataloader_iter"
         )
     kinds = [type(optimizer).__name__ for optimizer in trainer.optimizers]
     if len(kinds) != 1 or needs_gradients(trainer.optimizers[0]):

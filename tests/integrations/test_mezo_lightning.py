@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+import types
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,17 @@ def test_after_the_run_the_module_is_what_it_was(tmp_path: Path) -> None:
     assert not {"training_step", "backward"} & vars(broken).keys()
 
 
+def test_a_training_step_of_the_instance_comes_back(tmp_path: Path) -> None:
+    model = Classifier()
+    own = types.MethodType(Classifier.training_step, model)
+    model.training_step = own
+    trainer = make_trainer(tmp_path, 1)
+    trainer.fit(model, make_data())
+    assert trainer.optimizers[0].steps == 4
+    assert model.training_step is own
+    assert "backward" not in vars(model)
+
+
 def test_a_checkpoint_resumes_to_the_bits_of_an_uninterrupted_run(tmp_path: Path) -> None:
     whole, parts, resumed = Classifier(momentum=0.9), Classifier(momentum=0.9), Classifier(momentum=0.9)
     for m in (whole, parts, resumed):
@@ -170,6 +182,25 @@ def test_a_gradscaler_is_refused(tmp_path: Path) -> None:
     plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]
     with pytest.raises(ValueError, match="MeZOCallback: precision must not be '16-mixed'"):
         make_trainer(tmp_path, 1, plugins=plugins).fit(Classifier(), make_data())
+
+
+def test_a_second_callback_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, 1)
+    trainer.callbacks.append(MeZOCallback())
+    model = Classifier()
+    with pytest.raises(ValueError, match="MeZOCallback: callbacks must hold one MeZOCallback, got 2"):
+        trainer.fit(model, make_data())
+    assert not {"training_step", "backward"} & vars(model).keys()
+
+
+def test_a_step_that_draws_its_own_batches_is_refused(tmp_path: Path) -> None:
+    class Drawing(Classifier):
+        def training_step(self, dataloader_iter: Any) -> Any:
+            batch, index, _ = next(dataloader_iter)
+            return super().training_step(batch, index)
+
+    with pytest.raises(ValueError, match=r"MeZOCallback: training_step must take a batch, .*got dataloader_iter"):
+        make_trainer(tmp_path, 1).fit(Drawing(), make_data())
 
 
 def test_other_optimizers_and_manual_optimization_are_refused(tmp_path: Path) -> None:
