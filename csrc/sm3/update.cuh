@@ -217,9 +217,16 @@ LEANOPS_DEVICE u32 update(const Row<T, M>& row, const float* c, float* nu, const
   if constexpr (M == NO_MOMENTUM) {
     quotients(step, nu, top, call.eps, k.eps_in_range, false);
   } else {
-    if (call.averages_gradient) average<T, M, WHOLE>(step, row, call, tensor, along);
-    quotients(step, nu, top, call.eps, k.eps_in_range, call.averages_gradient);
-    if (!call.averages_gradient) average<T, M, WHOLE>(step, row, call, tensor, along);
+    // u, then m of u; or m of the gradient, then u. A loop, so that the code of each is there once: two copies of it take
+    // more registers (sm_100: 40 bytes spilled by fp64 with int8)
+#pragma unroll 1
+    for (int stage = 0; stage < 2; ++stage) {
+      if (stage == (int)call.averages_gradient) {
+        quotients(step, nu, top, call.eps, k.eps_in_range, call.averages_gradient);  // [LANE]
+      } else {
+        average<T, M, WHOLE>(step, row, call, tensor, along);  // [LANE]
+      }
+    }
   }
 
 #pragma unroll
