@@ -25,7 +25,7 @@ def _status(field: str) -> int:
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     """Bytes above what was in use before; None where the system does not let the high-water mark be reset.
 
-    On the CPU everything that the process touches counts, whoever allocated it, in whole pages.
+    On the CPU every page that the process touches counts, also those that torch did not allocate.
     """
     gc.collect()
     if device.type == "cuda":

@@ -36,7 +36,7 @@ def _check_group(group: Group) -> None:
         raise RuntimeError("SM3: `fused` and `foreach` cannot be `True` together")
 
 
-# what a run did before an option was there, whatever its default is
+# options that a state of an earlier version lacks, with what that version did; the defaults may change
 _EARLIER = {"cover_warmup": 0, "momentum_on": "update"}
 
 # torch's own: CUDA graphs need capturable=True (the name is that of torch 2.12 and later, or that of 2.10)
