@@ -156,9 +156,9 @@ def parser(version: str) -> Parser:
         metavar="RATES",
         help="comma-separated: train SM3's momenta and AdamW at each rate with each seed, without tuning",
     )
-    training.add_argument("--seeds", type=_seeds, default=(0,), help="with --rates, comma-separated (0)")
+    training.add_argument("--seeds", type=_seeds, help="with --rates, comma-separated (0)")
     training.add_argument(
-        "--jobs", type=_count, default=1, metavar="N", help="with --rates, processes that train at the same time (1)"
+        "--jobs", type=_count, metavar="N", help="with --rates, processes that train at the same time (1)"
     )
     training.add_argument(
         "--folder", help="finished work, from which a killed run continues (results/convergence; with --rates ...-grid)"

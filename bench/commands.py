@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Generic, TextIO, TypeVar
+from typing import Any, Generic, TextIO, TypeVar
 
 from leanops.autotune import fingerprint
 from leanops.bench import html, markdown, mezo_step, plan, progress, report, runner
 from leanops.bench.arguments import CommandError
+from leanops.bench.convergence.settings import Settings as TrainingSettings
 from leanops.bench.results import OperatorResults, Results, StepResults
 
 R = TypeVar("R", bound=Results)
@@ -119,23 +120,31 @@ def step(options: argparse.Namespace) -> int:
     return 0
 
 
+def _training_settings(options: argparse.Namespace, **chosen: Any) -> TrainingSettings:
+    if options.quick and options.size == "small":
+        raise CommandError("leanops convergence: --size small must not be given with --quick, which has its own model")
+    if options.quick:
+        return TrainingSettings.quick(device=options.device, **chosen)
+    make = TrainingSettings.small if options.size == "small" else TrainingSettings
+    return make(device=options.device, **chosen)
+
+
 def _grid(options: argparse.Namespace) -> int:
     """``convergence --rates``."""
     from leanops.bench.convergence import experiment, grid
     from leanops.bench.convergence.methods import GRID_METHODS
-    from leanops.bench.convergence.settings import Settings
 
     formats = "results are written as JSON and Markdown"
     for name, why in (("html", formats), ("svg", formats), ("seed", "the seeds are those of --seeds")):
         if getattr(options, name) is not None:
             raise CommandError(f"leanops convergence: --{name} must not be given with --rates: {why}")
-    make = Settings.quick if options.quick else Settings.small if options.size == "small" else Settings
     tokens = {} if options.tokens is None else {"tokens": options.tokens}
-    settings = make(threads=options.threads or 1, device=options.device, **tokens)
-    for seed in options.seeds:
+    settings = _training_settings(options, threads=options.threads or 1, **tokens)
+    seeds = options.seeds or (0,)
+    for seed in seeds:
         replace(settings, seed=seed).check()
     experiment.chosen(options.only, GRID_METHODS)
-    work = grid.Work(settings, options.only, options.seeds, options.rates, options.jobs)
+    work = grid.Work(settings, options.only, seeds, options.rates, options.jobs or 1)
     folder = Path(options.folder or "results/convergence-grid")
     writers: Writers[grid.GridResults] = {"json": report.write_json, "markdown": grid.write_markdown}
     task = Task(
@@ -152,15 +161,15 @@ def _grid(options: argparse.Namespace) -> int:
 def convergence(options: argparse.Namespace) -> int:
     from leanops.bench.convergence import experiment, plot, summary
     from leanops.bench.convergence.results import TrainingResults
-    from leanops.bench.convergence.settings import Settings
 
     if options.rates:
         return _grid(options)
+    for name in ("seeds", "jobs"):
+        if getattr(options, name) is not None:
+            raise CommandError(f"leanops convergence: --{name} needs --rates, which trains without tuning")
     chosen = {name: getattr(options, name) for name in ("tokens", "seed") if getattr(options, name) is not None}
     threads = 1 if options.quick else fingerprint.cores()  # a small model is not faster with two
-    chosen |= {"threads": options.threads or threads, "device": options.device}
-    make = Settings.quick if options.quick else Settings.small if options.size == "small" else Settings
-    settings = make(**chosen)
+    settings = _training_settings(options, threads=options.threads or threads, **chosen)
     settings.check()
     experiment.chosen(options.only)
     folder = Path(options.folder or ("results/convergence-quick" if options.quick else "results/convergence"))

@@ -35,6 +35,9 @@ def one_thread(threads):
         (["--threads", "0"], "--threads: must be one number, 1 or more, got 0"),
         (["--seed", "-1"], "--seed must be in"),
         (["--csv", "x.csv"], "unrecognized arguments: --csv x.csv"),
+        (["--seeds", "1,2"], "--seeds needs --rates"),
+        (["--jobs", "2"], "--jobs needs --rates"),
+        (["--quick", "--size", "small"], "--size small must not be given with --quick"),
         (["zo_axpy_"], "unrecognized arguments: zo_axpy_"),
     ],
 )
