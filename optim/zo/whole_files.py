@@ -37,7 +37,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def check_new_folder(out: str | os.PathLike[str]) -> None:
-    if os.path.lexists(out):
+    if os.path.lexists(os.path.abspath(out)):  # an empty path is the working folder
         raise FileExistsError(f"replay_file: out must be a folder that does not exist yet, got {out}")
     parent = Path(os.path.abspath(out)).parent
     if not parent.is_dir():

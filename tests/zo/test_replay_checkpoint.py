@@ -192,9 +192,11 @@ def test_a_folder_that_exists_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     link.symlink_to(tmp_path / "nowhere")
     before = {p: p.read_bytes() for p in base.iterdir()}
-    for out in (base, tmp_path / "empty", tmp_path / "file", link, f"{base}/"):
+    read: list[int] = []
+    for out in (base, tmp_path / "empty", tmp_path / "file", link, f"{base}/", ""):
         with pytest.raises(FileExistsError, match="out must be a folder that does not exist yet, got"):
-            replay_file(base, opt.log, out)
+            replay_file(base, opt.log, out, lambda done, total: read.append(done))
+    assert not read
     with pytest.raises(FileNotFoundError, match=r"out must lie in a folder that exists, got .*missing/out"):
         replay_file(base, opt.log, tmp_path / "missing" / "out")
     assert {p: p.read_bytes() for p in base.iterdir()} == before
