@@ -75,6 +75,7 @@ class MeZOCallback(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._restore(pl_module)
+        trainer.optimizers[0].log.close()  # of ``log_file``; another run goes on in it
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._restore(pl_module)

@@ -102,7 +102,9 @@ class MeZOTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._micro_batches.clear()  # of a run that was interrupted
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        self.mezo.log.close()  # of ``log_file``; another run goes on in it
+        return output
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

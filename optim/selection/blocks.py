@@ -40,7 +40,11 @@ def find_blocks(op: str, model: nn.Module, blocks: Blocks) -> dict[str, nn.Modul
                 raise ValueError(f"{op}: blocks must be modules of the model or their names, got {what}")
             found[name] = modules[name]
     if not found:
-        raise ValueError(f"{op}: blocks must name modules of the model, got {blocks!r}, which matches none")
+        lists = ", ".join(map(repr, _lists(model))) or "none"
+        raise ValueError(
+            f"{op}: blocks must name modules of the model, got {blocks!r}, which matches none; its lists of modules: "
+            f"{lists}"
+        )
     for name in found:
         outer = next((o for o in found if o != name and name.startswith(f"{o}.")), None)
         if outer is not None:
@@ -48,10 +52,15 @@ def find_blocks(op: str, model: nn.Module, blocks: Blocks) -> dict[str, nn.Modul
     return found
 
 
+def _lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The model's lists of modules that lie in no other list."""
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    return {n: m for n, m in lists.items() if not any(n.startswith(f"{o}.") or not o for o in lists if o != n)}
+
+
 def _stack(op: str, model: nn.Module) -> dict[str, nn.Module]:
     """The blocks of the model's only stack."""
-    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-    outer = {n: m for n, m in lists.items() if not any(n.startswith(f"{o}.") or not o for o in lists if o != n)}
+    outer = _lists(model)
     if not outer:
         raise ValueError(f"{op}: blocks must be given for a model without a torch.nn.ModuleList, got None")
     training = {n: sum(any(p.requires_grad for p in m.parameters()) for m in entries) for n, entries in outer.items()}

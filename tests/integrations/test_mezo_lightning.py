@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from leanops.optim import MeZO, replay_
+from leanops.optim import MeZO, ZoLog, replay_
 
 lightning = pytest.importorskip("lightning", reason="needs lightning: pip install 'leanops[dev]'")
 from leanops.integrations.lightning import MeZOCallback  # noqa: E402
@@ -90,6 +90,13 @@ def test_it_learns_without_a_gradient_and_replays(tmp_path: Path) -> None:
     start = Classifier()
     replay_(start, trainer.optimizers[0].log)
     assert all(map(torch.equal, start.parameters(), model.parameters()))
+
+
+@pytest.mark.filterwarnings("error:.*did not close its log")
+def test_the_end_of_a_run_completes_its_log_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.zolog"
+    make_trainer(tmp_path, 2).fit(Classifier(log_file=path), make_data())
+    assert len(ZoLog.load(path)) == 8
 
 
 def test_every_evaluation_gets_the_same_batch(tmp_path: Path) -> None:

@@ -72,6 +72,17 @@ def test_training_learns_logs_and_replays(tmp_path: Path) -> None:
         assert torch.equal(p, q), name
 
 
+@pytest.mark.filterwarnings("error:.*did not close its log")
+def test_the_end_of_a_run_completes_its_log_file_and_another_run_continues_it(tmp_path: Path) -> None:
+    path = tmp_path / "run.zolog"
+    options = {"save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, make_model(), 4, {"log_file": path}, **options).train()
+    assert len(ZoLog.load(path)) == 4
+    trainer = make_trainer(tmp_path, make_model(), 6, {"log_file": path}, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert len(ZoLog.load(path)) == 6
+
+
 def test_the_schedule_and_the_groups_of_trainer_reach_the_optimizer(tmp_path: Path) -> None:
     model = make_model()
     trainer = make_trainer(tmp_path, model, 4, weight_decay=0.1, learning_rate=1e-3)

@@ -80,7 +80,11 @@ def test_a_weight_tied_to_a_block_trains_when_either_does() -> None:
         ({"period": 0}, "LISA: period must be an integer >= 1, got 0"),
         ({"period": True}, "LISA: period must be an integer >= 1, got True"),
         ({"seed": 2**64}, r"LISA: seed must be an integer in \[-2\^63, 2\^64\), got"),
-        ({"blocks": "decoder"}, "LISA: blocks must name modules of the model, got 'decoder', which matches none"),
+        (
+            {"blocks": "decoder"},
+            "LISA: blocks must name modules of the model, got 'decoder', which matches none; "
+            "its lists of modules: 'layers'",
+        ),
         ({"blocks": "("}, r"LISA: blocks must be a name or a regular expression, got '\('"),
         ({"blocks": [nn.Linear(1, 1)]}, "LISA: blocks must be modules of the model or their names, got a Linear that"),
         ({"blocks": 5}, "LISA: blocks must be a regular expression, a module or a list, got 5"),
