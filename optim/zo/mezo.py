@@ -76,7 +76,8 @@ class MeZO(Optimizer):
         same_rng: every evaluation of a step sees the same state of the global generators of torch, NumPy and ``random``
             (the same dropout masks), and the state advances as if one evaluation had run. A generator that the closure
             owns is not found: seed it inside the closure.
-        log_file: append the log to this file as the run goes on; see :class:`ZoLog`.
+        log_file: append the log to this file as the run goes on; see :class:`ZoLog`. Of the processes of a group, the
+            first writes it.
         process_group: average g over these processes, which exchange the scalars of a step and nothing else. The
             default is the group of a ``model`` in DistributedDataParallel, or of the mesh of DTensor parameters.
         parallel: ``"data"``: every process evaluates the same perturbation on its own data; ``"direction"``: process j
@@ -266,7 +267,7 @@ class MeZO(Optimizer):
                 f"(estimates {scalars}); nothing was changed"
             )
         record.note_buffers(self._evaluator.changed_buffers)
-        if self._log_file is not None and not log.attached:
+        if self._log_file is not None and self._reduction.writes_log and not log.attached:
             log.attach(self._log_file, new=not len(log))
         record.note(self.param_groups, slots)
         if applied:

@@ -95,6 +95,11 @@ class Reduction:
         """Whether this process is the first of those that share the directions, or does not share them."""
         return self._parallel != "direction" or self._rank == 0
 
+    @property
+    def writes_log(self) -> bool:
+        """Whether this process writes the log's file: the logs of a group's processes are equal."""
+        return self._rank == 0
+
     def __call__(self, values: list[float]) -> list[float]:
         """With ``"data"``, the mean over the processes. With ``"direction"``, the sum: a process has 0 for a direction
         that another process evaluates."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -202,9 +204,29 @@ def replicas(rank: int) -> None:
     assert all(map(torch.equal, before.parameters(), model_of().parameters()))
 
 
+def one_log_file(rank: int) -> None:
+    shared: list[Any] = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(shared)
+    path = Path(shared[0], "run.zolog")
+    for parallel in ("data", "direction"):
+        model, (x, y) = model_of(), data(rank)
+        options: dict[str, Any] = {"process_group": dist.group.WORLD, "parallel": parallel, "directions": 2}
+        opt = MeZO(model.parameters(), lr=1e-2, model=model, log_file=path, **options)
+        for _ in range(3):
+            opt.step(lambda model=model, x=x, y=y: nn.functional.mse_loss(model(x), y))
+        assert opt.log.attached == (rank == 0)
+        opt.log.close()
+        dist.barrier()
+        assert ZoLog.load(path).to_bytes() == opt.log.to_bytes()
+        dist.barrier()
+        if rank == 0:
+            path.unlink()
+        dist.barrier()
+
+
 @pytest.mark.parametrize(
     "job",
-    [replicas, data_parallel, direction_parallel, skip_together, sharded, sharded_replay_and_refusals],
+    [replicas, data_parallel, direction_parallel, skip_together, one_log_file, sharded, sharded_replay_and_refusals],
     ids=lambda j: j.__name__,
 )
 def test_two_processes(job: Callable[[int], None]) -> None:
