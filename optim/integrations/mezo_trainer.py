@@ -48,6 +48,7 @@ class MeZOTrainer(Trainer):
         args, kwargs: Trainer's. ``max_grad_norm`` is set to 0, because there is no gradient to clip.
 
     Raises:
+        TypeError: ``mezo`` that is no mapping.
         ValueError: an optimizer in ``optimizers`` or ``optimizer_cls_and_kwargs``; DeepSpeed.
 
     Combine it with a subclass of Trainer by ``class Mine(MeZOTrainer, Seq2SeqTrainer)``.
@@ -62,6 +63,8 @@ class MeZOTrainer(Trainer):
                 "MeZOTrainer: optimizers and optimizer_cls_and_kwargs must not choose an optimizer, because the "
                 f"trainer makes MeZO with the options mezo={{...}}, got {name}"
             )
+        if not isinstance(mezo, Mapping | None):
+            raise TypeError(f"MeZOTrainer: mezo must be a mapping of options of MeZO, got {type(mezo).__name__}")
         if self.is_deepspeed_enabled:
             raise ValueError("MeZOTrainer: args.deepspeed must be None: DeepSpeed's engine steps by gradients")
         self.args.max_grad_norm = 0.0

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from leanops.optim import ZoLog, replay_
+from leanops.optim import MeZO, ZoLog, replay_
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'leanops[dev]'")
 pytest.importorskip("accelerate", reason="Trainer needs accelerate: pip install 'leanops[dev]'")
@@ -306,3 +306,10 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     for options in chosen:
         with pytest.raises(ValueError, match=r"MeZOTrainer: optimizers .* must not choose an optimizer.*mezo=.*SGD"):
             make_trainer(tmp_path, model, 1, trainer=options)
+
+
+def test_an_optimizer_in_place_of_its_options_is_refused(tmp_path: Path) -> None:
+    model = make_model()
+    args = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(TypeError, match="MeZOTrainer: mezo must be a mapping of options of MeZO, got MeZO"):
+        MeZOTrainer(model, args, mezo=MeZO(model.parameters(), model=model))
