@@ -132,7 +132,7 @@ def _python_backend(name: str, package: str) -> Backend:
         _servers[spec.name, "CUDA"] = name
     if not unserved:
         preferred = dict.fromkeys(_servers.get((spec.name, "CUDA"), "Python") for spec in supported)
-        return Backend(name, "available", f"the CUDA operators are served by {' and '.join(preferred)}")
+        return Backend(name, "available", f"not needed: {' and '.join(preferred)} has every CUDA operator")
     served = "the CUDA operators" if unserved == supported else ", ".join(spec.name for spec in unserved)
     return Backend(name, "in use", f"serves {served}")
 

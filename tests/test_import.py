@@ -180,7 +180,7 @@ def test_each_cuda_operator_gets_the_first_backend_that_has_it(tmp_path):
     )
     states, served = out.splitlines()
     assert json.loads(states) == [
-        ["available", "the CUDA operators are served by cuda"],
+        ["available", "not needed: cuda has every CUDA operator"],
         ["in use", "serves triton_only"],
     ]
     assert served == "True triton cuda"

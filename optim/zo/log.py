@@ -158,17 +158,24 @@ class ZoLog:
         An existing file is overwritten only if it is a log of this run, up to an earlier or a later step, and not with
         ``new``; FileExistsError otherwise.
         """
+        self.check_path(path, new=new)
         self.close()
         self._path = Path(path)
-        if new and self._path.exists():
-            raise FileExistsError(
-                f"{path}: the file exists already; give another name, or resume its run from a state_dict"
-            )
-        if self._path.exists() and not self._same_run(self._path):
-            raise FileExistsError(f"{path}: the file exists and is not this run's log; give another name")
         with replacing(self._path) as file:
             file.write(self._preamble(None) + bytes(self._body))
         self._file = open(self._path, "ab")  # noqa: SIM115
+
+    def check_path(self, path: str | os.PathLike[str], *, new: bool = False) -> None:
+        """Raise what :meth:`attach` would raise for this path, and write nothing."""
+        file = Path(path)
+        if not file.parent.is_dir():
+            raise FileNotFoundError(f"{path}: the log's folder {file.parent} does not exist")
+        if new and file.exists():
+            raise FileExistsError(
+                f"{path}: the file exists already; give another name, or resume its run from a state_dict"
+            )
+        if file.exists() and not self._same_run(file):
+            raise FileExistsError(f"{path}: the file exists and is not this run's log; give another name")
 
     def close(self) -> None:
         """Complete and close the attached file, if there is one."""

@@ -62,7 +62,7 @@ def programs(log: ZoLog, strategy: Strategy, start: int = 0, stop: int | None = 
     end = len(log) if stop is None else stop
     if not (is_integer(start) and is_integer(end) and 0 <= start <= end <= len(log)):
         text = f"must be integers in order within [0, {len(log)}]"
-        raise ValueError(f"replay_: start and stop {text}, got {start!r} and {stop!r}")
+        raise ValueError(f"replay: start and stop {text}, got {start!r} and {stop!r}")
     window, base = MomentumWindow(), log.header["seed"]
     found: list[Program] = []
     for step, seeds in window.follow(log.steps(stop=stop), lambda index: strategy.seeds(base, index)):

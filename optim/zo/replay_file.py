@@ -157,6 +157,9 @@ def _groups(
     wanted, known = names_of("replay_file", log, moved, names, tensors)
     if absent := [name for name in wanted.values() if name not in tensors]:
         missing = min(missing or absent, absent, key=len)  # from the attempt that found more of the parameters
+        if missing[0] in given and isinstance(names, Mapping):
+            own = next(name for name, file_name in names.items() if file_name == missing[0])
+            raise LogError(f"{checkpoint.name}: names gives {missing[0]} for {own}, which is not in the file")
         why += f"; {len(missing) - 1} more are missing" if len(missing) > 1 else ""
         raise LogError(
             f"{checkpoint.name}: the log moves parameter {missing[0]}, which is not in the file ({why}). Give the "

@@ -43,6 +43,11 @@ def _index_dtype(size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if size <= 65536 else np.dtype("<u4")
 
 
+def _checksum(magic: bytes, rest: bytes) -> int:
+    """CRC-32 of what follows the checksum. That of the option covers the magic too, which alone tells the option."""
+    return zlib.crc32(magic + rest if magic == _MAGIC[True] else rest)
+
+
 def _fp32(op: str, name: str, values: Any) -> NDArray[np.float32]:
     """The values rounded to fp32; ValueError for one that is not finite there."""
     wide = np.asarray(values, np.float64)
@@ -284,7 +289,8 @@ class SeedPool:
             self.clip,
             len(pairs) if kind == _PAIRS and pairs is not None else 0,
         )
-        return _MAGIC[self.history_starts_with_zero] + struct.pack("<I", zlib.crc32(head + body)) + head + body
+        magic = _MAGIC[self.history_starts_with_zero]
+        return magic + struct.pack("<I", _checksum(magic, head + body)) + head + body
 
     @classmethod
     @_disable_dynamo
@@ -297,7 +303,7 @@ class SeedPool:
         start = _MAGIC_SIZE + 4 + _HEAD.size
         if data[:_MAGIC_SIZE] not in _MAGIC.values() or len(data) < start:
             raise ValueError(f"{op}: not a pool of this version ({VERSION}): it starts with {data[:8]!r}")
-        if struct.unpack_from("<I", data, _MAGIC_SIZE)[0] != zlib.crc32(data[_MAGIC_SIZE + 4 :]):
+        if struct.unpack_from("<I", data, _MAGIC_SIZE)[0] != _checksum(data[:_MAGIC_SIZE], data[_MAGIC_SIZE + 4 :]):
             raise ValueError(f"{op}: damaged: the checksum does not fit")
         seed, size, distribution, rounding, kind, clip, count = _HEAD.unpack_from(data, _MAGIC_SIZE + 4)
         pool = cls(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from zo.runs import run
 
 from leanops.common import seeds
@@ -86,6 +86,27 @@ def test_a_file_grows_with_the_run_and_survives_its_end(tmp_path: Path) -> None:
     resumed.step(lambda: p.sum())
     resumed.log.close()
     assert len(ZoLog.load(path)) == 8
+
+
+def test_a_log_file_is_refused_before_the_first_evaluation(tmp_path: Path) -> None:
+    p = nn.Parameter(torch.ones(3))
+    taken = tmp_path / "taken.zolog"
+    taken.write_bytes(b"something else")
+    evaluations: list[int] = []
+
+    def closure() -> Tensor:
+        evaluations.append(1)
+        return p.sum()
+
+    for path, error, message in (
+        (taken, FileExistsError, "the file exists already"),
+        (tmp_path / "absent" / "run.zolog", FileNotFoundError, "the log's folder .*absent does not exist"),
+    ):
+        with pytest.raises(error, match=message):
+            MeZO([p], log_file=path).step(closure)
+    assert not evaluations
+    assert p.equal(torch.ones(3))
+    assert taken.read_bytes() == b"something else"
 
 
 def test_a_resumed_run_continues_only_the_file_of_its_own_log(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_names_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     )
     assert "--name LOG=BASE, --names FILE.json" in error
     assert "replay_ on the model in memory" in error
-    assert "moves parameter typo, which is not" in one_line_error([*words, "--names", "names.json"], capsys)
+    assert "names gives typo for 0.bias, which is not" in one_line_error([*words, "--names", "names.json"], capsys)
     for text, message in (("[1]", "--names must hold an object of names"), ("{", "--names must be a file of JSON")):
         Path("wrong.json").write_text(text)
         assert message in one_line_error([*words, "--names", "wrong.json"], capsys)

@@ -317,7 +317,7 @@ def test_the_error_says_what_would_help(tmp_path: Path, monkeypatch: pytest.Monk
         patch.setitem(sys.modules, "transformers", None)
         assert "ViTForImageClassification may need transformers, which does not import: " in refusal(base, log)
     bias = "vit.layers.0.attention.q_proj.bias"
-    assert "moves parameter typo, which is not in the file" in refusal(base, log, names={bias: "typo"})
+    assert f"names gives typo for {bias}, which is not in the file" in refusal(base, log, names={bias: "typo"})
     assert "got classifier.bias for several" in refusal(base, log, names={bias: "classifier.bias"})
 
 

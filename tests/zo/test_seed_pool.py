@@ -71,7 +71,10 @@ def test_a_pool_is_saved_with_the_start_of_its_history_and_earlier_bytes_stay() 
         assert copy.history_starts_with_zero
         assert np.array_equal(copy.probabilities(), zero.probabilities())
         assert not SeedPool.from_bytes(plain.to_bytes()).history_starts_with_zero
-        assert zero.to_bytes()[8:] == plain.to_bytes()[8:]
+        assert zero.to_bytes()[12:] == plain.to_bytes()[12:]
+        for pool, other in ((plain, zero), (zero, plain)):  # a bit that changes the option is damage
+            with pytest.raises(ValueError, match="the checksum does not fit"):
+                SeedPool.from_bytes(other.to_bytes()[:8] + pool.to_bytes()[8:])
         # a reader that does not know the option checks these bytes, and would sample with other probabilities
         assert (plain.to_bytes()[:8], zero.to_bytes()[:8]) == (b"ZOPOOL\x01\n", b"ZOPOOL\x02\n")
         with pytest.raises(ValueError, match="not a pool"):
