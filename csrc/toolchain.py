@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
+OLDEST_TORCH = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 # They come after the words of CXX, so that an -Ofast in CXX changes no result. CXXFLAGS is not read, for that reason.
 CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-fast-math", "-ffp-contract=off", "-Wall",
              "-Wextra")  # fmt: skip
@@ -160,7 +160,7 @@ def kernel_flags() -> dict[str, tuple[str, ...]]:
 def torch_include_flags(include: Path) -> list[str]:
     """The flags of a compilation against torch's headers, which lie in ``include``."""
     folders = (include, include / "torch/csrc/api/include")  # -I for them would show the warnings in their headers
-    return ["-Icsrc", *(word for folder in folders for word in ("-isystem", str(folder))), STABLE_ABI]
+    return ["-Icsrc", *(word for folder in folders for word in ("-isystem", str(folder))), OLDEST_TORCH]
 
 
 def _quote(words: Sequence[str | Path]) -> str:
