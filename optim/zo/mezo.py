@@ -227,11 +227,6 @@ class MeZO(Optimizer):
         return self._record.log
 
     @property
-    def _new_log_file(self) -> str | os.PathLike[str] | None:
-        """The file that this process has still to attach to the log."""
-        return self._log_file if self._reduction.writes_log and not self.log.attached else None
-
-    @property
     def eps(self) -> float:
         """ε; may be set between steps."""
         return float(self._record.settings["eps"])
@@ -264,8 +259,9 @@ class MeZO(Optimizer):
         moving = list(chain.from_iterable(slots))
         step_seeds = record.step_seeds(self.steps)
         self._reduction.use(moving)
-        if (file := self._new_log_file) is not None:
-            log.check_path(file, new=not len(log))  # before the evaluations, which may take minutes
+        log_file = self._log_file if self._reduction.writes_log and not log.attached else None
+        if log_file is not None:
+            log.check_path(log_file, new=not len(log))  # before the evaluations, which may take minutes
         scalars, loss = self._evaluator.estimate(closure, moving, step_seeds, self.eps, self._reduction)
         applied = all(map(math.isfinite, scalars))
         if not applied and self._on_nonfinite == "raise":
@@ -274,8 +270,8 @@ class MeZO(Optimizer):
                 f"(estimates {scalars}); nothing was changed"
             )
         record.note_buffers(self._evaluator.changed_buffers)
-        if (file := self._new_log_file) is not None:
-            log.attach(file, new=not len(log))
+        if log_file is not None:
+            log.attach(log_file, new=not len(log))
         record.note(self.param_groups, slots)
         if applied:
             for group, group_slots in zip(self.param_groups, slots, strict=True):
