@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Trainer
 
+from leanops.integrations.without_gradient_norm import WithoutGradientNorm
 from leanops.optim.common.capabilities import moves_in_backward
 from leanops.optim.fused_backward import FusedBackward, fuse_into_backward
 
 
-class FusedTrainer(Trainer):
+class FusedTrainer(WithoutGradientNorm):
     """``transformers.Trainer`` whose optimizer steps inside the backward pass, see :func:`fuse_into_backward`.
 
     ::
@@ -66,12 +66,6 @@ class FusedTrainer(Trainer):
                 self.optimizer_cls_and_kwargs = chosen
         made: Any = self.optimizer
         return made
-
-    def _clip_grad_norm(self, model: nn.Module) -> None:
-        return None
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
-        return None
 
 
 def _fused(optimizer_class: type[Optimizer]) -> type[Optimizer]:

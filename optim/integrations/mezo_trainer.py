@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from leanops.integrations.batches import copy_of
+from leanops.integrations.without_gradient_norm import WithoutGradientNorm
 from leanops.optim.zo.mezo import MeZO
 
 
@@ -20,7 +20,7 @@ class _MeZOInLoop(MeZO):
         return None if closure is None else super().step(closure)
 
 
-class MeZOTrainer(Trainer):
+class MeZOTrainer(WithoutGradientNorm):
     """``transformers.Trainer`` that fine-tunes with :class:`leanops.optim.MeZO`: forward passes, no backward pass.
 
     ::
@@ -145,11 +145,3 @@ class MeZOTrainer(Trainer):
         if scaled is not None:
             return scaled
         return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
-
-    # There are no gradients, so no norm is measured or logged.
-
-    def _clip_grad_norm(self, model: nn.Module) -> None:
-        return None
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
-        return None

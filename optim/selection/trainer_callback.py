@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +58,7 @@ def _need_period(period: object) -> None:
 def _rounds_callback(kind: type[Rounds], options: dict[str, Any]) -> Any:
     from transformers import TrainerCallback
 
-    _need_period(options.get("period", None if kind.__name__ == "HalfFineTuning" else 1))
+    _need_period(options.get("period", inspect.signature(kind).parameters["period"].default))
 
     class SelectionCallback(TrainerCallback):  # type: ignore[misc]
         selection: Rounds | None = None
