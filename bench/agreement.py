@@ -332,7 +332,7 @@ def lines(results: AgreementResults, width: int | None) -> list[Line]:
     first, second = _titles(results)
     entries = [Entry(_cells(row), style="" if row.agrees else "red") for row in results.rows]
     found = [*terminal.paragraphs([results.processor, first], width)]
-    found += Table(_COLUMNS, _COLUMNS, entries).lines(width)
+    found += terminal.table_lines(Table(_COLUMNS, _COLUMNS, entries), width)
     found += [Line(""), *terminal.paragraphs([second], width)]
     return found + Table(_DRIFT_COLUMNS, _DRIFT_COLUMNS, [Entry(_drift_cells(d)) for d in results.drifts]).lines(width)
 

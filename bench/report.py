@@ -64,9 +64,7 @@ def operator_lines(results: OperatorResults, width: int | None) -> list[Line]:
         table = Table(COLUMNS, _IMPORTANCE, entries)
         lines += [Line(""), Line(f"{op} ({rows[0].backend})", "bold"), *table.lines(width)]
         left_out |= dict.fromkeys(table.left_out(width))
-    last = [text.skipped(results.rows)]
-    if left_out:
-        last.append(f"columns that need a wider terminal: {', '.join(filter(left_out.__contains__, COLUMNS))}")
+    last = [text.skipped(results.rows), *terminal.left_out_note(COLUMNS, left_out)]
     if any(last):
         lines += [Line(""), *terminal.paragraphs(filter(None, last), width)]
     return lines

@@ -6,7 +6,7 @@ import codecs
 import os
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from io import TextIOWrapper
 from typing import TextIO
@@ -100,6 +100,17 @@ class Table:
         """Titles of the columns that the width does not hold."""
         columns, stacked = self.shown(width)
         return [title for i, title in enumerate(self.titles) if i not in columns and not (stacked and i == 0)]
+
+
+def table_lines(table: Table, width: int | None) -> list[Line]:
+    """The table, and below it the titles of the columns that the width does not hold."""
+    return [*table.lines(width), *paragraphs(left_out_note(table.titles, table.left_out(width)), width)]
+
+
+def left_out_note(titles: Iterable[str], left_out: Collection[str]) -> list[str]:
+    """The sentence about columns that are left out, in the order of ``titles``; none where all are shown."""
+    names = ", ".join(title for title in titles if title in left_out)
+    return [f"columns that need a wider terminal: {names}"] if names else []
 
 
 def wrapped(text: str, width: int | None, indent: str = "") -> list[str]:

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from leanops.bench import memory
 from leanops.bench.compare import differences
 from leanops.bench.convergence import corpus
 from leanops.bench.convergence.methods import BASELINE, METHODS, Method
+from leanops.bench.convergence.process import last_line, run_worker
 from leanops.bench.convergence.results import Against, TrainingResults, TrainingRow, Trial
 from leanops.bench.convergence.settings import Settings
 from leanops.bench.progress import Progress
@@ -128,30 +128,16 @@ def work(folder: Path, method: Method, settings: Settings, progress: Progress, l
     own = folder / method.key
     own.mkdir(exist_ok=True)
     log, units_done = own / "log.txt", 0
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            command(folder, method, checkpoint_s),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=environment,
-            pass_fds=(lock,) if sys.platform != "win32" else (),
-        )
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                progress.step(f"{method.label}: {line.strip()}")
-                units_done += 1
-            status = process.wait()
-        finally:
-            if process.poll() is None:
-                process.terminate()  # it writes a checkpoint first
-                process.wait()
+
+    def count(line: str) -> None:
+        nonlocal units_done
+        progress.step(f"{method.label}: {line}")
+        units_done += 1
+
+    status = run_worker(command(folder, method, checkpoint_s), log, lock, count)
     if status or not (own / "train.json").exists():
-        last = (log.read_text().strip().splitlines() or ["no message"])[-1]
-        raise ValueError(f"leanops convergence: {method.key} ended with status {status}: {last} (see {log})")
+        end = f"ended with status {status}: {last_line(log)} (see {log})"
+        raise ValueError(f"leanops convergence: {method.key} {end}")
     for _ in range(units(settings) - units_done):
         progress.step(f"{method.label}: stopped early")
 

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import threading
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from leanops.bench import terminal, text
 from leanops.bench.convergence import corpus
 from leanops.bench.convergence.experiment import chosen, claim, identity, locked, write_atomically
 from leanops.bench.convergence.methods import GRID_METHODS, Method
+from leanops.bench.convergence.process import last_line, run_worker
 from leanops.bench.convergence.settings import Settings
 from leanops.bench.progress import Progress
 from leanops.bench.report import write_text
@@ -138,29 +138,14 @@ def _train(
     (folder / method.key).mkdir(exist_ok=True)
     log = folder / method.key / f"{seed}.txt"
     command = [sys.executable, "-m", "leanops.bench.convergence.grid", str(folder.resolve()), method.key, str(seed)]
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            [*command, *map(str, rates)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
-            pass_fds=(lock,) if sys.platform != "win32" else (),
-        )
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                with one:
-                    progress.step(f"{method.label}, seed {seed}: {line.strip()}")
-            status = process.wait()
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    if status:
-        last = (log.read_text().strip().splitlines() or ["no message"])[-1]
-        raise ValueError(f"convergence: {method.key} with seed {seed} ended with status {status}: {last} (see {log})")
+
+    def show(line: str) -> None:
+        with one:
+            progress.step(f"{method.label}, seed {seed}: {line}")
+
+    if status := run_worker([*command, *map(str, rates)], log, lock, show):
+        end = f"ended with status {status}: {last_line(log)} (see {log})"
+        raise ValueError(f"convergence: {method.key} with seed {seed} {end}")
 
 
 def main(folder: str, key: str, seed: str, *rates: str) -> int:
@@ -218,7 +203,7 @@ def _facts(results: GridResults) -> list[str]:
     seeds = results.rows[0].seeds if results.rows else []
     versions = ", ".join(f"{name} {version}" for name, version in results.software.items())
     lines = [
-        f"{results.processor}, {s.threads} threads each, leanops {results.leanops}, {versions}",
+        f"{results.processor}, {text.counted(s.threads, 'thread')} each, leanops {results.leanops}, {versions}",
         f"Llama, {results.parameters / 1e6:.2f}M parameters, fp32: {s.layers} layers of {s.hidden}, MLP "
         f"{s.intermediate}, {s.heads} heads; bytes as tokens, {s.batch} windows of {s.context} a step, {results.steps} "
         f"steps; {results.text.what}, sha256 {results.text.sha256[:16]}",
@@ -233,11 +218,8 @@ def _facts(results: GridResults) -> list[str]:
 
 def print_table(results: GridResults, stream: TextIO) -> None:
     width = terminal.width_of(stream)
-    table = _table(results)
-    found = [*terminal.paragraphs(_facts(results), width), Line(""), *table.lines(width)]
-    if left_out := table.left_out(width):
-        found += terminal.paragraphs([f"columns that need a wider terminal: {', '.join(left_out)}"], width)
-    terminal.show(found, stream)
+    facts = terminal.paragraphs(_facts(results), width)
+    terminal.show([*facts, Line(""), *terminal.table_lines(_table(results), width)], stream)
 
 
 def markdown(results: GridResults) -> str:

@@ -135,9 +135,7 @@ def lines(results: TrainingResults, width: int | None) -> list[Line]:
         Line(""),
         *terminal.paragraphs(verdicts(results), width),
     ]
-    if left_out := table.left_out(width):
-        found += terminal.paragraphs([f"columns that need a wider terminal: {', '.join(left_out)}"], width)
-    return found
+    return found + terminal.paragraphs(terminal.left_out_note(COLUMNS, table.left_out(width)), width)
 
 
 def print_table(results: TrainingResults, stream: TextIO) -> None:
